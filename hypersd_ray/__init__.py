@@ -1,0 +1,1 @@
+"""Hyper-SD on Ray: trajectory segmented consistency distillation, feedback and one-step enhancement."""

@@ -1,0 +1,1 @@
+"""Typed configuration: what a run is, checked before a cluster starts."""

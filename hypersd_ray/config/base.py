@@ -1,0 +1,13 @@
+"""What every config model is built on."""
+
+import pydantic
+
+
+class ConfigError(ValueError):
+    """A user's setting that cannot work: one line with the field, the value, the limit and the knob to turn."""
+
+
+class Strict(pydantic.BaseModel):
+    """A frozen model in which an unknown field is an error and defaults are validated like given values."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True)

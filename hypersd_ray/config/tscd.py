@@ -1,0 +1,220 @@
+"""The configuration of a trajectory distillation run (paper, Algorithm 1 and Sec. 4.1)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from hypersd_ray.config.base import Strict
+from hypersd_ray.config.data import DataConfig
+from hypersd_ray.diffusion.segments import TEndRule, check_grid
+from hypersd_ray.losses.adversarial import AdversarialKind
+from hypersd_ray.losses.schedule import LossWeights, loss_weights
+
+
+class DistillConfig(Strict):
+    """Algorithm 1's inputs. Progressive, consistency, CTM/TCD and segmented distillation are settings of these."""
+
+    k_list: tuple[int, ...] = (8, 4, 2, 1)
+    """Segments of each stage."""
+    n_list: tuple[int, ...] = (40, 40, 40, 40)
+    """Solver steps N of each stage; a multiple of that stage's k."""
+    steps_list: tuple[int, ...] = (5000, 5000, 5000, 5000)
+    """Optimiser steps of each stage."""
+    t_end: TEndRule = "uniform"
+    """Where both sides jump to: "uniform" in the segment (CTM, TSCD), "segment_start" (consistency distillation),
+    "two_steps" (progressive distillation)."""
+    target: Literal["ema", "student", "teacher"] = "ema"
+    """Who makes the second jump: the EMA (Eq. 14), the student itself (LCM's scripts), or the teacher (Eq. 4)."""
+    teacher: Literal["base", "previous"] = "base"
+    """Who makes the solver's step in stages 2 and later: the base with guidance, or the previous stage's student without."""
+    omega_min: float = Field(default=3.0, ge=1)
+    """Least guidance scale of the teacher's step, as uncond + omega (cond - uncond)."""
+    omega_max: float = Field(default=7.0, ge=1)
+    """Greatest guidance scale."""
+    ema_decay: float = Field(default=0.95, ge=0, lt=1)
+    """mu of Algorithm 1, line 16."""
+    distance: Literal["mse", "huber"] = "mse"
+    """The non-adversarial part of d in Eq. 14."""
+    huber_c: float = Field(default=1e-3, gt=0)
+    """Width of the pseudo-Huber distance's quadratic part."""
+    perturbation: float = Field(default=0.1, ge=0)
+    """Strength of the noise perturbation (offset noise, Sec. 3.1); 0 is off."""
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> DistillConfig:
+        if not len(self.k_list) == len(self.n_list) == len(self.steps_list):
+            raise ValueError(
+                f"k_list, n_list and steps_list need one entry a stage, they have {len(self.k_list)}, {len(self.n_list)} and {len(self.steps_list)}"
+            )
+        if not self.k_list or min(self.steps_list) < 1:
+            raise ValueError(f"steps_list={self.steps_list}: at least one stage of at least one step")
+        if any(a <= b for a, b in pairwise(self.k_list)):
+            raise ValueError(f"k_list={self.k_list} must fall from stage to stage")
+        for k, n in zip(self.k_list, self.n_list, strict=True):
+            check_grid(1000, n, k)
+        if self.omega_max < self.omega_min:
+            raise ValueError(f"omega_max={self.omega_max} is below omega_min={self.omega_min}")
+        if (self.target == "teacher") != (self.t_end == "two_steps"):
+            raise ValueError(
+                f"target={self.target!r} with t_end={self.t_end!r}: target='teacher' goes with t_end='two_steps' (progressive distillation), and only with it"
+            )
+        return self
+
+
+class AdversarialConfig(Strict):
+    """The adversarial part of d in Eq. 14, rising over the stages while MSE falls."""
+
+    kind: AdversarialKind = "hinge"
+    """Loss of the discriminator and the student."""
+    adv_start: float = Field(default=0.0, ge=0)
+    """Weight of the adversarial loss in the first stage."""
+    adv_end: float = Field(default=0.1, ge=0)
+    """Weight in the last."""
+    mse_start: float = Field(default=1.0, ge=0)
+    """Weight of the distance in the first stage."""
+    mse_end: float = Field(default=0.5, ge=0)
+    """Weight in the last."""
+    shape: float = Field(default=1.0, gt=0)
+    """Above 1 the weights change late, below 1 early."""
+    lr: float = Field(default=1e-5, gt=0)
+    """Learning rate of the discriminator's heads."""
+    warmup_share: float = Field(default=0.1, ge=0, lt=1)
+    """Share of a stage in which only the discriminator learns from the pairs, before the student hears of it."""
+
+    def weights(self, stage: int, stages: int) -> LossWeights:
+        """The stage's loss weights."""
+        return loss_weights(
+            stage,
+            stages,
+            mse_start=self.mse_start,
+            mse_end=self.mse_end,
+            adv_start=self.adv_start,
+            adv_end=self.adv_end,
+            shape=self.shape,
+        )
+
+    @model_validator(mode="after")
+    def _monotone(self) -> AdversarialConfig:
+        self.weights(0, 2)
+        return self
+
+
+class LoRAConfig(Strict):
+    """The student's adapter."""
+
+    rank: int = Field(default=64, ge=1)
+    """Rank r of each update."""
+    alpha: float | None = Field(default=None, gt=0)
+    """The update is scaled by alpha / rank; None is alpha = rank."""
+
+    @property
+    def effective_alpha(self) -> float:
+        """alpha, or the rank."""
+        return float(self.rank) if self.alpha is None else self.alpha
+
+
+class OptimConfig(Strict):
+    """The student's optimiser, AdamW."""
+
+    lr: float = Field(default=1e-6, gt=0)
+    """Peak learning rate."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up; cosine falls to a tenth at the stage's end."""
+    warmup: int = Field(default=0, ge=0)
+    """Steps of linear warm-up at each stage's start."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW's first moment decay."""
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    """AdamW's second moment decay."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    clip: float = Field(default=1.0, gt=0)
+    """Greatest norm of the gradient."""
+    batch: int = Field(default=512, ge=1)
+    """Images of one step over all workers."""
+    accumulation: int = Field(default=1, ge=1)
+    """Parts a worker's share of the batch is computed in, to save memory."""
+
+
+class RunConfig(Strict):
+    """Where and on what a run happens."""
+
+    name: str = "tscd"
+    """The run's folder under `out`; the same name goes on with the same run."""
+    out: str = "runs"
+    """Folder for runs, or an fsspec URL every node reaches."""
+    workers: int = Field(default=1, ge=1)
+    """Ray Train workers."""
+    gpus_per_worker: float = Field(default=0, ge=0)
+    """GPUs of each; 0 trains on the CPU."""
+    cpus_per_worker: float = Field(default=1, ge=0)
+    """CPU cores of each."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Number type of the frozen base; adapters and optimiser are float32."""
+    seed: int = 0
+    """All randomness is a function of (seed, rank, step)."""
+    checkpoint_every: int = Field(default=500, ge=1)
+    """Steps between checkpoints."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest checkpoints kept."""
+    max_failures: int = Field(default=3, ge=-1)
+    """Worker failures a run survives by starting again from the last checkpoint; -1 is no limit."""
+    max_bad_steps: int = Field(default=10, ge=1)
+    """Steps in a row with NaN or inf after which the job stops; fewer are skipped and counted."""
+    log_every: int = Field(default=20, ge=1)
+    """Steps between log lines."""
+    grids_every: int = Field(default=0, ge=0)
+    """Steps between sample grids in the logs; 0 is one at the end of each stage."""
+    loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Where metrics go beside the run's metrics.jsonl."""
+    prompts: tuple[str, ...] = (
+        "a photo of a cat",
+        "a castle by the sea at dusk",
+        "a bowl of fruit",
+        "a portrait of an old sailor",
+    )
+    """Prompts of the sample grids."""
+
+
+class TSCDConfig(Strict):
+    """A distillation run: teacher and shards in, one LoRA (or UNet) per stage out."""
+
+    teacher: str
+    """Folder of the base model in diffusers' layout."""
+    data: DataConfig
+    """Image-text shards and their encoding."""
+    distill: DistillConfig = DistillConfig()
+    """The method."""
+    adversarial: AdversarialConfig = AdversarialConfig()
+    """The adversarial part of the loss."""
+    lora: LoRAConfig = LoRAConfig()
+    """The student's adapter."""
+    full_unet: bool = False
+    """Train a full copy of the UNet in place of a LoRA."""
+    optim: OptimConfig = OptimConfig()
+    """The optimiser."""
+    run: RunConfig = RunConfig()
+    """Where it runs."""
+
+    @model_validator(mode="after")
+    def _batch_fits(self) -> TSCDConfig:
+        share = self.run.workers * self.optim.accumulation
+        if self.optim.batch % share:
+            nearest = max(1, round(self.optim.batch / share)) * share
+            raise ValueError(
+                f"optim.batch={self.optim.batch} is not divisible by run.workers * optim.accumulation = {share}; the nearest accepted is {nearest}"
+            )
+        if "://" not in self.teacher and not Path(self.teacher).is_dir():
+            raise ValueError(
+                f"teacher={self.teacher!r} is not a folder: name one in diffusers' layout (model_index.json, unet/, vae/, ...)"
+            )
+        return self
+
+    @property
+    def stages(self) -> int:
+        """How many."""
+        return len(self.distill.k_list)

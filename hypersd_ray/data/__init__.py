@@ -1,0 +1,1 @@
+"""Image-text shards -> latents and embeddings -> batches, through Ray Data."""

@@ -1,0 +1,284 @@
+"""Encode image-text shards once, into a folder of latent parquet that later runs read.
+
+    out/latents.json                 the marker: what the latents belong to, the files, rows and rejects
+    out/{shard's stem}-{hash}.parquet   one file a shard: key, caption, row and the tensor columns of encode.py
+    out/rejects.jsonl                what was skipped
+
+A file appears under its name only when it is whole, and carries its shard's counts in its footer: a run that was killed
+goes on behind the last whole file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import operator
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from ray.data.extensions import ArrowTensorArray
+
+from hypersd_ray.config.base import ConfigError
+from hypersd_ray.config.data import DataConfig
+from hypersd_ray.data import rejects
+from hypersd_ray.data.encode import TENSOR_COLUMNS
+from hypersd_ray.data.pipeline import Columns, encoded_dataset, split_windows
+from hypersd_ray.data.plan import Window
+from hypersd_ray.data.sources import MARKER, Sources, exists, find_shards
+
+ROW_GROUP_BYTES = 64 * 2**20
+_FOOTER = b"hypersd_ray"
+_ENCODING_PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a call of `precompute` did; rows, seen and rejects are of the whole folder."""
+
+    out: str
+    shards: int
+    shards_skipped: int
+    rows: int
+    seen: int
+    rejects: dict[str, int]
+    rows_per_s: float
+    """Rows that this call wrote, per second of this call; 0 when all was there."""
+
+
+def precompute(
+    config: DataConfig, model_path: str, out: str, progress: Callable[[int, int, int], None] | None = None
+) -> Summary:
+    """Encode what `config.shards` names into `out` (a folder, any fsspec URL); shards that are there are skipped.
+
+    `progress(shards done, shards in all, rows written)` is called after each shard. The rows pass through this process,
+    which writes them in order. Raises ConfigError when `out` holds latents of another model, resolution or filters,
+    TooManyRejectsError past config.max_reject_share.
+    """
+    sources = find_shards(config.patterns, config.format)
+    if sources.format == "latents":
+        raise ConfigError(f"data.shards: {config.patterns[0]} holds latents already: name image-text shards")
+    model_path = _absolute(model_path)
+    folder = _Folder(*fsspec.core.url_to_fs(out))
+    belongs = {
+        "model_hash": fingerprint(model_path),
+        "resolution": config.resolution,
+        "filters": config.filters.model_dump(),
+    }
+    check_marker(out, belongs)
+    folder.filesystem.makedirs(folder.root, exist_ok=True)
+    done = {url: footer for url in sources.urls if (footer := folder.footer(url))}
+    todo = [url for url in sources.urls if url not in done]
+    skipped = len(done)
+    folder.write_marker({"complete": not todo, "model": model_path, **belongs, **_totals(sources.urls, done)})
+    started, written = time.perf_counter(), 0
+    if todo:
+        log = rejects.start_reject_log(config, f"{out.rstrip('/')}/rejects.jsonl")
+        for url, footer in done.items():
+            ray.get(log.count.remote(url, footer["seen"], footer["rejects"]))
+        for url, pieces in _shards_in_order(todo, sources.format, config, model_path, log):
+            done[url] = folder.write(url, pieces, log)
+            written += done[url]["rows"]
+            rejects.check(log)
+            if progress is not None:
+                progress(len(done), len(sources.urls), written)
+    elapsed = time.perf_counter() - started
+    totals = _totals(sources.urls, done)
+    folder.write_marker({"complete": True, "model": model_path, **belongs, **totals})
+    return Summary(
+        out,
+        len(done),
+        skipped,
+        totals["rows"],
+        totals["seen"],
+        totals["rejects"],
+        written / elapsed if written else 0.0,
+    )
+
+
+def resolve(config: DataConfig, model_path: str, run_folder: str) -> Sources:
+    """What a training run streams, settled once in the driver: latents as they are, after precomputing if
+    config.cache is "disk", or the image-text shards.
+
+    Give its `urls` to every LatentStream, with config.format set to its `format`. Raises ConfigError for shards that
+    are not there, and for latents of another model or resolution.
+    """
+    sources = find_shards(config.patterns, config.format)
+    if sources.format != "latents":
+        if config.cache == "none":
+            return sources
+        out = config.cache_dir or f"{run_folder.rstrip('/')}/latents"
+        precompute(config, model_path, out)
+        sources = find_shards((out,), "latents")
+    wanted = {"model_hash": fingerprint(_absolute(model_path)), "resolution": config.resolution}
+    listed: set[str] = set()
+    for folder in sorted({url.rpartition("/")[0] for url in sources.urls}):
+        marker = check_marker(folder, wanted)
+        if not marker or not marker["complete"]:
+            raise ConfigError(
+                f"data.shards: the latents in {folder} are not complete: run jobs/precompute.py on it (again)"
+            )
+        listed.update(f"{folder}/{name}" for name in marker["files"])
+    # A file that the marker does not name is left over from another list of shards.
+    return Sources(tuple(url for url in sources.urls if url in listed), "latents")
+
+
+def check_marker(folder: str, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The marker of a folder of latents, {} when there is none. Raises ConfigError where it differs from `wanted`."""
+    url = f"{folder.rstrip('/')}/{MARKER}"
+    if not exists(url):
+        return {}
+    with fsspec.open(url, "r", encoding="utf-8") as file:
+        marker = json.load(file)
+    for name, value in wanted.items():
+        if marker.get(name) != value:
+            made_with = f"by {marker.get('model')}" if name == "model_hash" else f"with {marker.get(name)}"
+            raise ConfigError(
+                f"{url}: its latents were made {made_with}, this run has {name}={value}: "
+                "name another folder (data.cache_dir, --out) or precompute again"
+            )
+    return marker
+
+
+def fingerprint(model_path: str) -> str:
+    """A hash of what encodes: configs and tokenizers whole, weights by name, size and last MiB. Not of the path.
+
+    What is no local folder (a hub's name) is hashed by its name.
+    """
+    root = Path(model_path)
+    digest = hashlib.sha256()
+    files = [f for part in _ENCODING_PARTS for f in sorted((root / part).glob("*")) if f.is_file()]
+    if not files:
+        digest.update(str(model_path).encode())
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(root)} {size} ".encode())
+        with file.open("rb") as data:
+            data.seek(max(0, size - 2**20))
+            digest.update(data.read())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """The folder of latents on its file system."""
+
+    filesystem: Any
+    root: str
+
+    def path(self, url: str) -> str:
+        """The file of a shard: named by its stem, told from another folder's by a hash of its URL."""
+        stem = url.rpartition("/")[2].partition(".")[0]
+        return f"{self.root}/{stem}-{hashlib.sha256(url.encode()).hexdigest()[:8]}.parquet"
+
+    def footer(self, url: str) -> dict[str, Any] | None:
+        """{"rows", "seen", "rejects", "columns", "file"} of a shard that is whole, else None."""
+        path = self.path(url)
+        if not self.filesystem.exists(path):
+            return None
+        with self.filesystem.open(path, "rb") as file:
+            return json.loads(pq.ParquetFile(file).metadata.metadata[_FOOTER])
+
+    def write(self, url: str, pieces: Iterator[Columns], log: ray.actor.ActorHandle) -> dict[str, Any]:
+        """Write one shard's rows; -> its footer."""
+        path = self.path(url)
+        groups = _row_groups(pieces)
+        first = next(groups, None)
+        schema = (
+            first.schema
+            if first is not None
+            else pa.schema({"key": pa.string(), "caption": pa.string(), "row": pa.int64()})
+        )
+        rows = 0
+        with (
+            self.filesystem.open(f"{path}.part", "wb") as file,
+            # No dictionaries and no compression: float16 noise does not shrink (zstd: 8%), and reading is faster.
+            pq.ParquetWriter(file, schema, compression="none", use_dictionary=False) as writer,
+        ):
+            for table in () if first is None else itertools.chain([first], groups):
+                writer.write_table(table, row_group_size=len(table))
+                rows += len(table)
+            counts = ray.get(log.shard.remote(url))
+            shapes = {f.name: list(f.type.shape) for f in schema if hasattr(f.type, "shape")}
+            footer = {"file": path.rpartition("/")[2], "rows": rows, **counts, "columns": shapes}
+            writer.add_key_value_metadata({_FOOTER: json.dumps(footer).encode()})
+        self.filesystem.mv(f"{path}.part", path)
+        return footer
+
+    def write_marker(self, marker: dict[str, Any]) -> None:
+        """Replace the marker whole."""
+        with self.filesystem.open(f"{self.root}/{MARKER}.part", "w", encoding="utf-8") as file:
+            json.dump(marker, file, indent=1)
+        self.filesystem.mv(f"{self.root}/{MARKER}.part", f"{self.root}/{MARKER}")
+
+
+def _shards_in_order(
+    urls: Sequence[str], format: str, config: DataConfig, model_path: str, log: ray.actor.ActorHandle
+) -> Iterator[tuple[str, Iterator[Columns]]]:
+    """(shard, its encoded rows piece by piece), a shard without rows too; one Ray Data execution for all."""
+    windows = [Window(i, (url,)) for i, url in enumerate(urls)]
+    dataset = encoded_dataset(windows, format, config, model_path, log)
+
+    def pieces() -> Iterator[tuple[int, Columns]]:
+        for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
+            if len(block.get("key", ())):
+                yield from split_windows(block)
+
+    following = 0
+    for index, group in itertools.groupby(pieces(), key=operator.itemgetter(0)):
+        yield from ((url, iter(())) for url in urls[following:index])
+        yield urls[index], (columns for _, columns in group)
+        following = index + 1
+    yield from ((url, iter(())) for url in urls[following:])
+
+
+def _row_groups(pieces: Iterator[Columns]) -> Iterator[pa.Table]:
+    """Tables of at least ROW_GROUP_BYTES, but for the last."""
+    held: list[Columns] = []
+    size = 0
+    for piece in pieces:
+        held.append(piece)
+        size += sum(piece[name].nbytes for name in TENSOR_COLUMNS if name in piece)
+        if size >= ROW_GROUP_BYTES:
+            yield _table(held)
+            held, size = [], 0
+    if held:
+        yield _table(held)
+
+
+def _table(pieces: list[Columns]) -> pa.Table:
+    def whole(name: str) -> np.ndarray:
+        return np.concatenate([p[name] for p in pieces])
+
+    tensors = {n: ArrowTensorArray.from_numpy(whole(n)) for n in TENSOR_COLUMNS if n in pieces[0]}
+    texts = {n: pa.array(whole(n).tolist(), pa.string()) for n in ("key", "caption")}
+    return pa.table({**texts, "row": pa.array(whole("row"), pa.int64()), **tensors})
+
+
+def _totals(urls: Sequence[str], footers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the marker says of all shards that are done."""
+    done = [footers[url] for url in urls if url in footers]
+    reasons: Counter[str] = Counter()
+    for footer in done:
+        reasons.update(footer["rejects"])
+    return {
+        "rows": sum(f["rows"] for f in done),
+        "seen": sum(f["seen"] for f in done),
+        "rejects": dict(reasons.most_common()),
+        "columns": next((f["columns"] for f in done if f["columns"]), {}),
+        "files": {f["file"]: f["rows"] for f in done},
+    }
+
+
+def _absolute(model_path: str) -> str:
+    """Ray's actors run in other working directories."""
+    return str(Path(model_path).resolve()) if Path(model_path).exists() else str(model_path)

@@ -1,0 +1,113 @@
+"""Count what is skipped, list it in a file, stop the job when it is too much."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import fsspec
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from hypersd_ray.config.data import DataConfig
+
+
+class TooManyRejectsError(ValueError):
+    """More rows were rejected than data.max_reject_share allows."""
+
+
+class RejectCounter:
+    """Rows seen and rejected, by reason, each shard once; the rejects as JSON lines in a file. Knows no Ray.
+
+    A shard is read again in the next epoch, after a worker's death, or by another rank: only its first report counts.
+    `path` (None = no file) may be any fsspec URL whose file system can append. An existing file is continued: the
+    shards it already lists are counted, but not listed twice.
+    """
+
+    def __init__(self, path: str | None, max_share: float, grace: int) -> None:
+        self.path, self.max_share, self.grace = path, max_share, grace
+        self.seen = 0
+        self.reasons: Counter[str] = Counter()
+        self._shards: dict[str, dict[str, Any]] = {}
+        self._listed = _listed_shards(path)
+
+    def report(self, shard: str, seen: int, rejects: Sequence[tuple[str, str]]) -> None:
+        """Take in one whole shard: rows seen (with the rejected ones) and (reason, key) of each rejected one."""
+        if self.count(shard, seen, Counter(reason for reason, _ in rejects)) and rejects and shard not in self._listed:
+            self._list(shard, rejects)
+
+    def count(self, shard: str, seen: int, reasons: Mapping[str, int]) -> bool:
+        """`report` without listing, for what an earlier run has listed; -> whether the shard is new."""
+        if shard in self._shards:
+            return False
+        self._shards[shard] = {"seen": seen, "rejects": dict(reasons)}
+        self.seen += seen
+        self.reasons.update(reasons)
+        return True
+
+    def _list(self, shard: str, rejects: Sequence[tuple[str, str]]) -> None:
+        if self.path is not None:
+            with fsspec.open(self.path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"reason": r, "shard": shard, "key": k}) + "\n" for r, k in rejects)
+
+    def shard(self, shard: str) -> dict[str, Any]:
+        """{"seen": rows, "rejects": {reason: rows}} of one reported shard; zeros when it was not reported."""
+        return self._shards.get(shard, {"seen": 0, "rejects": {}})
+
+    def summary(self) -> dict[str, Any]:
+        """{"seen": rows, "rejected": rows, "rejects": {reason: rows}}, the most frequent reason first."""
+        return {"seen": self.seen, "rejected": self.reasons.total(), "rejects": dict(self.reasons.most_common())}
+
+    def verdict(self) -> str | None:
+        """What to tell the user when the share is past its limit, else None."""
+        rejected = self.reasons.total()
+        if self.seen < max(self.grace, 1) or rejected <= self.max_share * self.seen:
+            return None
+        reason, count = self.reasons.most_common(1)[0]
+        return (
+            f"{rejected} of {self.seen} rows rejected ({rejected / self.seen:.0%}), more than "
+            f"data.max_reject_share={self.max_share}: most often {reason} ({count}), "
+            f"listed in {self.path or 'no file'}; mend the data or data.filters, or raise data.max_reject_share"
+        )
+
+
+RejectLog = ray.remote(num_cpus=0)(RejectCounter)
+"""The counter as an actor, shared by the readers of all training workers; it gets one report a shard."""
+
+
+def start_reject_log(config: DataConfig, path: str | None) -> ray.actor.ActorHandle:
+    """Start the log on this node, so that a local `path` is where the user looks; pass the handle to every stream."""
+    if path is not None:
+        filesystem, name = fsspec.core.url_to_fs(path)
+        filesystem.makedirs(name.rpartition("/")[0] or ".", exist_ok=True)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    options = RejectLog.options(scheduling_strategy=here)
+    return options.remote(path, config.max_reject_share, config.reject_grace)
+
+
+def check(log: ray.actor.ActorHandle) -> None:
+    """Raise TooManyRejectsError when the share is past its limit.
+
+    The actor only says so: an exception raised there would reach the user inside Ray's traceback.
+    """
+    verdict = ray.get(log.verdict.remote())
+    if verdict is not None:
+        raise TooManyRejectsError(verdict)
+
+
+def _listed_shards(path: str | None) -> set[str]:
+    if path is None:
+        return set()
+    filesystem, name = fsspec.core.url_to_fs(path)
+    if not filesystem.exists(name):
+        return set()
+    listed = set()
+    with filesystem.open(name, "r", encoding="utf-8") as file:
+        for line in file:
+            try:
+                listed.add(json.loads(line)["shard"])
+            except (ValueError, KeyError):  # a line that was cut when the run was killed
+                continue
+    return listed

@@ -1,0 +1,101 @@
+"""Train the embedded world's autoencoder: an `AutoencoderKL` that halves a 32-pixel picture twice (f4, 8x8x4 latents)."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+
+from hypersd_ray.embedded.pictures import to_unit
+
+
+def make_vae() -> AutoencoderKL:
+    """Stable Diffusion's autoencoder, narrower: 0.77M parameters."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(24, 48, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=4,
+        sample_size=32,
+    )
+
+
+def edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Differences between neighbouring pixels, down and across."""
+    return x[..., 1:, :] - x[..., :-1, :], x[..., 1:] - x[..., :-1]
+
+
+def vae_loss(vae: AutoencoderKL, x: torch.Tensor, generator: torch.Generator, kl_weight: float) -> torch.Tensor:
+    """L1 on pixels and on their differences (for sharp edges) and a light pull of the latents to a unit Gaussian."""
+    posterior = vae.encode(x).latent_dist
+    decoded = vae.decode(posterior.sample(generator)).sample
+    edge = sum(F.l1_loss(a, b) for a, b in zip(edges(decoded), edges(x), strict=True))
+    return F.l1_loss(decoded, x) + edge + kl_weight * posterior.kl().mean()
+
+
+def train_vae(
+    images: torch.Tensor,
+    out: Path,
+    steps: int,
+    batch: int = 32,
+    lr: float = 2e-3,
+    kl_weight: float = 1e-5,
+    seed: int = 0,
+) -> AutoencoderKL:
+    """Train for `steps` batches of `images` (N, 3, H, W) uint8, resuming from `out/vae_state.pt`; saves to `out/vae`.
+
+    The scaling factor is set so that latents have unit variance, as Stable Diffusion's is.
+    """
+    torch.manual_seed(seed)
+    vae = make_vae()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.1)
+    first, state_path = 0, out / "vae_state.pt"
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True)
+        vae.load_state_dict(state["vae"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        first = state["step"]
+    begun = time.monotonic()
+    for step in range(first, steps):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        index = torch.randint(len(images), (batch,), generator=generator)
+        x = to_unit(images[index])
+        if torch.rand((), generator=generator) < 0.5:
+            x = x.flip(-1)
+        loss = vae_loss(vae, x, generator, kl_weight)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % 100 == 0:
+            print(
+                f"vae step {step + 1}/{steps} loss {loss.item():.4f} {(time.monotonic() - begun) / (step + 1 - first):.3f} s/step",
+                flush=True,
+            )
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            torch.save(
+                {
+                    "vae": vae.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "schedule": schedule.state_dict(),
+                    "step": step + 1,
+                },
+                state_path,
+            )
+    vae.eval()
+    with torch.no_grad():
+        held = to_unit(images[:512])
+        latents = vae.encode(held).latent_dist.mode()
+        error = F.mse_loss(vae.decode(latents).sample, held).item()
+    vae.register_to_config(scaling_factor=round(1.0 / latents.std().item(), 5))
+    print(f"vae mse {error:.5f} (range -1..1), scaling factor {vae.config.scaling_factor}")
+    vae.save_pretrained(out / "vae")
+    return vae

@@ -1,0 +1,56 @@
+"""What a denoiser is told beside x_t and t."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Text (and for SDXL size) conditioning of a batch.
+
+    Attributes:
+        prompt_embeds: (B, L, D) hidden states of the text encoder(s).
+        pooled: (B, P) pooled text embedding; SDXL only.
+        time_ids: (B, 6) original height, width, crop top, left, target height, width; SDXL only.
+    """
+
+    prompt_embeds: Tensor
+    pooled: Tensor | None = None
+    time_ids: Tensor | None = None
+
+    def _map(self, fn) -> Conditioning:
+        return Conditioning(
+            *(None if part is None else fn(part) for part in (self.prompt_embeds, self.pooled, self.time_ids))
+        )
+
+    def to(self, *args, **kwargs) -> Conditioning:
+        """As `Tensor.to`, on each part."""
+        return self._map(lambda part: part.to(*args, **kwargs))
+
+    def expand(self, batch: int) -> Conditioning:
+        """A conditioning of batch 1 repeated `batch` times, without a copy."""
+        return self._map(lambda part: part.expand(batch, *part.shape[1:]))
+
+    def with_time_ids(self, time_ids: Tensor | None) -> Conditioning:
+        """The same text with another size conditioning."""
+        return Conditioning(self.prompt_embeds, self.pooled, time_ids)
+
+    def added_kwargs(self) -> dict[str, Tensor] | None:
+        """diffusers' `added_cond_kwargs`; None for SD1.5."""
+        if self.pooled is None:
+            return None
+        return {"text_embeds": self.pooled, "time_ids": self.time_ids}
+
+
+def concatenate(first: Conditioning, second: Conditioning) -> Conditioning:
+    """Both batches as one."""
+    parts = zip(
+        (first.prompt_embeds, first.pooled, first.time_ids),
+        (second.prompt_embeds, second.pooled, second.time_ids),
+        strict=True,
+    )
+    return Conditioning(*(None if a is None else torch.cat([a, b]) for a, b in parts))

@@ -1,0 +1,151 @@
+"""Low-rank adapters of one UNet, several roles side by side: student, EMA, previous stage (paper, Sec. 3.1: LoRA plugins).
+
+PEFT holds one active adapter and flips `requires_grad` at each switch; a distillation step needs three roles in turn on
+one frozen base. Here a role is switched by one attribute that all layers share, and in float32 the update is merged into
+the weight (`W + scale * B A`), so that an adapter costs no second path through the activations. The tensors have PEFT's
+shapes: A (r, in) or (r, in, kh, kw); B (out, r) or (out, r, 1, 1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LCM_TARGETS = (
+    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
+    "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
+)  # fmt: skip
+"""The 14 target modules of the released LCM and Hyper-SD LoRAs."""
+
+
+@dataclass
+class Switch:
+    """Which role the adapters play now; None is the bare base."""
+
+    role: str | None = None
+
+
+class RoleLoRA(nn.Module):
+    """A frozen `Linear` or `Conv2d` with one low-rank update per role.
+
+    Attributes:
+        base: the frozen layer.
+        A, B: role -> factor, float32 whatever the base's dtype.
+        scale: alpha / rank.
+    """
+
+    def __init__(self, base: nn.Linear | nn.Conv2d, rank: int, alpha: float, switch: Switch):
+        super().__init__()
+        self.base, self.rank, self.scale, self.switch = base, rank, alpha / rank, switch
+        self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
+
+    def add(self, role: str, generator: torch.Generator) -> None:
+        """A new role that changes nothing yet: A Kaiming-uniform, B zero."""
+        weight = self.base.weight
+        a_shape = (self.rank, *weight.shape[1:])
+        bound = 1 / math.sqrt(math.prod(weight.shape[1:]))
+        a = (torch.rand(a_shape, generator=generator) * 2 - 1) * bound
+        b = torch.zeros(weight.shape[0], self.rank, *[1] * (weight.ndim - 2))
+        self.A[role] = nn.Parameter(a.to(weight.device))
+        self.B[role] = nn.Parameter(b.to(weight.device))
+
+    def delta(self, role: str) -> Tensor:
+        """The update of the weight, in the weight's shape, float32."""
+        a, b = self.A[role], self.B[role]
+        return (self.scale * (b.flatten(1) @ a.flatten(1))).view(self.base.weight.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        role = self.switch.role
+        if role is None or role not in self.A:
+            return self.base(x)
+        if self.base.weight.dtype == torch.float32:
+            return self._apply(x, self.base.weight + self.delta(role), self.base.bias)
+        # Merged into bfloat16 a small update would round away (8 bits of mantissa), so it takes its own path there;
+        # the factors are cast down, not the activations up.
+        a, b = self.A[role].to(x.dtype), self.B[role].to(x.dtype)
+        if isinstance(self.base, nn.Conv2d):
+            return self.base(x) + self.scale * F.conv2d(self._apply(x, a, None), b)
+        return self.base(x) + self.scale * F.linear(F.linear(x, a), b)
+
+    def _apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if isinstance(self.base, nn.Conv2d):
+            return F.conv2d(x, weight, bias, self.base.stride, self.base.padding, self.base.dilation, self.base.groups)
+        return F.linear(x, weight, bias)
+
+
+class Adapters:
+    """All low-rank roles of one network."""
+
+    def __init__(self, network: nn.Module, rank: int, alpha: float, targets: tuple[str, ...] = LCM_TARGETS):
+        """Freeze `network` and wrap the modules whose names end in one of `targets`.
+
+        Raises:
+            ValueError: no module matches.
+        """
+        self.rank, self.alpha, self.targets, self.switch = rank, alpha, targets, Switch()
+        network.requires_grad_(False)
+        self.layers: dict[str, RoleLoRA] = {}
+        found = [
+            n
+            for n, m in network.named_modules()
+            if isinstance(m, nn.Linear | nn.Conv2d) and n.endswith(tuple(f".{t}" for t in targets))
+        ]
+        if not found:
+            raise ValueError(f"no module of {type(network).__name__} ends in one of {targets}: check lora.targets")
+        for name in found:
+            parent_name, _, child = name.rpartition(".")
+            parent = network.get_submodule(parent_name)
+            layer = RoleLoRA(getattr(parent, child), rank, alpha, self.switch)
+            setattr(parent, child, layer)
+            self.layers[name] = layer
+
+    def add(self, role: str, trainable: bool, seed: int = 0) -> None:
+        """A role that equals the base until its tensors change."""
+        generator = torch.Generator().manual_seed(seed)
+        for layer in self.layers.values():
+            layer.add(role, generator)
+            layer.A[role].requires_grad_(trainable)
+            layer.B[role].requires_grad_(trainable)
+
+    @contextmanager
+    def playing(self, role: str | None) -> Iterator[None]:
+        """The network plays `role` inside the block; the bare base for None."""
+        before, self.switch.role = self.switch.role, role
+        try:
+            yield
+        finally:
+            self.switch.role = before
+
+    def named_tensors(self, role: str) -> dict[str, nn.Parameter]:
+        """`{module}.lora_A.weight` and `{module}.lora_B.weight`, PEFT's names, in the network's order."""
+        named = {}
+        for name, layer in self.layers.items():
+            named[f"{name}.lora_A.weight"] = layer.A[role]
+            named[f"{name}.lora_B.weight"] = layer.B[role]
+        return named
+
+    @torch.no_grad()
+    def load(self, role: str, tensors: dict[str, Tensor]) -> None:
+        """Copy tensors (PEFT's names) into a role.
+
+        Raises:
+            ValueError: names or shapes differ, in one line.
+        """
+        own = self.named_tensors(role)
+        missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+        if missing or extra:
+            raise ValueError(
+                f"LoRA tensors do not fit this UNet: {len(missing)} missing (first {missing[:1]}), {len(extra)} unexpected (first {extra[:1]})"
+            )
+        for name, parameter in own.items():
+            if parameter.shape != tensors[name].shape:
+                raise ValueError(
+                    f"LoRA tensor {name} is {tuple(tensors[name].shape)}, this run's is {tuple(parameter.shape)}: set lora.rank to {min(tensors[name].shape[:2])}"
+                )
+            parameter.copy_(tensors[name])

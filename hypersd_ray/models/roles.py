@@ -1,0 +1,190 @@
+"""One UNet, many roles: teacher, student, EMA and the previous stage's student on one frozen base (or full copies of it).
+
+Shapes: x_t (B, C, h, w); t (B,) our time 1..T; Conditioning of batch B.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from hypersd_ray.diffusion.guidance import guide
+from hypersd_ray.diffusion.parameterization import Parameterization, Prediction, to_prediction
+from hypersd_ray.diffusion.schedule import Schedule
+from hypersd_ray.diffusion.solver import Denoiser
+from hypersd_ray.models.conditioning import Conditioning, concatenate
+from hypersd_ray.models.lora import LCM_TARGETS, Adapters
+
+TEACHER, STUDENT, EMA, PREVIOUS = "teacher", "student", "ema", "previous"
+
+
+class Roles:
+    """The networks of a distillation run behind one call: `denoiser(role, conditioning)`.
+
+    The epsilon / v / x0 parameterisation and the shift from our time to the network's index are here and nowhere else.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, schedule: Schedule, parameterization: Parameterization):
+        self.unet = unet
+        self.device = next(unet.parameters()).device
+        self.dtype = next(unet.parameters()).dtype
+        self.schedule = schedule.to(self.device)
+        self.parameterization = parameterization
+
+    # What a subclass decides: which tensors a role has, and how the network comes to play it.
+    def playing(self, role: str) -> AbstractContextManager[nn.Module]:
+        """Context in which the returned network plays `role`."""
+        raise NotImplementedError
+
+    def add(self, role: str, like: str | None = None) -> None:
+        """A new role with the tensors of `like` (None: the base)."""
+        raise NotImplementedError
+
+    def named_tensors(self, role: str) -> dict[str, nn.Parameter]:
+        """The tensors that make `role` differ from the base, by name, in a fixed order."""
+        raise NotImplementedError
+
+    def predict(self, role: str, x_t: Tensor, t: Tensor, cond: Conditioning) -> Prediction:
+        """x0 and eps, float32, that `role` predicts at (x_t, t)."""
+        with self.playing(role) as network:
+            added = None if cond.pooled is None else cond.to(self.dtype).added_kwargs()
+            output = network(
+                x_t.to(self.dtype), t - 1, cond.prompt_embeds.to(self.dtype), added_cond_kwargs=added
+            ).sample
+        alpha_t, sigma_t = self.schedule.at(t)
+        return to_prediction(output.float(), x_t.float(), alpha_t, sigma_t, self.parameterization)
+
+    def denoiser(self, role: str, cond: Conditioning) -> Denoiser:
+        """`role` with its conditioning bound."""
+        return lambda x_t, t: self.predict(role, x_t, t, cond)
+
+    def guided(self, role: str, cond: Conditioning, null: Conditioning, omega: Tensor) -> Denoiser:
+        """`role` under classifier-free guidance `omega` (B,); conditional and unconditional run as one batch.
+
+        `null` has batch 1; its size conditioning, if any, is `cond`'s.
+        """
+        batch = len(omega)
+        both = concatenate(cond, null.with_time_ids(None).expand(batch).with_time_ids(cond.time_ids))
+
+        def call(x_t: Tensor, t: Tensor) -> Prediction:
+            out = self.predict(role, x_t.repeat(2, 1, 1, 1), t.repeat(2), both)
+            # x0 and eps are affine in the network's output, so guiding both is guiding the output.
+            return Prediction(guide(*out.x0.chunk(2), omega), guide(*out.eps.chunk(2), omega))
+
+        return call
+
+    @torch.no_grad()
+    def copy(self, source: str, target: str) -> None:
+        """target := source."""
+        for a, b in zip(self.named_tensors(target).values(), self.named_tensors(source).values(), strict=True):
+            a.copy_(b)
+
+    # Algorithm 1, line 16
+    @torch.no_grad()
+    def ema_update(self, decay: float) -> None:
+        """ema := decay * ema + (1 - decay) * student."""
+        averages, students = list(self.named_tensors(EMA).values()), list(self.named_tensors(STUDENT).values())
+        torch._foreach_lerp_(averages, students, 1 - decay)
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The student's parameters."""
+        return list(self.named_tensors(STUDENT).values())
+
+    def load(self, role: str, tensors: dict[str, Tensor]) -> None:
+        """Copy tensors by name into a role; raises ValueError when they do not fit."""
+        raise NotImplementedError
+
+
+class LoRARoles(Roles):
+    """Every role but the teacher is a low-rank adapter: the base is in memory once."""
+
+    def __init__(
+        self, unet: UNet2DConditionModel, schedule: Schedule, parameterization: Parameterization,
+        rank: int, alpha: float, targets: tuple[str, ...] = LCM_TARGETS, seed: int = 0,
+    ):  # fmt: skip
+        super().__init__(unet, schedule, parameterization)
+        self.adapters = Adapters(unet, rank, alpha, targets)
+        self.adapters.add(STUDENT, trainable=True, seed=seed)
+        self.add(EMA, like=STUDENT)
+
+    def add(self, role: str, like: str | None = None) -> None:
+        if role not in next(iter(self.adapters.layers.values())).A:
+            self.adapters.add(role, trainable=False)
+        if like is not None:
+            self.copy(like, role)
+
+    def playing(self, role: str) -> AbstractContextManager[nn.Module]:
+        return _Playing(self.unet, self.adapters, None if role == TEACHER else role)
+
+    def named_tensors(self, role: str) -> dict[str, nn.Parameter]:
+        return self.adapters.named_tensors(role)
+
+    def load(self, role: str, tensors: dict[str, Tensor]) -> None:
+        self.adapters.load(role, tensors)
+
+
+class _Playing(AbstractContextManager):
+    """`Adapters.playing`, with the network as its value."""
+
+    def __init__(self, unet: nn.Module, adapters: Adapters, role: str | None):
+        self.unet, self.inner = unet, adapters.playing(role)
+
+    def __enter__(self) -> nn.Module:
+        self.inner.__enter__()
+        return self.unet
+
+    def __exit__(self, *exc) -> None:
+        self.inner.__exit__(*exc)
+
+
+class FullRoles(Roles):
+    """Every role but the teacher is a full copy in float32; the same training loop without LoRA."""
+
+    def __init__(self, unet: UNet2DConditionModel, schedule: Schedule, parameterization: Parameterization):
+        super().__init__(unet, schedule, parameterization)
+        self.networks: dict[str, nn.Module] = {TEACHER: unet.requires_grad_(False)}
+        self.add(STUDENT)
+        self.networks[STUDENT].requires_grad_(True)
+        self.add(EMA)
+
+    def add(self, role: str, like: str | None = None) -> None:
+        if role not in self.networks:
+            self.networks[role] = copy.deepcopy(self.unet).float().requires_grad_(False)
+        if like is not None:
+            self.copy(like, role)
+
+    def playing(self, role: str) -> AbstractContextManager[nn.Module]:
+        if self.dtype == torch.float32 or role == TEACHER:
+            return nullcontext(self.networks[role])
+        return _Autocast(self.networks[role], self.device.type, self.dtype)
+
+    def named_tensors(self, role: str) -> dict[str, nn.Parameter]:
+        return dict(self.networks[role].named_parameters())
+
+    def load(self, role: str, tensors: dict[str, Tensor]) -> None:
+        own = self.named_tensors(role)
+        if own.keys() != tensors.keys():
+            raise ValueError(
+                f"UNet tensors do not fit: {len(own.keys() ^ tensors.keys())} names differ; is it of the same base model?"
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(tensors[name])
+
+
+class _Autocast(AbstractContextManager):
+    """Run a float32 network under autocast."""
+
+    def __init__(self, network: nn.Module, device: str, dtype: torch.dtype):
+        self.network, self.inner = network, torch.autocast(device, dtype)
+
+    def __enter__(self) -> nn.Module:
+        self.inner.__enter__()
+        return self.network
+
+    def __exit__(self, *exc) -> None:
+        self.inner.__exit__(*exc)

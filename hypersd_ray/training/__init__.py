@@ -1,0 +1,1 @@
+"""Training steps: state, batch and generator in, metrics out. No Ray."""

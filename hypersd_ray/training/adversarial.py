@@ -1,0 +1,45 @@
+"""The adversarial part of d in Eq. 14: the target's jump is real, the student's is fake, both noised forward first."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hypersd_ray.diffusion.schedule import renoise
+from hypersd_ray.losses.adversarial import AdversarialKind, discriminator_loss, generator_loss
+from hypersd_ray.models.conditioning import Conditioning
+from hypersd_ray.models.discriminator import LatentDiscriminator, features
+from hypersd_ray.models.roles import Roles
+from hypersd_ray.training.tscd import Pair
+
+
+def draw_t_star(pair: Pair, generator: torch.Generator) -> Tensor:
+    """Where both are judged: uniform on [t_end, t_n] (PCM), at least 1."""
+    low, high = pair.times.t_end.clamp(min=1), pair.times.t_n
+    u = torch.rand(len(low), generator=generator, dtype=torch.float64).to(low.device)
+    return torch.minimum(low + (u * (high - low + 1)).long(), high)
+
+
+def adversarial_losses(
+    roles: Roles,
+    discriminator: LatentDiscriminator,
+    pair: Pair,
+    cond: Conditioning,
+    kind: AdversarialKind,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """(student's loss, discriminator's loss), scalars.
+
+    The first has gradient in the student only, the second in the heads only: the base's features of the student's
+    side are computed once for both.
+    """
+    t_star = draw_t_star(pair, generator)
+    noise = [torch.randn(pair.target.shape, generator=generator).to(pair.target.device) for _ in range(2)]
+    fake = features(roles, renoise(roles.schedule, pair.student, pair.times.t_end, t_star, noise[0]), t_star, cond)
+    with torch.no_grad():
+        real = features(roles, renoise(roles.schedule, pair.target, pair.times.t_end, t_star, noise[1]), t_star, cond)
+    discriminator.requires_grad_(False)
+    student_loss = generator_loss(discriminator.logits(fake), kind).mean()
+    discriminator.requires_grad_(True)
+    fake_logits = discriminator.logits([f.detach() for f in fake])
+    return student_loss, discriminator_loss(discriminator.logits(real), fake_logits, kind).mean()

@@ -1,0 +1,63 @@
+"""Train the embedded world's teacher: autoencoder, then denoiser and text encoder.
+
+    python jobs/build_emoji.py --node-modules node_modules --train 24000 --out build/emoji
+    python jobs/pretrain.py --data build/emoji --out build/pretrain
+
+About two hours on 2 cores; stopped and started again, it goes on. The result is `OUT/teacher`, committed in
+`hypersd_ray/embedded/teacher`, so nobody needs to run this to distil.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from diffusers import AutoencoderKL
+
+from hypersd_ray.embedded.pictures import load_pictures
+from hypersd_ray.embedded.pretrain_unet import train_unet
+from hypersd_ray.embedded.pretrain_vae import train_vae
+from hypersd_ray.embedded.text import make_text_encoder, train_tokenizer
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Sizes of the two trainings."""
+
+    data: Path
+    """Folder with train-*.tar shards."""
+    out: Path
+    """Folder for the states and the finished pipeline."""
+    vae_steps: int = 3500
+    unet_steps: int = 9000
+    seed: int = 0
+
+
+def main(config: PretrainConfig) -> None:
+    """Train both, or what of them is not finished yet."""
+    config.out.mkdir(parents=True, exist_ok=True)
+    images, captions = load_pictures(config.data, "train")
+    vae_path = config.out / "vae"
+    if vae_path.exists():
+        vae = AutoencoderKL.from_pretrained(vae_path)
+    else:
+        vae = train_vae(images, config.out, config.vae_steps, seed=config.seed)
+    tokenizer = train_tokenizer(captions)
+    torch.manual_seed(config.seed)
+    text = make_text_encoder(tokenizer)
+    train_unet(
+        vae.eval().requires_grad_(False),
+        tokenizer,
+        text,
+        images,
+        captions,
+        config.out,
+        config.unet_steps,
+        seed=config.seed,
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(PretrainConfig))
