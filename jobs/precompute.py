@@ -1,6 +1,6 @@
 """Encode image-text shards once into latent parquet, which later runs read (`--data.shards OUT`).
 
-    python jobs/precompute.py --model PATH --out DIR --data.shards 's3://bucket/{00000..00099}.tar' --data.resolution 512
+    python jobs/precompute.py --model PATH --out DIR --data.shards 's3://B/{000..099}.tar' --data.resolution 512
 
 Started again, it goes on behind the last whole shard.
 """
@@ -16,7 +16,7 @@ import ray
 import tyro
 
 from hypersd_ray.config.data import DataConfig
-from hypersd_ray.data.precompute import precompute
+from hypersd_ray.data.precompute import precompute, validate
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class PrecomputeConfig:
 
 def main(config: PrecomputeConfig) -> int:
     """Precompute, print what was made; -> the exit status."""
+    try:
+        validate(config.data, config.model, config.out)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     started = time.perf_counter()
     # `ray job submit` and a running cluster set the address; without one Ray starts on this machine.
     ray.init(address="auto" if os.environ.get("RAY_ADDRESS") else None, log_to_driver=False, include_dashboard=False)
@@ -46,9 +51,8 @@ def main(config: PrecomputeConfig) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     rejected = ", ".join(f"{reason} {count}" for reason, count in made.rejects.items()) or "none"
-    print(
-        f"{made.rows} rows of {made.seen} in {made.shards} shards ({made.shards_skipped} were there), {made.rows_per_s:.0f} rows/s"
-    )
+    there = f"{made.shards_skipped} were there"
+    print(f"{made.rows} rows of {made.seen} in {made.shards} shards ({there}), {made.rows_per_s:.0f} rows/s")
     print(f"rejected: {rejected}" + (f", listed in {made.out.rstrip('/')}/rejects.jsonl" if made.rejects else ""))
     print(f"latents in {made.out}: --data.shards {made.out}")
     return 0

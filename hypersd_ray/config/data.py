@@ -38,7 +38,7 @@ class EncoderPool(Strict):
     num_cpus: float = Field(default=1, ge=0)
     """CPU cores reserved for each actor."""
     num_gpus: float = Field(default=0, ge=0)
-    """GPUs (or a share of one) reserved for each actor."""
+    """GPUs (or a share of one) reserved for each actor; 0 encodes on the CPU."""
     batch_size: int = Field(default=32, ge=1)
     """Images encoded at once."""
     label_selector: dict[str, str] = Field(default_factory=dict)
@@ -57,7 +57,7 @@ class DataConfig(Strict):
     """Image-text shards and the way they become batches."""
 
     shards: str | tuple[str, ...]
-    """Image-text shards: a folder, a file, a pattern (*.tar, {00000..00010}.tar) or any fsspec URL; or several of them."""
+    """Image-text shards: a folder, a file, a pattern (*.tar, {00000..00010}.tar), any fsspec URL; or several."""
     format: Literal["auto", "webdataset", "parquet", "latents"] = "auto"
     """"auto" goes by the suffix, and by latents.json in the folder, which jobs/precompute.py leaves."""
     resolution: int = Field(default=512, ge=8)

@@ -47,7 +47,7 @@ def why_rejected(metadata: Mapping[str, Any], image: Image.Image, config: Filter
 
 
 def sharpness(image: Image.Image) -> float:
-    """The variance of the Laplacian (4 neighbours) of the grey image, values 0..255; 0 when a side is below 3 pixels."""
+    """Variance of the grey image's Laplacian (4 neighbours, values 0..255); 0 when a side is below 3 pixels."""
     g = np.asarray(image.convert("L"), dtype=np.float32)
     if min(g.shape) < 3:
         return 0.0
@@ -59,8 +59,8 @@ def _score(metadata: Mapping[str, Any], aliases: tuple[str, ...]) -> float | Non
     """The first alias that holds a finite number (LAION-400M's NSFW is a word: no score)."""
     for name in aliases:
         try:
-            value = float(metadata.get(name))
-        except (TypeError, ValueError):
+            value = float(metadata[name])
+        except (KeyError, TypeError, ValueError):
             continue
         if math.isfinite(value):
             return value

@@ -9,7 +9,7 @@ permuted in pools of `shuffle_rows`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -71,8 +71,3 @@ def windows(
 def row_order(rows: int, seed: int, epoch: int, window: int, pool: int) -> np.ndarray:
     """The permutation (rows,) int64 of pool number `pool` of a window."""
     return np.random.default_rng([seed, epoch, window, pool]).permutation(rows)
-
-
-def pools(rows: int, shuffle_rows: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of the pools of a window of `rows` rows."""
-    return ((start, min(start + shuffle_rows, rows)) for start in range(0, rows, shuffle_rows))

@@ -64,17 +64,9 @@ def precompute(
     which writes them in order. Raises ConfigError when `out` holds latents of another model, resolution or filters,
     TooManyRejectsError past config.max_reject_share.
     """
-    sources = find_shards(config.patterns, config.format)
-    if sources.format == "latents":
-        raise ConfigError(f"data.shards: {config.patterns[0]} holds latents already: name image-text shards")
-    model_path = _absolute(model_path)
+    sources, belongs = validate(config, model_path, out)
+    model_path = str(Path(model_path).resolve())  # Ray's actors run in other working directories
     folder = _Folder(*fsspec.core.url_to_fs(out))
-    belongs = {
-        "model_hash": fingerprint(model_path),
-        "resolution": config.resolution,
-        "filters": config.filters.model_dump(),
-    }
-    check_marker(out, belongs)
     folder.filesystem.makedirs(folder.root, exist_ok=True)
     done = {url: footer for url in sources.urls if (footer := folder.footer(url))}
     todo = [url for url in sources.urls if url not in done]
@@ -105,6 +97,23 @@ def precompute(
     )
 
 
+def validate(config: DataConfig, model_path: str, out: str) -> tuple[Sources, dict[str, Any]]:
+    """What can be known before Ray starts: (the shards, what the marker says the latents belong to).
+
+    Raises ConfigError for shards or a model that are not there, and for an `out` that belongs to another run.
+    """
+    sources = find_shards(config.patterns, config.format)
+    if sources.format == "latents":
+        raise ConfigError(f"data.shards: {config.patterns[0]} holds latents already: name image-text shards")
+    belongs = {
+        "model_hash": fingerprint(model_path),
+        "resolution": config.resolution,
+        "filters": config.filters.model_dump(),
+    }
+    check_marker(out, belongs)
+    return sources, belongs
+
+
 def resolve(config: DataConfig, model_path: str, run_folder: str) -> Sources:
     """What a training run streams, settled once in the driver: latents as they are, after precomputing if
     config.cache is "disk", or the image-text shards.
@@ -119,7 +128,7 @@ def resolve(config: DataConfig, model_path: str, run_folder: str) -> Sources:
         out = config.cache_dir or f"{run_folder.rstrip('/')}/latents"
         precompute(config, model_path, out)
         sources = find_shards((out,), "latents")
-    wanted = {"model_hash": fingerprint(_absolute(model_path)), "resolution": config.resolution}
+    wanted = {"model_hash": fingerprint(model_path), "resolution": config.resolution}
     listed: set[str] = set()
     for folder in sorted({url.rpartition("/")[0] for url in sources.urls}):
         marker = check_marker(folder, wanted)
@@ -141,7 +150,7 @@ def check_marker(folder: str, wanted: dict[str, Any]) -> dict[str, Any]:
         marker = json.load(file)
     for name, value in wanted.items():
         if marker.get(name) != value:
-            made_with = f"by {marker.get('model')}" if name == "model_hash" else f"with {marker.get(name)}"
+            made_with = f"by {marker.get('model')}" if name == "model_hash" else f"with {name}={marker.get(name)}"
             raise ConfigError(
                 f"{url}: its latents were made {made_with}, this run has {name}={value}: "
                 "name another folder (data.cache_dir, --out) or precompute again"
@@ -152,13 +161,13 @@ def check_marker(folder: str, wanted: dict[str, Any]) -> dict[str, Any]:
 def fingerprint(model_path: str) -> str:
     """A hash of what encodes: configs and tokenizers whole, weights by name, size and last MiB. Not of the path.
 
-    What is no local folder (a hub's name) is hashed by its name.
+    Raises ConfigError when the folder holds none of them.
     """
     root = Path(model_path)
     digest = hashlib.sha256()
     files = [f for part in _ENCODING_PARTS for f in sorted((root / part).glob("*")) if f.is_file()]
     if not files:
-        digest.update(str(model_path).encode())
+        raise ConfigError(f"the model {model_path} has no vae/ and text_encoder/: name a folder in diffusers format")
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.relative_to(root)} {size} ".encode())
@@ -207,7 +216,7 @@ class _Folder:
             for table in () if first is None else itertools.chain([first], groups):
                 writer.write_table(table, row_group_size=len(table))
                 rows += len(table)
-            counts = ray.get(log.shard.remote(url))
+            counts: dict[str, Any] = ray.get(log.shard.remote(url))  # type: ignore[assignment]
             shapes = {f.name: list(f.type.shape) for f in schema if hasattr(f.type, "shape")}
             footer = {"file": path.rpartition("/")[2], "rows": rows, **counts, "columns": shapes}
             writer.add_key_value_metadata({_FOOTER: json.dumps(footer).encode()})
@@ -277,8 +286,3 @@ def _totals(urls: Sequence[str], footers: dict[str, dict[str, Any]]) -> dict[str
         "columns": next((f["columns"] for f in done if f["columns"]), {}),
         "files": {f["file"]: f["rows"] for f in done},
     }
-
-
-def _absolute(model_path: str) -> str:
-    """Ray's actors run in other working directories."""
-    return str(Path(model_path).resolve()) if Path(model_path).exists() else str(model_path)

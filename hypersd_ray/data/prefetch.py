@@ -40,7 +40,7 @@ class Prefetch(Generic[T]):
                 except StopIteration:
                     break
                 self._ready.put(item)
-        except BaseException as error:  # noqa: BLE001  whatever it is, the consumer raises it
+        except BaseException as error:  # whatever it is, the consumer raises it
             self._error = error
         finally:
             close = getattr(self._source, "close", None)

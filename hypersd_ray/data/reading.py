@@ -11,7 +11,7 @@ import json
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -75,7 +75,7 @@ def _prepare(sample: Sample, url: str, resolution: int, filters: FilterConfig) -
         if reason is not None:
             return Reject(reason, url, sample.key)
         pixels, time_ids = crop_square(image, resolution)
-    except Exception:  # noqa: BLE001  PIL's plugins raise anything: OSError, SyntaxError, struct.error, its bomb error
+    except Exception:  # PIL's plugins raise anything: OSError, SyntaxError, struct.error, its bomb error
         return Reject("broken_image", url, sample.key)
     return Cropped(sample.key, sample.caption.strip(), pixels, time_ids)
 
@@ -86,7 +86,8 @@ def read_tar(url: str) -> Iterator[Sample | Reject]:
     A tar that ends early or goes bad: its whole rows, then one Reject "truncated_shard". One that cannot be opened:
     one Reject "unreadable_shard".
     """
-    key, parts = "", {}
+    key = ""
+    parts: dict[str, bytes] = {}
     opened = False
     try:
         with fsspec.open(url, "rb") as raw, tarfile.open(fileobj=raw, mode="r|*") as tar:
@@ -100,9 +101,11 @@ def read_tar(url: str) -> Iterator[Sample | Reject]:
                     if parts:
                         yield _from_parts(key, parts)
                     key, parts = folder + slash + stem, {}
-                parts[suffix.lower()] = tar.extractfile(member).read()
+                content = tar.extractfile(member)
+                assert content is not None, "a regular file"
+                parts[suffix.lower()] = content.read()
             whole = _ends_well(tar.fileobj)
-    except Exception:  # noqa: BLE001  tarfile, gzip and fsspec's back ends share no other base class
+    except Exception:  # tarfile, gzip and fsspec's back ends share no other base class
         yield Reject("truncated_shard" if opened else "unreadable_shard", url, key)
         return
     if parts:
@@ -111,7 +114,7 @@ def read_tar(url: str) -> Iterator[Sample | Reject]:
         yield Reject("truncated_shard", url, key)
 
 
-def _ends_well(rest: IO[bytes]) -> bool:
+def _ends_well(rest: Any) -> bool:
     """Whether a tar's end mark follows. tarfile stops without a word at a damaged header or at a cut between members.
 
     It has read the first of the mark's two zero blocks; so at least one is left, and nothing but zeros.
@@ -156,7 +159,7 @@ def read_parquet(url: str) -> Iterator[Sample | Reject]:
                     key = str(row if key_column is None else values[key_column])
                     row += 1
                     yield _from_columns(key, values, image, caption)
-    except Exception:  # noqa: BLE001
+    except Exception:
         yield Reject("truncated_shard" if opened else "unreadable_shard", url, key)
 
 

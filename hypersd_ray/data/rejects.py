@@ -83,7 +83,7 @@ def start_reject_log(config: DataConfig, path: str | None) -> ray.actor.ActorHan
         filesystem, name = fsspec.core.url_to_fs(path)
         filesystem.makedirs(name.rpartition("/")[0] or ".", exist_ok=True)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    options = RejectLog.options(scheduling_strategy=here)
+    options: Any = RejectLog.options(scheduling_strategy=here)
     return options.remote(path, config.max_reject_share, config.reject_grace)
 
 
@@ -92,7 +92,7 @@ def check(log: ray.actor.ActorHandle) -> None:
 
     The actor only says so: an exception raised there would reach the user inside Ray's traceback.
     """
-    verdict = ray.get(log.verdict.remote())
+    verdict: str | None = ray.get(log.verdict.remote())  # type: ignore[assignment]
     if verdict is not None:
         raise TooManyRejectsError(verdict)
 
@@ -103,11 +103,15 @@ def _listed_shards(path: str | None) -> set[str]:
     filesystem, name = fsspec.core.url_to_fs(path)
     if not filesystem.exists(name):
         return set()
-    listed = set()
-    with filesystem.open(name, "r", encoding="utf-8") as file:
-        for line in file:
-            try:
-                listed.add(json.loads(line)["shard"])
-            except (ValueError, KeyError):  # a line that was cut when the run was killed
-                continue
+    listed, good = set(), []
+    text = filesystem.read_text(name, encoding="utf-8")
+    for line in text.splitlines(keepends=True):
+        try:
+            listed.add(json.loads(line)["shard"])
+        except (ValueError, KeyError):
+            continue
+        good.append(line)
+    if not text.endswith("\n") and text:
+        # The last run was killed in the middle of a line: what is appended must not join it.
+        filesystem.write_text(name, "".join(good), encoding="utf-8")
     return listed

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import braceexpand
 import fsspec
 
 from hypersd_ray.config.base import ConfigError
@@ -28,15 +28,17 @@ class Sources:
     format: Format
 
 
-def find_shards(patterns: Sequence[str], format: str = "auto") -> Sources:
+def find_shards(patterns: Sequence[str], format: Format | Literal["auto"] = "auto") -> Sources:
     """Expand braces, wildcards and folders through fsspec; the shards come back sorted, each once.
 
     Raises ConfigError when a path does not exist, a pattern matches nothing, or the formats are mixed or unknown.
     """
     found: set[str] = set()
     for pattern in patterns:
-        for url in braceexpand.braceexpand(pattern):
+        for url in expand_braces(pattern):
             found.update(_expand(url, format))
+    if not found:
+        raise ConfigError(f"data.shards: {', '.join(patterns)} names no shard: a range runs upwards, {{00000..00010}}")
     urls = tuple(sorted(found))
     return Sources(urls, detect_format(urls) if format == "auto" else format)
 
@@ -47,12 +49,25 @@ def detect_format(urls: Sequence[str]) -> Format:
     if len(kinds) != 1 or None in kinds:
         strange = next((url for url in urls if _kind(url) is None), f"{urls[0]} and {urls[-1]}")
         raise ConfigError(
-            f"data.shards: cannot tell the format of {strange}: name .tar or .parquet shards, not both, or set data.format"
+            f"data.shards: cannot tell the format of {strange}: name .tar or .parquet shards, not both, or "
+            "set data.format"
         )
     if kinds == {"webdataset"}:
         return "webdataset"
     folders = {url.rpartition("/")[0] for url in urls}
     return "latents" if all(exists(f"{folder}/{MARKER}") for folder in folders) else "parquet"
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """`{00000..00010}` (zeros kept) and `{a,b}`, as a shell does; braces that are neither stay."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+    first, last, words = match.groups()
+    numbers = () if words is not None else range(int(first), int(last) + 1)
+    middles = [f"{i:0{len(first)}d}" for i in numbers] if words is None else words.split(",")
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    return [full for middle in middles for full in expand_braces(before + middle + after)]
 
 
 def exists(url: str) -> bool:
@@ -96,6 +111,5 @@ def _in_folder(paths: list[str], url: str, format: str) -> list[str]:
         found = [p for p in paths if p.endswith(suffixes)]
         if found:
             return found
-    raise ConfigError(
-        f"data.shards: no {' or '.join(s[0] for s in wanted)} file in the folder {url}: name one that has shards"
-    )
+    kinds = " or ".join(s[0] for s in wanted)
+    raise ConfigError(f"data.shards: no {kinds} file in the folder {url}: name a folder with shards")

@@ -38,7 +38,7 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True)
 class Pool:
-    """Rows that are permuted together: pool `number` of a window, from row `start` of it; `last` of the window or not."""
+    """Rows that are permuted together: pool `number` of a window, from its row `start`; `last` of the window or not."""
 
     window: int
     number: int
@@ -80,7 +80,7 @@ class LatentStream:
         position: StreamPosition = StreamPosition(),  # noqa: B008  frozen
         reject_log: ray.actor.ActorHandle | None = None,
     ) -> None:
-        """`reject_log` (rejects.start_reject_log) is shared by all ranks; None counts this rank's rows only, in no file.
+        """`reject_log` (rejects.start_reject_log) is shared by all ranks; None: one of this rank's own, without a file.
 
         Raises ValueError for batch_size < 1, no shards, or a rank outside of the world.
         """
@@ -160,7 +160,9 @@ class LatentStream:
         if self.format == "latents":
             dataset = precomputed_dataset(todo, self.config)
         else:
+            assert self.reject_log is not None, "made in __init__"
             dataset = encoded_dataset(todo, self.format, self.config, self.model_path, self.reject_log)
+        # Not prefetch_batches=0: Ray 2.60 then leaves a parked thread behind each execution.
         for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
             if self.reject_log is not None:
                 rejects.check(self.reject_log)
@@ -170,12 +172,13 @@ class LatentStream:
             rejects.check(self.reject_log)
 
     def _no_rows(self, epoch: int) -> str:
-        why = (
-            f"; rejects: {ray.get(self.reject_log.summary.remote())['rejects']}" if self.reject_log is not None else ""
-        )
+        shards = f"{len(self.urls)} shards"
+        if self.reject_log is not None:
+            summary: dict[str, Any] = ray.get(self.reject_log.summary.remote())  # type: ignore[assignment]
+            shards += f" (rejected: {summary['rejects']})"
         return (
-            f"data.shards: epoch {epoch} has no row for rank {self.rank} of {self.world_size} in {len(self.urls)} shards, "
-            f"at least 1 is needed: add data or use fewer workers{why}"
+            f"data.shards: epoch {epoch} has no row for rank {self.rank} of {self.world_size} in {shards}, "
+            "at least 1 is needed: add data or use fewer workers"
         )
 
 
@@ -183,14 +186,14 @@ def cut_pools(blocks: Iterable[Columns], size: int) -> Iterator[Pool]:
     """Regroup blocks (with a column "window", ascending) into pools of `size` rows that do not cross windows."""
     held: list[Columns] = []
     rows = number = 0
-    window = None
+    window = -1
 
     def flush(last: bool) -> Pool:
         columns = {name: np.concatenate([h[name] for h in held]) for name in held[0]}
         return Pool(window, number, number * size, last, columns)
 
     for found, piece in itertools.chain.from_iterable(map(split_windows, blocks)):
-        if window is not None and found != window:
+        if held and found != window:
             assert found > window, "Ray Data was told to preserve the order"
             yield flush(last=True)
             held, rows, number = [], 0, 0
@@ -208,7 +211,7 @@ def cut_pools(blocks: Iterable[Columns], size: int) -> Iterator[Pool]:
 
 
 def _after(item: _Ordered, done: int) -> StreamPosition:
-    """The position after `done` rows of a pool; at a window's end that of the next, so that this one is not read again."""
+    """The position after `done` rows of a pool; at a window's end the next one's, so that this is not read again."""
     pool = item.pool
     if pool.last and done == len(pool):
         return StreamPosition(item.epoch, pool.window + 1, 0)

@@ -1,1 +1,1 @@
-"""Networks: the base UNet and its roles, encoders, discriminator, and how adapters are exported. No Ray, no training."""
+"""Networks: the base UNet and its roles, encoders, discriminator, how adapters are exported. No Ray, no training."""

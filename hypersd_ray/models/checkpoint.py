@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -38,13 +38,18 @@ class BaseInfo:
 
 def _json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
-            f"{path} does not exist: --teacher must be a folder in diffusers' layout (model_index.json, unet/, vae/, ...)"
+            f"{path} does not exist: --teacher must be a folder in diffusers' layout (model_index.json, unet/, ...)"
         ) from None
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    except ValueError as error:  # JSON's, or bytes that are not text
         raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
+    return content
 
 
 def read_base(path: str | Path) -> BaseInfo:
@@ -58,15 +63,46 @@ def read_base(path: str | Path) -> BaseInfo:
     name = index.get("_class_name")
     if name not in FAMILIES:
         raise ValueError(f"{path}/model_index.json is a {name}; accepted: {', '.join(FAMILIES)}")
-    scheduler = _json(path / "scheduler" / "scheduler_config.json")
+    scheduler_file = path / "scheduler" / "scheduler_config.json"
+    scheduler = _json(scheduler_file)
+    parameterization = scheduler.get("prediction_type", "epsilon")
+    if parameterization not in get_args(Parameterization):
+        accepted = ", ".join(get_args(Parameterization))
+        raise ValueError(f"{scheduler_file}: prediction_type={parameterization!r} is not one of {accepted}")
+    try:
+        schedule = from_scheduler_config(scheduler)
+    except ValueError as error:
+        raise ValueError(f"{scheduler_file}: {error}") from None
     return BaseInfo(
         path=path,
         family=FAMILIES[name],
-        schedule=from_scheduler_config(scheduler),
-        parameterization=cast(Parameterization, scheduler.get("prediction_type", "epsilon")),
+        schedule=schedule,
+        parameterization=cast(Parameterization, parameterization),
         unet_config=_json(path / "unet" / "config.json"),
         zero_null_prompt=FAMILIES[name] == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
+
+
+def load_component(kind: Any, folder: Path, **options: Any) -> Any:
+    """`kind.from_pretrained(folder)` with every weight the config asks for, in evaluation mode, frozen.
+
+    Raises:
+        ValueError: the weights are missing or do not fit the config, in one line.
+    """
+    if not (folder / "config.json").is_file():  # the libraries would ask the hub for it
+        raise ValueError(f"{folder}/config.json does not exist: {folder.parent} must be a whole pipeline folder")
+    try:
+        network, report = kind.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{folder} cannot be loaded: {reason}") from error
+    # Both libraries only warn here, and go on with random (or no) numbers.
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(f"{folder}: the weights lack {len(missing)} tensors its config asks for (first {missing[0]})")
+    return network.eval().requires_grad_(False)
 
 
 def load_unet(info: BaseInfo, dtype: torch.dtype, device: torch.device | str) -> UNet2DConditionModel:
@@ -75,10 +111,4 @@ def load_unet(info: BaseInfo, dtype: torch.dtype, device: torch.device | str) ->
     Raises:
         ValueError: the weights are missing or do not fit the config.
     """
-    try:
-        unet = UNet2DConditionModel.from_pretrained(
-            info.path / "unet", torch_dtype=dtype, use_safetensors=True, local_files_only=True
-        )
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{info.path}/unet cannot be loaded: {str(error).splitlines()[0]}") from error
-    return unet.to(device).eval().requires_grad_(False)
+    return load_component(UNet2DConditionModel, info.path / "unet", torch_dtype=dtype).to(device)

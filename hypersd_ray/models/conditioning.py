@@ -31,6 +31,11 @@ class Conditioning:
         """As `Tensor.to`, on each part."""
         return self._map(lambda part: part.to(*args, **kwargs))
 
+    def cast(self, dtype: torch.dtype) -> Conditioning:
+        """The embeddings in `dtype`; the sizes stay exact (bfloat16 has no 1365, and they go through a sine)."""
+        pooled = None if self.pooled is None else self.pooled.to(dtype)
+        return Conditioning(self.prompt_embeds.to(dtype), pooled, self.time_ids)
+
     def expand(self, batch: int) -> Conditioning:
         """A conditioning of batch 1 repeated `batch` times, without a copy."""
         return self._map(lambda part: part.expand(batch, *part.shape[1:]))

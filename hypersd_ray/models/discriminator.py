@@ -60,7 +60,8 @@ class LatentDiscriminator(nn.Module):
         super().__init__()
         widths = list(unet_config["block_out_channels"])
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            # Not torch.manual_seed: it would reseed the GPU's generators too, which fork_rng does not restore here.
+            torch.random.default_generator.manual_seed(seed)
             # At most 256 wide: the heads are meant to be light beside the features.
             self.heads = nn.ModuleList(Head(c, min(256, max(64, c // 32 * 32))) for c in [*widths, widths[-1]])
 
@@ -72,4 +73,4 @@ class LatentDiscriminator(nn.Module):
 def features(roles: Roles, x_t: Tensor, t: Tensor, cond: Conditioning) -> list[Tensor]:
     """The base's features of x_t (gradient flows to x_t); t in our time, 1..T."""
     with roles.playing(TEACHER) as unet:
-        return unet_encoder(unet, x_t.to(roles.dtype), t - 1, cond.to(roles.dtype))
+        return unet_encoder(unet, x_t.to(roles.dtype), t - 1, cond.cast(roles.dtype))

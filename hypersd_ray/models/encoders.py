@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from hypersd_ray.models.checkpoint import read_base
+from hypersd_ray.models.checkpoint import load_component, read_base
 from hypersd_ray.models.conditioning import Conditioning
 
 
@@ -90,22 +90,26 @@ def load_encoders(
     """
     info = read_base(model_path)
     two = ("", "_2") if info.family == "sdxl" else ("",)
-    try:
-        tokenizers = [CLIPTokenizer.from_pretrained(info.path / f"tokenizer{i}", local_files_only=True) for i in two]
-        text_encoders = [
-            (CLIPTextModelWithProjection if i else CLIPTextModel)
-            .from_pretrained(info.path / f"text_encoder{i}", dtype=dtype, use_safetensors=True, local_files_only=True)
-            .to(device)
-            .eval()
-            .requires_grad_(False)
-            for i in two
-        ]
-        autoencoder = None
-        if vae:
-            autoencoder = AutoencoderKL.from_pretrained(
-                info.path / "vae", torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
-            )
-            autoencoder = autoencoder.to(device).eval().requires_grad_(False)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{info.path}: an encoder cannot be loaded: {str(error).splitlines()[0]}") from error
+    tokenizers = [_load_tokenizer(info.path / f"tokenizer{i}") for i in two]
+    text_encoders = [
+        load_component(
+            CLIPTextModelWithProjection if i else CLIPTextModel, info.path / f"text_encoder{i}", dtype=dtype
+        ).to(device)
+        for i in two
+    ]
+    autoencoder = None
+    if vae:
+        autoencoder = load_component(AutoencoderKL, info.path / "vae", torch_dtype=torch.float32).to(device)
     return Encoders(tokenizers, text_encoders, autoencoder, info.zero_null_prompt, device)
+
+
+def _load_tokenizer(folder: Path) -> CLIPTokenizer:
+    # transformers makes an empty tokenizer of an empty folder, and one that is not there it seeks on the hub
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise ValueError(
+            f"{folder} holds no tokenizer.json or vocab.json: {folder.parent} must be a whole pipeline folder"
+        )
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}: the tokenizer cannot be loaded: {' '.join(str(error).split())}") from error

@@ -1,9 +1,9 @@
-"""Low-rank adapters of one UNet, several roles side by side: student, EMA, previous stage (paper, Sec. 3.1: LoRA plugins).
+"""Low-rank adapters of one UNet, several roles side by side: student, EMA, previous stage (paper, Sec. 3.1: LoRA).
 
-PEFT holds one active adapter and flips `requires_grad` at each switch; a distillation step needs three roles in turn on
-one frozen base. Here a role is switched by one attribute that all layers share, and in float32 the update is merged into
-the weight (`W + scale * B A`), so that an adapter costs no second path through the activations. The tensors have PEFT's
-shapes: A (r, in) or (r, in, kh, kw); B (out, r) or (out, r, 1, 1).
+PEFT holds one active adapter and flips `requires_grad` at each switch; a distillation step needs three roles in turn
+on one frozen base. Here a role is switched by one attribute that all layers share, and in float32 the update is merged
+into the weight (`W + scale * B A`), so that an adapter costs no second path through the activations. The tensors have
+PEFT's shapes: A (r, in) or (r, in, kh, kw); B (out, r) or (out, r, 1, 1).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class RoleLoRA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         role = self.switch.role
-        if role is None or role not in self.A:
+        if role is None:
             return self.base(x)
         if self.base.weight.dtype == torch.float32:
             return self._apply(x, self.base.weight + self.delta(role), self.base.bias)
@@ -89,6 +89,7 @@ class Adapters:
             ValueError: no module matches.
         """
         self.rank, self.alpha, self.targets, self.switch = rank, alpha, targets, Switch()
+        self.roles: set[str] = set()
         network.requires_grad_(False)
         self.layers: dict[str, RoleLoRA] = {}
         found = [
@@ -107,6 +108,7 @@ class Adapters:
 
     def add(self, role: str, trainable: bool, seed: int = 0) -> None:
         """A role that equals the base until its tensors change."""
+        self.roles.add(role)
         generator = torch.Generator().manual_seed(seed)
         for layer in self.layers.values():
             layer.add(role, generator)
@@ -116,6 +118,8 @@ class Adapters:
     @contextmanager
     def playing(self, role: str | None) -> Iterator[None]:
         """The network plays `role` inside the block; the bare base for None."""
+        # A role that was never added would fail deep inside the network, or (worse) pass for the base.
+        assert role is None or role in self.roles, f"role {role} was never added; there are {sorted(self.roles)}"
         before, self.switch.role = self.switch.role, role
         try:
             yield
@@ -141,11 +145,17 @@ class Adapters:
         missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
         if missing or extra:
             raise ValueError(
-                f"LoRA tensors do not fit this UNet: {len(missing)} missing (first {missing[:1]}), {len(extra)} unexpected (first {extra[:1]})"
+                f"LoRA tensors do not fit this UNet: {len(missing)} missing (first {missing[:1]}), "
+                f"{len(extra)} unexpected (first {extra[:1]}); is it of the same base model and targets?"
             )
         for name, parameter in own.items():
             if parameter.shape != tensors[name].shape:
+                rank = tensors[name].shape[0 if name.endswith("lora_A.weight") else 1]
+                remedy = f"set lora.rank to {rank}" if rank != self.rank else "is it of the same base model?"
                 raise ValueError(
-                    f"LoRA tensor {name} is {tuple(tensors[name].shape)}, this run's is {tuple(parameter.shape)}: set lora.rank to {min(tensors[name].shape[:2])}"
+                    f"LoRA tensor {name} is {tuple(tensors[name].shape)}, "
+                    f"this run's is {tuple(parameter.shape)}: {remedy}"
                 )
+        # Only now: a role is loaded whole or left as it was.
+        for name, parameter in own.items():
             parameter.copy_(tensors[name])

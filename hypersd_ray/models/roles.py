@@ -1,4 +1,4 @@
-"""One UNet, many roles: teacher, student, EMA and the previous stage's student on one frozen base (or full copies of it).
+"""One UNet, many roles: teacher, student, EMA and the previous stage's student on one frozen base (or full copies).
 
 Shapes: x_t (B, C, h, w); t (B,) our time 1..T; Conditioning of batch B.
 """
@@ -51,9 +51,9 @@ class Roles:
     def predict(self, role: str, x_t: Tensor, t: Tensor, cond: Conditioning) -> Prediction:
         """x0 and eps, float32, that `role` predicts at (x_t, t)."""
         with self.playing(role) as network:
-            added = None if cond.pooled is None else cond.to(self.dtype).added_kwargs()
+            cond = cond.cast(self.dtype)
             output = network(
-                x_t.to(self.dtype), t - 1, cond.prompt_embeds.to(self.dtype), added_cond_kwargs=added
+                x_t.to(self.dtype), t - 1, cond.prompt_embeds, added_cond_kwargs=cond.added_kwargs()
             ).sample
         alpha_t, sigma_t = self.schedule.at(t)
         return to_prediction(output.float(), x_t.float(), alpha_t, sigma_t, self.parameterization)
@@ -167,9 +167,12 @@ class FullRoles(Roles):
 
     def load(self, role: str, tensors: dict[str, Tensor]) -> None:
         own = self.named_tensors(role)
-        if own.keys() != tensors.keys():
+        differ = sorted(own.keys() ^ tensors.keys())
+        differ += [n for n in own if n in tensors and own[n].shape != tensors[n].shape]
+        if differ:
             raise ValueError(
-                f"UNet tensors do not fit: {len(own.keys() ^ tensors.keys())} names differ; is it of the same base model?"
+                f"UNet tensors do not fit: {len(differ)} differ in name or shape (first {differ[0]}); "
+                "is it of the same base model?"
             )
         with torch.no_grad():
             for name, parameter in own.items():

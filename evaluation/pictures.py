@@ -1,0 +1,93 @@
+"""Pictures of a run for a person to look at: same-seed sample grids and loss curves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+
+from hypersd_ray.config.tscd import TSCDConfig
+from hypersd_ray.models.conditioning import Conditioning
+from hypersd_ray.models.encoders import load_encoders
+from hypersd_ray.models.export import read_lora
+from hypersd_ray.models.roles import STUDENT
+from hypersd_ray.trainer.loop import build_roles, square_time_ids
+from hypersd_ray.training import samples
+
+TEACHER_STEPS = (1, 2, 4, 8, 25)
+STUDENT_STEPS = (1, 2, 4, 8)
+
+
+@torch.no_grad()
+def sample_rows(config: TSCDConfig, lora: Path | None, prompts: Sequence[str], omega: float, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """Pictures uint8 (B, 3, H, W) of teacher and student from the same noise, by row name ("teacher 4", "student 1", ...)."""
+    roles, null = build_roles(config, device)
+    if lora is not None:
+        roles.load(STUDENT, read_lora(lora)[0])
+    encoders = load_encoders(config.teacher, device=device)
+    embeds = encoders.encode_prompts(list(prompts))
+    shape = (roles.unet.config.in_channels, *[roles.unet.config.sample_size] * 2)
+    x_T = samples.start_noise(config.run.seed, prompts, shape).to(device)
+    ids = square_time_ids(config, len(prompts), device) if encoders.is_sdxl else None
+    cond = Conditioning(embeds.prompt_embeds, embeds.pooled, ids)
+    rows = {f"teacher {n}": samples.teacher_samples(roles, x_T, cond, null.with_time_ids(ids), n, omega) for n in TEACHER_STEPS}
+    if lora is not None:
+        rows |= {f"student {n}": samples.student_samples(roles, STUDENT, x_T, cond, n) for n in STUDENT_STEPS}
+    return {name: encoders.decode(latents).cpu() for name, latents in rows.items()}
+
+
+def draw_grid(rows: dict[str, torch.Tensor], prompts: Sequence[str], path: Path, title: str) -> None:
+    """One line of pictures per row of `rows`, one column per prompt."""
+    columns = len(prompts)
+    figure, axes = plt.subplots(len(rows), columns, figsize=(1.35 * columns + 1, 1.3 * len(rows) + 0.9), squeeze=False)
+    for axis_row, (name, pictures) in zip(axes, rows.items(), strict=True):
+        for axis, picture in zip(axis_row, pictures, strict=True):
+            axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+        steps = int(name.split()[-1])
+        axis_row[0].set_ylabel(f"{name} step{'s' * (steps > 1)}", rotation=0, ha="right", va="center", fontsize=9)
+    for axis, prompt in zip(axes[0], prompts, strict=True):
+        axis.set_title("\n".join(_wrap(prompt, 18)), fontsize=6)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        if len(lines[-1]) + len(word) + 1 > width and lines[-1]:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return lines
+
+
+def draw_curves(metrics: Path, path: Path) -> None:
+    """Every loss of `metrics.jsonl` against the step, with the stages' borders."""
+    rows = {row["step"]: row for row in map(json.loads, metrics.read_text().splitlines())}  # a resumed run writes a step twice
+    steps = sorted(rows)
+    names = [n for n in ("consistency", "adversarial", "discriminator", "grad_norm") if any(n in row for row in rows.values())]
+    figure, axes = plt.subplots(len(names), 1, figsize=(8, 2.1 * len(names)), sharex=True, squeeze=False)
+    borders = [s for s, before in zip(steps[1:], steps, strict=False) if rows[s].get("k") != rows[before].get("k")]
+    for axis, name in zip(axes[:, 0], names, strict=True):
+        points = [(s, rows[s][name]) for s in steps if name in rows[s]]
+        axis.plot(*zip(*points, strict=True), linewidth=1)
+        axis.set_ylabel(name)
+        if name in ("consistency", "grad_norm"):
+            axis.set_yscale("log")
+        for border in borders:
+            axis.axvline(border, color="grey", linestyle=":", linewidth=1)
+    for k, first in {rows[s].get("k"): s for s in reversed(steps)}.items():
+        axes[0, 0].annotate(f"k = {k}", (first, 1.02), xycoords=("data", "axes fraction"), fontsize=8)
+    axes[-1, 0].set_xlabel("step")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

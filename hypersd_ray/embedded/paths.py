@@ -1,0 +1,11 @@
+"""Where the committed embedded model and data are."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parent
+TEACHER = ROOT / "teacher"
+"""A `StableDiffusionPipeline` folder."""
+DATA = ROOT / "data"
+"""WebDataset shards train-*.tar, val-*.tar and COCO annotations."""
+LORAS = ROOT / "loras"
+"""The LoRAs of `jobs/tscd.py tiny --budget full`, one a stage."""

@@ -1,0 +1,1 @@
+"""Ray Train around a `Distiller`: workers, checkpoints, progress and logs. No maths."""

@@ -1,0 +1,162 @@
+"""Where a run's numbers and pictures go: metrics.jsonl, TensorBoard, Weights & Biases, MLflow, Prometheus."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from ray.util.metrics import Gauge
+from torch import Tensor
+
+from hypersd_ray.config.tscd import TSCDConfig
+from hypersd_ray.trainer import storage
+
+
+class Logger(Protocol):
+    """One destination."""
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Numbers of a step, counted over all stages."""
+
+    def picture(self, step: int, name: str, image: Tensor) -> None:
+        """A picture, uint8 (3, H, W)."""
+
+    def close(self) -> None:
+        """Nothing more will come."""
+
+
+class JsonLines:
+    """`metrics.jsonl` in the run's folder: one object a line, `step` in each."""
+
+    def __init__(self, folder: str):
+        self.path, self.remote = f"{folder}/metrics.jsonl", storage.is_url(folder)
+        self.local = Path(tempfile.mkdtemp()) / "metrics.jsonl" if self.remote else Path(self.path)
+        self.local.parent.mkdir(parents=True, exist_ok=True)
+        if self.remote and storage.exists(self.path):
+            self.local.write_text(storage.read_text(self.path))
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        with self.local.open("a") as file:
+            file.write(json.dumps({"step": step} | values) + "\n")
+
+    def picture(self, step: int, name: str, image: Tensor) -> None:
+        """Pictures have no place in JSON."""
+
+    def close(self) -> None:
+        if self.remote and self.local.exists():
+            storage.put(self.local, self.path)
+
+
+class TensorBoard:
+    """Event files in the run's `tensorboard` folder."""
+
+    def __init__(self, folder: str):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(f"{folder}/tensorboard")
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, image: Tensor) -> None:
+        self.writer.add_image(name, image, step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """A wandb run of the same name, resumed when the run is."""
+
+    def __init__(self, config: TSCDConfig):
+        import wandb
+
+        self.wandb = wandb
+        self.run = wandb.init(project="hypersd_ray", id=config.run.name, resume="allow", config=config.model_dump())
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        self.run.log(values, step=step)
+
+    def picture(self, step: int, name: str, image: Tensor) -> None:
+        self.run.log({name: self.wandb.Image(np.asarray(image.permute(1, 2, 0)))}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class MLflow:
+    """An MLflow run of the same name; the tracking server comes from MLFLOW_TRACKING_URI."""
+
+    def __init__(self, config: TSCDConfig):
+        import mlflow
+
+        self.mlflow = mlflow
+        mlflow.set_experiment("hypersd_ray")
+        mlflow.start_run(run_name=config.run.name)
+        mlflow.log_dict(config.model_dump(mode="json"), "config.json")
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        self.mlflow.log_metrics({name.replace("/", "."): value for name, value in values.items()}, step=step)
+
+    def picture(self, step: int, name: str, image: Tensor) -> None:
+        self.mlflow.log_image(np.asarray(image.permute(1, 2, 0)), f"{name.replace('/', '_')}_{step}.png")
+
+    def close(self) -> None:
+        self.mlflow.end_run()
+
+
+class Prometheus:
+    """Gauges that Ray's metrics agent exports, labelled with the run's name."""
+
+    NAMES = ("loss", "images_per_s", "data_wait", "skipped")
+
+    def __init__(self, run: str):
+        self.gauges = {
+            n: Gauge(f"hypersd_{n}", description=f"hypersd_ray training: {n}", tag_keys=("run",)) for n in self.NAMES
+        }
+        self.tags = {"run": run}
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        for name, gauge in self.gauges.items():
+            if name in values:
+                gauge.set(values[name], tags=self.tags)
+
+    def picture(self, step: int, name: str, image: Tensor) -> None:
+        """Prometheus holds numbers."""
+
+    def close(self) -> None:
+        """Gauges end with the process."""
+
+
+class Loggers:
+    """All destinations of a run as one."""
+
+    def __init__(self, config: TSCDConfig):
+        folder = storage.run_folder(config.run)
+        makers: dict[str, Any] = {
+            "tensorboard": lambda: TensorBoard(folder),
+            "wandb": lambda: WeightsAndBiases(config),
+            "mlflow": lambda: MLflow(config),
+        }
+        self.all: Sequence[Logger] = [JsonLines(folder), Prometheus(config.run.name), *(makers[name]() for name in config.run.loggers)]
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """To each."""
+        for logger in self.all:
+            logger.scalars(step, values)
+
+    def picture(self, step: int, name: str, image: Tensor) -> None:
+        """To each."""
+        for logger in self.all:
+            logger.picture(step, name, image)
+
+    def close(self) -> None:
+        """Each."""
+        for logger in self.all:
+            logger.close()

@@ -1,0 +1,93 @@
+"""What the user sees while a run goes on: a bar on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+from rich.progress import BarColumn, Progress, TextColumn
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One moment of a run, as rank 0 tells it."""
+
+    stage: int
+    stages: int
+    k: int
+    step: int
+    steps: int
+    losses: dict[str, float]
+    images_per_s: float
+    data_wait: float
+    """Share of the time spent waiting for data."""
+    seconds_left: float
+
+    def text(self) -> str:
+        """For a log line."""
+        losses = " ".join(f"{name} {value:.4f}" for name, value in self.losses.items())
+        return (
+            f"stage {self.stage + 1}/{self.stages} k={self.k} step {self.step}/{self.steps}  {losses}  "
+            f"{self.images_per_s:.0f} images/s  data wait {self.data_wait:.1%}  {clock(self.seconds_left)} left"
+        )
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss or m:ss."""
+    minutes, second = divmod(int(max(0.0, seconds)), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+@ray.remote(num_cpus=0)
+class ProgressBoard:
+    """Where rank 0 leaves its snapshots and the driver finds the latest."""
+
+    def __init__(self) -> None:
+        self.latest: Snapshot | None = None
+
+    def post(self, snapshot: Snapshot) -> None:
+        """Replace the latest."""
+        self.latest = snapshot
+
+    def read(self) -> Snapshot | None:
+        """The latest, or None before the first step."""
+        return self.latest
+
+
+def _watch(board: ray.actor.ActorHandle, stop: threading.Event, line_every_s: float) -> None:
+    terminal = sys.stdout.isatty()
+    with Progress(TextColumn("{task.description}"), BarColumn(bar_width=24), disable=not terminal) as bar:
+        task = bar.add_task("waiting for the workers", total=1)
+        said, seen = 0.0, None
+        while True:
+            ended = stop.wait(0.5)
+            snapshot = ray.get(board.read.remote())
+            if snapshot is not None and snapshot != seen:
+                if terminal:
+                    bar.update(task, total=snapshot.steps, completed=snapshot.step, description=snapshot.text())
+                elif ended or time.monotonic() - said >= line_every_s or snapshot.step == snapshot.steps:
+                    print(snapshot.text(), flush=True)
+                    said = time.monotonic()
+                seen = snapshot
+            if ended:
+                return
+
+
+@contextmanager
+def watching(line_every_s: float = 10.0) -> Iterator[ray.actor.ActorHandle]:
+    """A board that is shown to the user for as long as the block lasts."""
+    board, stop = ProgressBoard.remote(), threading.Event()
+    thread = threading.Thread(target=_watch, args=(board, stop, line_every_s), daemon=True)
+    thread.start()
+    try:
+        yield board
+    finally:
+        stop.set()
+        thread.join(timeout=10)
+        ray.kill(board)

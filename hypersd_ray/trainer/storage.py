@@ -1,0 +1,58 @@
+"""A run's folder, local or at any fsspec URL.
+
+    {out}/{name}/config.yaml  metrics.jsonl  tensorboard/  checkpoint_*/  lora/  grid.png  curves.png
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fsspec
+
+from hypersd_ray.config.tscd import RunConfig
+
+
+def is_url(path: str) -> bool:
+    """True for s3://..., gs://... and the like."""
+    return "://" in path
+
+
+def absolute(path: str) -> str:
+    """Workers change directory, so a local path must not be relative."""
+    return path if is_url(path) else str(Path(path).expanduser().resolve())
+
+
+def run_folder(run: RunConfig) -> str:
+    """The run's own folder."""
+    return f"{absolute(run.out).rstrip('/')}/{run.name}"
+
+
+def exists(path: str) -> bool:
+    """Whether a file or folder is there."""
+    fs, plain = fsspec.core.url_to_fs(path)
+    return fs.exists(plain)
+
+
+def read_text(path: str) -> str:
+    """A small text file."""
+    with fsspec.open(path, "rt") as file:
+        return file.read()
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a small text file, making its folder."""
+    with fsspec.open(path, "wt", auto_mkdir=True) if not is_url(path) else fsspec.open(path, "wt") as file:
+        file.write(text)
+
+
+def put(local: Path, path: str) -> None:
+    """Copy a file or folder made in a temporary place to where it belongs."""
+    fs, plain = fsspec.core.url_to_fs(path)
+    fs.makedirs(plain.rsplit("/", 1)[0], exist_ok=True)
+    fs.put(str(local), plain, recursive=local.is_dir())
+
+
+def get(path: str, local: Path) -> None:
+    """Copy a file to a local place."""
+    fs, plain = fsspec.core.url_to_fs(path)
+    fs.get(plain, str(local))

@@ -1,0 +1,72 @@
+"""Distil a text-to-image model into a 1-8 step one by trajectory segmented consistency distillation.
+
+    python jobs/tscd.py tiny                                            # the embedded model, minutes on a CPU
+    python jobs/tscd.py sd15 --teacher PATH --data.shards 's3://...'    # Stable Diffusion 1.5
+    python jobs/tscd.py sdxl --teacher PATH --data.shards 's3://...'    # SDXL
+    ray job submit --working-dir . -- python jobs/tscd.py tiny          # on a cluster
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
+
+from hypersd_ray.config.cli import parse, run_job
+from hypersd_ray.config.tscd import TSCDConfig
+from hypersd_ray.recipes import RECIPES
+
+
+def main() -> None:
+    """Train, draw, and say where everything is."""
+    config = parse(RECIPES, TSCDConfig, __doc__)
+    from hypersd_ray.trainer import run  # Ray and torch come after the configuration is known to be right
+
+    result = run.train(config)
+    pictures = draw(config, result.folder)
+    report(config, result, pictures)
+
+
+def draw(config: TSCDConfig, folder: str) -> list[str]:
+    """Sample grid of the last stage and loss curves, written into the run's folder."""
+    from evaluation.pictures import draw_curves, draw_grid, sample_rows
+    from hypersd_ray.trainer import storage
+
+    if config.full_unet:
+        return []
+    k, prompts = config.distill.k_list[-1], config.run.prompts
+    with tempfile.TemporaryDirectory() as temporary:
+        made = Path(temporary)
+        (made / "metrics.jsonl").write_text(storage.read_text(f"{folder}/metrics.jsonl"))
+        draw_curves(made / "metrics.jsonl", made / "curves.png")
+        lora = made / "lora.safetensors"
+        storage.get(f"{folder}/lora/tscd-k{k}.safetensors", lora)
+        omega = (config.distill.omega_min + config.distill.omega_max) / 2
+        draw_grid(sample_rows(config, lora, prompts, omega), prompts, made / "grid.png", f"same noise, teacher at guidance {omega:g}, student after k = {k}")
+        for name in ("grid.png", "curves.png"):
+            storage.put(made / name, f"{folder}/{name}")
+    return [f"{folder}/grid.png", f"{folder}/curves.png"]
+
+
+def report(config: TSCDConfig, result, pictures: list[str]) -> None:
+    """The last lines of the job."""
+    from hypersd_ray.models.export import usage
+
+    k = config.distill.k_list[-1]
+    print(f"\nRun {config.run.name}: {result.metrics.get('skipped', 0)} steps skipped, trainer waited for data {result.metrics.get('data_wait_share', 0):.2%} of the time")
+    if config.full_unet:
+        print(f"UNet     {result.folder}/unet-k{k}")
+    else:
+        print(f"LoRA     {result.folder}/lora/tscd-k{k}.safetensors (one per stage beside it, and in Kohya's layout)")
+    for path in pictures:
+        print(f"picture  {path}")
+    print(f"config   {result.folder}/config.yaml")
+    print(f"logs     tensorboard --logdir {result.folder}/tensorboard")
+    if not config.full_unet:
+        print("\nUse it:\n" + usage(config.teacher, f"{result.folder}/lora/tscd-k{k}.safetensors"))
+
+
+if __name__ == "__main__":
+    run_job(main)

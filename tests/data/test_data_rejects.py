@@ -1,0 +1,61 @@
+"""Counting rejects: each shard once, and one line when there are too many."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hypersd_ray.config.data import DataConfig
+from hypersd_ray.data.rejects import RejectCounter, TooManyRejectsError, check, start_reject_log
+
+BROKEN = [("broken_image", "k1"), ("broken_image", "k2"), ("empty_caption", "k3")]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_shard_counts_once_and_is_listed_once(tmp_path):
+    path = tmp_path / "rejects.jsonl"
+    counter = RejectCounter(str(path), 0.5, 0)
+    counter.report("a.tar", 10, BROKEN)
+    counter.report("a.tar", 10, BROKEN)
+    counter.report("b.tar", 5, [])
+    assert counter.summary() == {"seen": 15, "rejected": 3, "rejects": {"broken_image": 2, "empty_caption": 1}}
+    assert counter.shard("a.tar") == {"seen": 10, "rejects": {"broken_image": 2, "empty_caption": 1}}
+    assert lines(path)[0] == {"reason": "broken_image", "shard": "a.tar", "key": "k1"}
+    assert len(lines(path)) == 3
+    # A restarted job continues the file, even after a line that was cut.
+    path.write_text(path.read_text() + '{"reason": "bro')
+    again = RejectCounter(str(path), 0.5, 0)
+    again.report("a.tar", 10, BROKEN)
+    assert again.summary()["rejected"] == 3
+    again.report("c.tar", 1, [("missing_image", "x")])
+    assert [line["shard"] for line in lines(path) if line["key"] == "x"] == ["c.tar"]
+    assert len(lines(path)) == 4
+
+
+def test_the_verdict_waits_for_the_grace_and_names_the_knob(tmp_path):
+    counter = RejectCounter(str(tmp_path / "r.jsonl"), 0.25, grace=20)
+    counter.report("a", 10, BROKEN)
+    assert counter.verdict() is None
+    counter.report("b", 10, [("empty_caption", "x")] * 2)
+    assert counter.verdict() is None, "5 of 20 is not more than a quarter"
+    counter.report("c", 1, [("empty_caption", "x")])
+    text = counter.verdict()
+    for part in ("6 of 21", "29%", "data.max_reject_share=0.25", "empty_caption (4)", str(tmp_path / "r.jsonl")):
+        assert part in text
+    assert "\n" not in text
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_actor_raises_in_the_caller(tmp_path):
+    import ray
+
+    config = DataConfig(shards="x", max_reject_share=0.1, reject_grace=1)
+    log = start_reject_log(config, str(tmp_path / "new" / "rejects.jsonl"))
+    check(log)
+    ray.get(log.report.remote("a", 3, BROKEN))
+    with pytest.raises(TooManyRejectsError, match="3 of 3 rows rejected"):
+        check(log)

@@ -1,0 +1,68 @@
+"""Intervals on data whose mean is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from evaluation.bootstrap import bootstrap_interval, paired_difference
+
+
+def test_coverage_on_normal_data():
+    generator = torch.Generator().manual_seed(0)
+    trials, n = 400, 60
+    hits = 0
+    for trial in range(trials):
+        values = 3.0 + 2.0 * torch.randn(n, generator=generator)
+        interval = bootstrap_interval(values, resamples=400, seed=trial)
+        hits += interval.low <= 3.0 <= interval.high
+    # The percentile bootstrap's share at n = 60 is near sqrt((n - 1) / n) * 1.96 = 1.94 standard errors: 0.943, and
+    # 400 trials know it to sqrt(0.95 * 0.05 / 400) = 0.011.
+    assert hits / trials == pytest.approx(0.943, abs=0.033)
+
+
+def test_width_is_that_of_the_mean():
+    values = torch.randn(400, generator=torch.Generator().manual_seed(1))
+    interval = bootstrap_interval(values)
+    standard_error = (values.std(correction=0) / 400**0.5).item()
+    assert interval.mean == pytest.approx(values.mean().item(), abs=1e-6)
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 * standard_error, rel=0.08)
+
+
+def test_constant_values_have_no_width():
+    interval = bootstrap_interval(torch.full((10,), 0.25))
+    assert (interval.mean, interval.low, interval.high) == (0.25, 0.25, 0.25)
+
+
+def test_same_seed_same_interval_whatever_was_drawn_between():
+    values = torch.randn(50, generator=torch.Generator().manual_seed(2))
+    first = bootstrap_interval(values, seed=7)
+    torch.randn(1000)
+    assert bootstrap_interval(values, seed=7) == first
+    assert bootstrap_interval(values, seed=8) != first
+
+
+def test_pairs_see_a_difference_that_two_intervals_do_not():
+    generator = torch.Generator().manual_seed(3)
+    difficulty = 5 * torch.randn(100, generator=generator)
+    a = difficulty + 0.2 + 0.1 * torch.randn(100, generator=generator)
+    alone_a, alone_b = bootstrap_interval(a), bootstrap_interval(difficulty)
+    assert alone_a.low < alone_b.high
+    assert alone_b.low < alone_a.high
+    paired = paired_difference(a, difficulty)
+    assert 0.15 < paired.low < paired.mean < paired.high < 0.25
+    assert paired.mean == pytest.approx(alone_a.mean - alone_b.mean, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: bootstrap_interval(torch.ones(1)), "at least 2 values"),
+        (lambda: bootstrap_interval(torch.ones(5), level=1.0), r"level=1.0"),
+        (lambda: bootstrap_interval(torch.tensor([1.0, float("nan"), 2.0])), "1 of 3 values are not finite"),
+        (lambda: paired_difference(torch.ones(4), torch.ones(5)), r"\(4,\) and \(5,\)"),
+    ],
+)
+def test_errors_say_what_is_wrong(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
