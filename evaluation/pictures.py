@@ -25,7 +25,9 @@ STUDENT_STEPS = (1, 2, 4, 8)
 
 
 @torch.no_grad()
-def sample_rows(config: TSCDConfig, lora: Path | None, prompts: Sequence[str], omega: float, device: str = "cpu") -> dict[str, torch.Tensor]:
+def sample_rows(
+    config: TSCDConfig, lora: Path | None, prompts: Sequence[str], omega: float, device: str = "cpu"
+) -> dict[str, torch.Tensor]:
     """Pictures uint8 (B, 3, H, W) of teacher and student from the same noise, by row name ("teacher 4", "student 1", ...)."""
     roles, null = build_roles(config, device)
     if lora is not None:
@@ -36,7 +38,10 @@ def sample_rows(config: TSCDConfig, lora: Path | None, prompts: Sequence[str], o
     x_T = samples.start_noise(config.run.seed, prompts, shape).to(device)
     ids = square_time_ids(config, len(prompts), device) if encoders.is_sdxl else None
     cond = Conditioning(embeds.prompt_embeds, embeds.pooled, ids)
-    rows = {f"teacher {n}": samples.teacher_samples(roles, x_T, cond, null.with_time_ids(ids), n, omega) for n in TEACHER_STEPS}
+    rows = {
+        f"teacher {n}": samples.teacher_samples(roles, x_T, cond, null.with_time_ids(ids), n, omega)
+        for n in TEACHER_STEPS
+    }
     if lora is not None:
         rows |= {f"student {n}": samples.student_samples(roles, STUDENT, x_T, cond, n) for n in STUDENT_STEPS}
     return {name: encoders.decode(latents).cpu() for name, latents in rows.items()}
@@ -72,9 +77,15 @@ def _wrap(text: str, width: int) -> list[str]:
 
 def draw_curves(metrics: Path, path: Path) -> None:
     """Every loss of `metrics.jsonl` against the step, with the stages' borders."""
-    rows = {row["step"]: row for row in map(json.loads, metrics.read_text().splitlines())}  # a resumed run writes a step twice
+    rows = {
+        row["step"]: row for row in map(json.loads, metrics.read_text().splitlines())
+    }  # a resumed run writes a step twice
     steps = sorted(rows)
-    names = [n for n in ("consistency", "adversarial", "discriminator", "grad_norm") if any(n in row for row in rows.values())]
+    names = [
+        n
+        for n in ("consistency", "adversarial", "discriminator", "grad_norm")
+        if any(n in row for row in rows.values())
+    ]
     figure, axes = plt.subplots(len(names), 1, figsize=(8, 2.1 * len(names)), sharex=True, squeeze=False)
     borders = [s for s, before in zip(steps[1:], steps, strict=False) if rows[s].get("k") != rows[before].get("k")]
     for axis, name in zip(axes[:, 0], names, strict=True):

@@ -48,7 +48,9 @@ def sd15(teacher: str, shards: str = "data/*.tar") -> TSCDConfig:
     """Stable Diffusion 1.5 at 512 px with the paper's settings (batch 512, lr 1e-6, k = 8, 4, 2, 1) on 8 GPUs."""
     return TSCDConfig(
         teacher=teacher,
-        data=DataConfig(shards=shards, resolution=512, encoder=EncoderPool(num_gpus=0.25, max_size=4, dtype="bfloat16")),
+        data=DataConfig(
+            shards=shards, resolution=512, encoder=EncoderPool(num_gpus=0.25, max_size=4, dtype="bfloat16")
+        ),
         distill=DistillConfig(omega_min=3, omega_max=8),
         optim=OptimConfig(lr=1e-6, batch=512, accumulation=4),
         run=RunConfig(name="sd15", workers=8, gpus_per_worker=1, precision="bf16"),
@@ -59,7 +61,11 @@ def sdxl(teacher: str, shards: str = "data/*.tar") -> TSCDConfig:
     """SDXL at 1024 px with the paper's settings on 32 GPUs."""
     return TSCDConfig(
         teacher=teacher,
-        data=DataConfig(shards=shards, resolution=1024, encoder=EncoderPool(num_gpus=0.5, max_size=8, batch_size=8, dtype="bfloat16")),
+        data=DataConfig(
+            shards=shards,
+            resolution=1024,
+            encoder=EncoderPool(num_gpus=0.5, max_size=8, batch_size=8, dtype="bfloat16"),
+        ),
         distill=DistillConfig(omega_min=5, omega_max=8),
         optim=OptimConfig(lr=1e-6, batch=512, accumulation=4),
         run=RunConfig(name="sdxl", workers=32, gpus_per_worker=1, precision="bf16"),

@@ -1,9 +1,9 @@
 """Distil a text-to-image model into a 1-8 step one by trajectory segmented consistency distillation.
 
-    python jobs/tscd.py tiny                                            # the embedded model, minutes on a CPU
-    python jobs/tscd.py sd15 --teacher PATH --data.shards 's3://...'    # Stable Diffusion 1.5
-    python jobs/tscd.py sdxl --teacher PATH --data.shards 's3://...'    # SDXL
-    ray job submit --working-dir . -- python jobs/tscd.py tiny          # on a cluster
+python jobs/tscd.py tiny                                            # the embedded model, minutes on a CPU
+python jobs/tscd.py sd15 --teacher PATH --data.shards 's3://...'    # Stable Diffusion 1.5
+python jobs/tscd.py sdxl --teacher PATH --data.shards 's3://...'    # SDXL
+ray job submit --working-dir . -- python jobs/tscd.py tiny          # on a cluster
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def draw(config: TSCDConfig, folder: str) -> list[str]:
-    """Sample grid of the last stage and loss curves, written into the run's folder."""
+    """Sample grid of the last stage and loss curves, written into the run's folder; returns what to print."""
     from evaluation.pictures import draw_curves, draw_grid, sample_rows
     from hypersd_ray.trainer import storage
 
@@ -44,7 +44,12 @@ def draw(config: TSCDConfig, folder: str) -> list[str]:
         lora = made / "lora.safetensors"
         storage.get(f"{folder}/lora/tscd-k{k}.safetensors", lora)
         omega = (config.distill.omega_min + config.distill.omega_max) / 2
-        draw_grid(sample_rows(config, lora, prompts, omega), prompts, made / "grid.png", f"same noise, teacher at guidance {omega:g}, student after k = {k}")
+        draw_grid(
+            sample_rows(config, lora, prompts, omega),
+            prompts,
+            made / "grid.png",
+            f"same noise, teacher at guidance {omega:g}, student after k = {k}",
+        )
         for name in ("grid.png", "curves.png"):
             storage.put(made / name, f"{folder}/{name}")
     return [f"{folder}/grid.png", f"{folder}/curves.png"]
@@ -52,10 +57,10 @@ def draw(config: TSCDConfig, folder: str) -> list[str]:
 
 def report(config: TSCDConfig, result, pictures: list[str]) -> None:
     """The last lines of the job."""
-    from hypersd_ray.models.export import usage
-
     k = config.distill.k_list[-1]
-    print(f"\nRun {config.run.name}: {result.metrics.get('skipped', 0)} steps skipped, trainer waited for data {result.metrics.get('data_wait_share', 0):.2%} of the time")
+    print(
+        f"\nRun {config.run.name}: {result.metrics.get('skipped', 0)} steps skipped, trainer waited for data {result.metrics.get('data_wait_share', 0):.2%} of the time"
+    )
     if config.full_unet:
         print(f"UNet     {result.folder}/unet-k{k}")
     else:
@@ -65,7 +70,11 @@ def report(config: TSCDConfig, result, pictures: list[str]) -> None:
     print(f"config   {result.folder}/config.yaml")
     print(f"logs     tensorboard --logdir {result.folder}/tensorboard")
     if not config.full_unet:
-        print("\nUse it:\n" + usage(config.teacher, f"{result.folder}/lora/tscd-k{k}.safetensors"))
+        from hypersd_ray.models.export import usage
+        from hypersd_ray.trainer.loop import lora_metadata
+
+        path = f"{result.folder}/lora/tscd-k{k}.safetensors"
+        print("\nUse it:\n" + usage(path, lora_metadata(config, k), base=config.teacher))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,13 @@ class ConfigError(ValueError):
     """A user's setting that cannot work: one line with the field, the value, the limit and the knob to turn."""
 
 
+class CombinationError(Exception):
+    """Fields that are each right and cannot be together: one line.
+
+    Not a ValueError, so that neither pydantic nor tyro wraps it into a page of its own.
+    """
+
+
 class Strict(pydantic.BaseModel):
     """A frozen model in which an unknown field is an error and defaults are validated like given values."""
 

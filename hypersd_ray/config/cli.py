@@ -13,13 +13,16 @@ import pydantic
 import tyro
 import yaml
 
-from hypersd_ray.config.base import ConfigError
+from hypersd_ray.config.base import CombinationError, ConfigError
 
 Config = TypeVar("Config", bound=pydantic.BaseModel)
 
 
 def parse(
-    recipes: Mapping[str, Callable[..., Config]], kind: type[Config], description: str, arguments: Sequence[str] | None = None
+    recipes: Mapping[str, Callable[..., Config]],
+    kind: type[Config],
+    description: str,
+    arguments: Sequence[str] | None = None,
 ) -> Config:
     """The configuration that a command line asks for.
 
@@ -86,7 +89,7 @@ def run_job(main: Callable[[], None]) -> None:
     """Call a job's main; what a user did wrong ends it with one line and exit code 2, without a traceback."""
     try:
         main()
-    except (ConfigError, pydantic.ValidationError) as error:
+    except (ConfigError, CombinationError, pydantic.ValidationError) as error:
         text = one_line(error) if isinstance(error, pydantic.ValidationError) else str(error)
         raise SystemExit(f"error: {text}") from None
     except ValueError as error:

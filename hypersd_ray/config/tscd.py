@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from hypersd_ray.config.base import Strict
+from hypersd_ray.config.base import CombinationError, Strict
 from hypersd_ray.config.data import DataConfig
 from hypersd_ray.diffusion.segments import TEndRule, check_grid
 from hypersd_ray.losses.adversarial import AdversarialKind
@@ -47,19 +47,22 @@ class DistillConfig(Strict):
     @model_validator(mode="after")
     def _stages_fit(self) -> DistillConfig:
         if not len(self.k_list) == len(self.n_list) == len(self.steps_list):
-            raise ValueError(
+            raise CombinationError(
                 f"k_list, n_list and steps_list need one entry a stage, they have {len(self.k_list)}, {len(self.n_list)} and {len(self.steps_list)}"
             )
         if not self.k_list or min(self.steps_list) < 1:
-            raise ValueError(f"steps_list={self.steps_list}: at least one stage of at least one step")
+            raise CombinationError(f"steps_list={self.steps_list}: at least one stage of at least one step")
         if any(a <= b for a, b in pairwise(self.k_list)):
-            raise ValueError(f"k_list={self.k_list} must fall from stage to stage")
+            raise CombinationError(f"k_list={self.k_list} must fall from stage to stage")
         for k, n in zip(self.k_list, self.n_list, strict=True):
-            check_grid(1000, n, k)
+            try:
+                check_grid(1000, n, k)
+            except ValueError as error:
+                raise CombinationError(f"distill.n_list={self.n_list}: {error}") from None
         if self.omega_max < self.omega_min:
-            raise ValueError(f"omega_max={self.omega_max} is below omega_min={self.omega_min}")
+            raise CombinationError(f"omega_max={self.omega_max} is below omega_min={self.omega_min}")
         if (self.target == "teacher") != (self.t_end == "two_steps"):
-            raise ValueError(
+            raise CombinationError(
                 f"target={self.target!r} with t_end={self.t_end!r}: target='teacher' goes with t_end='two_steps' (progressive distillation), and only with it"
             )
         return self
@@ -99,7 +102,10 @@ class AdversarialConfig(Strict):
 
     @model_validator(mode="after")
     def _monotone(self) -> AdversarialConfig:
-        self.weights(0, 2)
+        try:
+            self.weights(0, 2)
+        except ValueError as error:
+            raise CombinationError(f"adversarial: {error}") from None
         return self
 
 
@@ -205,11 +211,11 @@ class TSCDConfig(Strict):
         share = self.run.workers * self.optim.accumulation
         if self.optim.batch % share:
             nearest = max(1, round(self.optim.batch / share)) * share
-            raise ValueError(
+            raise CombinationError(
                 f"optim.batch={self.optim.batch} is not divisible by run.workers * optim.accumulation = {share}; the nearest accepted is {nearest}"
             )
         if "://" not in self.teacher and not Path(self.teacher).is_dir():
-            raise ValueError(
+            raise CombinationError(
                 f"teacher={self.teacher!r} is not a folder: name one in diffusers' layout (model_index.json, unet/, vae/, ...)"
             )
         return self

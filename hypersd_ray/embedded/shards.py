@@ -99,8 +99,8 @@ def write_split(out: Path, split: str, drawn: Iterator[Picture], per_shard: int,
     if writer is not None:
         writer.close()
     groups = [{"id": i + 1, "name": name} for i, name in enumerate(categories)]
-    for name, annotations in (("instances", instances), ("captions", captions)):
-        document = {"images": images, "annotations": annotations, "categories": groups if name == "instances" else []}
+    for name, rows in (("instances", instances), ("captions", captions)):
+        document = {"images": images, "annotations": rows, "categories": groups if name == "instances" else []}
         (out / f"{name}_{split}.json").write_text(json.dumps(document, separators=(",", ":")))
     return len(images)
 

@@ -144,7 +144,11 @@ class Loggers:
             "wandb": lambda: WeightsAndBiases(config),
             "mlflow": lambda: MLflow(config),
         }
-        self.all: Sequence[Logger] = [JsonLines(folder), Prometheus(config.run.name), *(makers[name]() for name in config.run.loggers)]
+        self.all: Sequence[Logger] = [
+            JsonLines(folder),
+            Prometheus(config.run.name),
+            *(makers[name]() for name in config.run.loggers),
+        ]
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """To each."""

@@ -115,7 +115,10 @@ class Worker:
             self.clock.wait_begins()
             rows, self.position = next(self.stream)
             self.clock.wait_ends()
-            parts = [rows[name].to(self.device, torch.float32) if name in rows else None for name in ("prompt_embeds", "pooled", "time_ids")]
+            parts = [
+                rows[name].to(self.device, torch.float32) if name in rows else None
+                for name in ("prompt_embeds", "pooled", "time_ids")
+            ]
             yield Batch(rows["latents"].to(self.device, torch.float32), Conditioning(*parts))
 
     def _check(self, metrics: dict[str, torch.Tensor]) -> None:
@@ -145,7 +148,10 @@ class Worker:
         values = {name: float(value) for name, value in metrics.items()}
         rates = self.clock.rates(progress.stage, progress.step)
         k = c.distill.k_list[progress.stage]
-        self.loggers.scalars(self.clock.global_step(progress.stage, progress.step), values | rates | {"skipped": progress.skipped, "k": k})
+        self.loggers.scalars(
+            self.clock.global_step(progress.stage, progress.step),
+            values | rates | {"skipped": progress.skipped, "k": k},
+        )
         losses = {name: value for name, value in values.items() if name != "grad_norm"}
         snapshot = Snapshot(
             progress.stage, c.stages, k, progress.step, self.distiller.steps, losses,
@@ -163,13 +169,19 @@ class Worker:
         embeds = encoders.encode_prompts(list(prompts))
         shape = (roles.unet.config.in_channels, *[roles.unet.config.sample_size] * 2)
         x_T = samples.start_noise(self.config.run.seed, prompts, shape).to(self.device)
-        cond = Conditioning(embeds.prompt_embeds, embeds.pooled, square_time_ids(self.config, len(prompts), self.device) if encoders.is_sdxl else None)
+        cond = Conditioning(
+            embeds.prompt_embeds,
+            embeds.pooled,
+            square_time_ids(self.config, len(prompts), self.device) if encoders.is_sdxl else None,
+        )
         omega = (self.config.distill.omega_min + self.config.distill.omega_max) / 2
         rows = [samples.teacher_samples(roles, x_T, cond, self.distiller.null, 25, omega)]
         rows += [samples.student_samples(roles, STUDENT, x_T, cond, steps) for steps in (8, 4, 2, 1)]
         picture = samples.tile([encoders.decode(row).cpu() for row in rows])
         progress = self.distiller.progress
-        self.loggers.picture(self.clock.global_step(progress.stage, progress.step), "samples/teacher25_student8421", picture)
+        self.loggers.picture(
+            self.clock.global_step(progress.stage, progress.step), "samples/teacher25_student8421", picture
+        )
         self.clock.go_on()
 
     def _export(self) -> None:
@@ -188,16 +200,8 @@ class Worker:
             tensors = {name: p.detach().cpu() for name, p in roles.named_tensors(STUDENT).items()}
             for layout, save in (("", save_diffusers_lora), ("-kohya", save_kohya_lora)):
                 path = made / f"tscd-k{k}{layout}.safetensors"
-                save(tensors, path, self._metadata(k))
+                save(tensors, path, lora_metadata(c, k))
                 storage.put(path, f"{self.folder}/lora/{path.name}")
-
-    def _metadata(self, k: int) -> LoRAMetadata:
-        c, info = self.config, read_base(self.config.teacher)
-        steps = tuple(s for s in (1, 2, 4, 8) if s >= k) or (k,)
-        return LoRAMetadata(
-            base_model=info.path.name, family=info.family, k=k, steps=steps, scheduler="TCDScheduler", eta=0.0,
-            rank=c.lora.rank, alpha=c.lora.effective_alpha, recipe=c.run.name, extra={},
-        )  # fmt: skip
 
     def _report(self, metrics: dict[str, torch.Tensor]) -> None:
         self.clock.pause()
@@ -208,9 +212,21 @@ class Worker:
             save_position(folder, self.rank, self.position.to_dict())
             values = {name: float(value) for name, value in metrics.items()}
             progress = asdict(self.distiller.progress)
-            ray.train.report(values | progress | self.clock.totals(), checkpoint=ray.train.Checkpoint.from_directory(temporary))
+            ray.train.report(
+                values | progress | self.clock.totals(), checkpoint=ray.train.Checkpoint.from_directory(temporary)
+            )
         self.last_checkpoint = f"stage {progress['stage'] + 1} step {progress['step']} in {self.folder}"
         self.clock.go_on()
+
+
+def lora_metadata(config: TSCDConfig, k: int) -> LoRAMetadata:
+    """What the LoRA of stage `k` says of itself: k steps first, then what else it can."""
+    info = read_base(config.teacher)
+    steps = (k, *(s for s in (1, 2, 4, 8) if s != k))
+    return LoRAMetadata(
+        base_model=info.path.name, family=info.family, k=k, steps=steps, scheduler="TCDScheduler", eta=0.0,
+        rank=config.lora.rank, alpha=config.lora.effective_alpha, recipe=config.run.name, extra={},
+    )  # fmt: skip
 
 
 def square_time_ids(config: TSCDConfig, batch: int, device: torch.device | str) -> torch.Tensor:

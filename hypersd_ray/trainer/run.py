@@ -43,7 +43,10 @@ def connect() -> None:
         # At least 4 logical CPUs: a reader, an encoder and a worker must be able to stand side by side.
         ray.init(num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, logging_level="WARNING")
         return
-    inherited = bool(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "")) and "working_dir" in os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"]
+    inherited = (
+        bool(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", ""))
+        and "working_dir" in os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"]
+    )
     ray.init(logging_level="WARNING", runtime_env=None if inherited else {"working_dir": str(ROOT)})
 
 
@@ -75,7 +78,10 @@ def check_resources(config: TSCDConfig) -> None:
         ConfigError: the resource that is missing and the setting to change.
     """
     have = ray.cluster_resources()
-    for name, each, knob in (("CPU", config.run.cpus_per_worker, "run.cpus_per_worker"), ("GPU", config.run.gpus_per_worker, "run.gpus_per_worker")):
+    for name, each, knob in (
+        ("CPU", config.run.cpus_per_worker, "run.cpus_per_worker"),
+        ("GPU", config.run.gpus_per_worker, "run.gpus_per_worker"),
+    ):
         wanted = config.run.workers * each
         if wanted > have.get(name, 0) and not os.environ.get("RAY_AUTOSCALING"):
             raise ConfigError(
@@ -100,14 +106,17 @@ def train(config: TSCDConfig) -> Result:
     reject_log = None if sources.format == "latents" else start_reject_log(data, f"{folder}/rejects.jsonl")
     run = config.run
     with watching() as board:
-        arguments = LoopArguments(config.model_copy(update={"data": data}).model_dump(), tuple(sources.urls), board, reject_log)
+        arguments = LoopArguments(
+            config.model_copy(update={"data": data}).model_dump(), tuple(sources.urls), board, reject_log
+        )
         trainer = TorchTrainer(
             train_loop,
             train_loop_config=vars(arguments),
             scaling_config=ScalingConfig(
                 num_workers=run.workers,
                 use_gpu=run.gpus_per_worker > 0,
-                resources_per_worker={"CPU": run.cpus_per_worker} | ({"GPU": run.gpus_per_worker} if run.gpus_per_worker else {}),
+                resources_per_worker={"CPU": run.cpus_per_worker}
+                | ({"GPU": run.gpus_per_worker} if run.gpus_per_worker else {}),
             ),
             run_config=ray.train.RunConfig(
                 name=run.name,

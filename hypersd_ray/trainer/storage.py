@@ -1,6 +1,6 @@
 """A run's folder, local or at any fsspec URL.
 
-    {out}/{name}/config.yaml  metrics.jsonl  tensorboard/  checkpoint_*/  lora/  grid.png  curves.png
+{out}/{name}/config.yaml  metrics.jsonl  tensorboard/  checkpoint_*/  lora/  grid.png  curves.png
 """
 
 from __future__ import annotations

@@ -81,11 +81,15 @@ class Distiller:
 
     def _new_optimizers(self) -> None:
         c, stage = self.config.optim, self.progress.stage
-        self.optimizer = torch.optim.AdamW(self.roles.trainable(), lr=c.lr, betas=(c.beta1, c.beta2), weight_decay=c.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            self.roles.trainable(), lr=c.lr, betas=(c.beta1, c.beta2), weight_decay=c.weight_decay
+        )
         self.weights = self.config.adversarial.weights(stage, self.config.stages)
         self.discriminator = self.d_optimizer = None
         if self.weights.adversarial > 0:
-            heads = LatentDiscriminator(dict(self.roles.unet.config), seed=seed_of(self.config.run.seed, "discriminator", stage))
+            heads = LatentDiscriminator(
+                dict(self.roles.unet.config), seed=seed_of(self.config.run.seed, "discriminator", stage)
+            )
             self.discriminator = heads.to(self.roles.device)
             self.d_optimizer = torch.optim.AdamW(heads.parameters(), lr=self.config.adversarial.lr, betas=(0.0, 0.99))
 
@@ -110,7 +114,9 @@ class Distiller:
         consistency = consistency_loss(pair, self.measure)
         loss, metrics = self.weights.mse * consistency, {"consistency": consistency.detach()}
         if self.discriminator is not None:
-            student, heads = adversarial_losses(self.roles, self.discriminator, pair, micro.cond, self.config.adversarial.kind, generator)
+            student, heads = adversarial_losses(
+                self.roles, self.discriminator, pair, micro.cond, self.config.adversarial.kind, generator
+            )
             if self.progress.step >= self.config.adversarial.warmup_share * self.steps:
                 loss = loss + self.weights.adversarial * student
             (heads / parts).backward()
@@ -145,7 +151,11 @@ class Distiller:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every weight that training changes: `{role}/{name}` and `discriminator/{name}`."""
-        named = {f"{role}/{name}": p.detach() for role in self._role_names() for name, p in self.roles.named_tensors(role).items()}
+        named = {
+            f"{role}/{name}": p.detach()
+            for role in self._role_names()
+            for name, p in self.roles.named_tensors(role).items()
+        }
         if self.discriminator is not None:
             named |= {f"discriminator/{name}": p for name, p in self.discriminator.state_dict().items()}
         return named

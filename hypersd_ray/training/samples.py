@@ -23,14 +23,20 @@ def start_noise(seed: int, prompts: Sequence[str], shape: tuple[int, ...]) -> Te
 
 
 @torch.no_grad()
-def teacher_samples(roles: Roles, x_T: Tensor, cond: Conditioning, null: Conditioning, steps: int, omega: float) -> Tensor:
+def teacher_samples(
+    roles: Roles, x_T: Tensor, cond: Conditioning, null: Conditioning, steps: int, omega: float
+) -> Tensor:
     """The base's x_0 by `steps` DDIM steps under guidance `omega`."""
     scale = torch.full((len(x_T),), float(omega), device=x_T.device)
-    return ode_solve(roles.schedule, roles.guided(TEACHER, cond, null, scale), x_T, edges(roles.schedule.T, steps)[::-1])
+    return ode_solve(
+        roles.schedule, roles.guided(TEACHER, cond, null, scale), x_T, edges(roles.schedule.T, steps)[::-1]
+    )
 
 
 @torch.no_grad()
-def student_samples(roles: Roles, role: str, x_T: Tensor, cond: Conditioning, steps: int, eta: float = 0.0, seed: int = 0) -> Tensor:
+def student_samples(
+    roles: Roles, role: str, x_T: Tensor, cond: Conditioning, steps: int, eta: float = 0.0, seed: int = 0
+) -> Tensor:
     """A role's x_0 in `steps` consistency jumps on the training edges, without guidance."""
     generator = generator_of(seed, "eta") if eta > 0 else None
     return consistency_sample(roles.schedule, roles.denoiser(role, cond), x_T, steps, eta, generator)

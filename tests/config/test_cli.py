@@ -1,0 +1,72 @@
+"""Command lines: recipes, overrides, files, and what a user is told."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hypersd_ray.config.base import CombinationError, ConfigError
+from hypersd_ray.config.cli import parse
+from hypersd_ray.config.data import DataConfig
+from hypersd_ray.config.tscd import TSCDConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def recipes(tmp_path):
+    def small(batch: int = 8) -> TSCDConfig:
+        return TSCDConfig(teacher=str(tmp_path), data=DataConfig(shards="x.tar"), optim={"batch": batch})
+
+    return {"small": small}
+
+
+def test_a_recipes_argument_and_a_fields_override_both_count(recipes):
+    config = parse(recipes, TSCDConfig, "", ["small", "--batch", "16", "--data.shards", "y.tar", "--run.seed", "3"])
+    assert (config.optim.batch, config.data.shards, config.run.seed) == (16, "y.tar", 3)
+
+
+def test_a_saved_config_is_read_back(recipes, tmp_path):
+    config = parse(recipes, TSCDConfig, "", ["small", "--distill.omega-max", "5"])
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert parse(recipes, TSCDConfig, "", ["--config", str(path)]) == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["small", "--distill.n-list", "41", "40", "40", "40"], "n_list=.*41.*k=8.*40"),
+        (["small", "--run.workers", "3"], "optim.batch=8 is not divisible by .* = 3; the nearest accepted is 9"),
+        (["small", "--teacher", "/nowhere"], "teacher='/nowhere' is not a folder"),
+        (["small", "--adversarial.adv-start", "0.5"], "adversarial weight must rise"),
+    ],
+)
+def test_an_impossible_combination_is_one_line(recipes, arguments, said):
+    with pytest.raises(CombinationError, match=said) as caught:
+        parse(recipes, TSCDConfig, "", arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_recipe_or_field_is_an_error(recipes, tmp_path):
+    with pytest.raises(ConfigError, match="unknown recipe 'big': choose one of small"):
+        parse(recipes, TSCDConfig, "", ["big"])
+    with pytest.raises(SystemExit):
+        parse(recipes, TSCDConfig, "", ["small", "--optim.learning-rate", "1"])
+    (tmp_path / "c.yaml").write_text("teacher: x\nsurprise: 1\n")
+    with pytest.raises(ConfigError, match=r"(shards|data|surprise)"):
+        parse(recipes, TSCDConfig, "", ["--config", str(tmp_path / "c.yaml")])
+
+
+def test_the_job_says_one_line_without_a_traceback():
+    done = subprocess.run(
+        [sys.executable, ROOT / "jobs" / "tscd.py", "sd15", "--teacher", "/nowhere"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines() == [
+        "error: teacher='/nowhere' is not a folder: name one in diffusers' layout (model_index.json, unet/, vae/, ...)"
+    ]
