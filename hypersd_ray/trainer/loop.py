@@ -62,7 +62,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         # Ray gives a worker one OpenMP thread per reserved CPU; nobody else computes while it steps.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
     roles, null = build_roles(config, device)
     Worker(config, given, Distiller(config, roles, null, context.get_world_rank()), device).run()
 

@@ -40,8 +40,13 @@ def connect() -> None:
         return
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     if "RAY_ADDRESS" not in os.environ:
+        # On one's own machine the bar says what there is to say; what the processes print is in Ray's session logs, and
+        # what fails comes back as an exception. Level "fatal" is for warnings of Ray's C++ side about its own actors.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         # At least 4 logical CPUs: a reader, an encoder and a worker must be able to stand side by side.
-        ray.init(num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, logging_level="WARNING")
+        ray.init(
+            num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, logging_level="ERROR", log_to_driver=False
+        )
         return
     inherited = (
         bool(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", ""))
