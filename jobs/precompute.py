@@ -10,17 +10,16 @@ from __future__ import annotations
 import os
 import sys
 import time
-from dataclasses import dataclass
+from pathlib import Path
 
-import ray
-import tyro
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
 
+from hypersd_ray.config.base import Strict
+from hypersd_ray.config.cli import read_options, run_job
 from hypersd_ray.config.data import DataConfig
-from hypersd_ray.data.precompute import precompute, validate
 
 
-@dataclass(frozen=True)
-class PrecomputeConfig:
+class PrecomputeConfig(Strict):
     """What to encode, with which model, into which folder."""
 
     model: str
@@ -31,13 +30,14 @@ class PrecomputeConfig:
     """The shards and how to read them."""
 
 
-def main(config: PrecomputeConfig) -> int:
-    """Precompute, print what was made; -> the exit status."""
-    try:
-        validate(config.data, config.model, config.out)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def main() -> None:
+    """Precompute, print what was made."""
+    config: PrecomputeConfig = read_options(PrecomputeConfig, sys.argv[1:], __doc__ or "")
+    from hypersd_ray.data.precompute import precompute, validate
+
+    validate(config.data, config.model, config.out)
+    import ray  # after the configuration is known to be right
+
     started = time.perf_counter()
     # `ray job submit` and a running cluster set the address; without one Ray starts on this machine.
     ray.init(address="auto" if os.environ.get("RAY_ADDRESS") else None, log_to_driver=False, include_dashboard=False)
@@ -45,18 +45,13 @@ def main(config: PrecomputeConfig) -> int:
     def progress(done: int, shards: int, rows: int) -> None:
         print(f"shard {done}/{shards}, {rows} rows, {rows / (time.perf_counter() - started):.0f} rows/s", flush=True)
 
-    try:
-        made = precompute(config.data, config.model, config.out, progress)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    made = precompute(config.data, config.model, config.out, progress)
     rejected = ", ".join(f"{reason} {count}" for reason, count in made.rejects.items()) or "none"
     there = f"{made.shards_skipped} were there"
     print(f"{made.rows} rows of {made.seen} in {made.shards} shards ({there}), {made.rows_per_s:.0f} rows/s")
     print(f"rejected: {rejected}" + (f", listed in {made.out.rstrip('/')}/rejects.jsonl" if made.rejects else ""))
     print(f"latents in {made.out}: --data.shards {made.out}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(PrecomputeConfig)))
+    run_job(main)

@@ -58,6 +58,8 @@ def draw(config: TSCDConfig, folder: str) -> list[str]:
 def report(config: TSCDConfig, result, pictures: list[str]) -> None:
     """The last lines of the job."""
     k = config.distill.k_list[-1]
+    if result.was_finished:
+        print(f"\nRun {config.run.name} was finished before, nothing was trained: set run.name to start another")
     print(
         f"\nRun {config.run.name}: {result.metrics.get('skipped', 0)} steps skipped, trainer waited for data {result.metrics.get('data_wait_share', 0):.2%} of the time"
     )

@@ -14,6 +14,10 @@ class CombinationError(Exception):
     """
 
 
+class RunError(RuntimeError):
+    """A run that started and cannot go on: one line with what happened, where it stands and what to change."""
+
+
 class Strict(pydantic.BaseModel):
     """A frozen model in which an unknown field is an error and defaults are validated like given values."""
 

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import difflib
 import inspect
+import io
+import os
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import pydantic
 import tyro
 import yaml
 
-from hypersd_ray.config.base import CombinationError, ConfigError
+from hypersd_ray.config.base import CombinationError, ConfigError, RunError
 
 Config = TypeVar("Config", bound=pydantic.BaseModel)
+
+
+class _Parser(argparse.ArgumentParser):
+    """One that raises what it has to complain of."""
+
+    def __init__(self, description: str | None = None):
+        super().__init__(description=description, add_help=False, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message.removeprefix("argument "))
 
 
 def parse(
@@ -29,12 +45,13 @@ def parse(
     A recipe's own parameters become options, read first; every field of its config is an option after that.
 
     Raises:
-        ConfigError: one line naming the field, the value and what would be accepted.
+        ConfigError, CombinationError: one line naming the field, the value and what would be accepted.
+        SystemExit: 0 after --help.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(description=description, add_help=False, allow_abbrev=False)
-    parser.add_argument("recipe", nargs="?")
-    parser.add_argument("--config")
+    parser = _Parser(description)
+    parser.add_argument("recipe", nargs="?", help=f"one of {', '.join(recipes)}; its options: RECIPE --help")
+    parser.add_argument("--config", metavar="FILE", help="a config.yaml that a run left, in place of a recipe")
     known, rest = parser.parse_known_args(arguments)
     try:
         if known.config:
@@ -42,14 +59,94 @@ def parse(
                 raise ConfigError(f"both a recipe ({known.recipe}) and --config {known.config}: give one")
             default = _from_file(kind, Path(known.config))
         elif known.recipe in recipes:
-            rest.remove(known.recipe) if known.recipe in rest else None
             default, rest = _from_recipe(recipes[known.recipe], rest, description)
+        elif known.recipe is None and {"-h", "--help"} & set(rest):
+            print(parser.format_help())
+            raise SystemExit(0)
         else:
             wrong = f"unknown recipe {known.recipe!r}" if known.recipe else "no recipe given"
             raise ConfigError(f"{wrong}: choose one of {', '.join(recipes)}, or --config FILE")
-        return tyro.cli(kind, default=default, args=rest, description=description)
+        return read_options(kind, rest, description, default)
     except pydantic.ValidationError as error:
         raise ConfigError(one_line(error)) from None
+
+
+def read_options(
+    kind: type[Any], arguments: Sequence[str], description: str, default: Any = tyro.MISSING_NONPROP
+) -> Any:
+    """`tyro.cli`, with what it complains of as one line in place of a box.
+
+    Raises:
+        ConfigError: the option, the value and what would be accepted.
+        SystemExit: 0 after --help.
+    """
+    if {"-h", "--help"} & set(arguments):
+        return tyro.cli(kind, default=default, args=arguments, description=description)
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), _columns(2000):  # so wide that nothing is wrapped
+        try:
+            return tyro.cli(kind, default=default, args=arguments, description=description)
+        except SystemExit as stop:
+            if not stop.code:
+                raise
+    raise ConfigError(_unboxed(said.getvalue(), kind))
+
+
+@contextlib.contextmanager
+def _columns(width: int) -> Iterator[None]:
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(width)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+
+
+def _unboxed(text: str, kind: type[Any]) -> str:
+    """The complaint in a box of tyro's (title, message, rule, hints) as one line; boxes are ASCII where UTF-8 is not."""
+    lines = [line.strip(" │╭╮╰╯") for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()]
+    body: list[str] = []
+    for line in lines[1:]:
+        rule = bool(line) and set(line) <= {"─", "-"}
+        if rule and body:
+            break
+        if not rule:
+            body.append(line)
+    message = " ".join(" ".join(body).split())
+    if unknown := re.match(r"Unrecognized options: (\S+?)(?:,|$)", message):
+        return _unknown_option(unknown[1], kind)
+    if wrong := re.match(r"Error parsing (\S+): \d+ validation errors? for \w+ (\S+) (.*?) \[type=", message):
+        given = re.search(r"input_value=(.*?), input_type=", message)
+        value = f" (given: {given[1]})" if given else ""
+        return f"{wrong[1].lstrip('-')}.{wrong[2]}: {wrong[3].removeprefix('Value error, ')}{value}"
+    return message.removeprefix("Error parsing ")
+
+
+def _unknown_option(option: str, kind: type[Any]) -> str:
+    if not option.startswith("-"):
+        return f"unexpected argument {option!r}: options look like --field VALUE, --help lists them"
+    options = [f"--{name}" for name in _option_names(kind)]
+    last = option.rpartition(".")[2].lstrip("-")
+    near = difflib.get_close_matches(option, options, n=2, cutoff=0.75)
+    near += [o for o in options if o.rpartition(".")[2].lstrip("-") == last and o not in near][:2]
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    section = [o for o in options if o.rpartition(".")[0] == option.rpartition(".")[0] and "." in o]
+    if section and not near:
+        hint = f"there are {', '.join(section)}; "
+    return f"unknown option {option}: {hint}--help lists all"
+
+
+def _option_names(kind: type[Any]) -> Iterator[str]:
+    """Dotted names of a config's fields, as tyro spells them."""
+    for name, field in kind.model_fields.items() if hasattr(kind, "model_fields") else ():
+        spelled = name.replace("_", "-")
+        if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
+            yield from (f"{spelled}.{inner}" for inner in _option_names(field.annotation))
+        else:
+            yield spelled
 
 
 def _from_file(kind: type[Config], path: Path) -> Config:
@@ -60,7 +157,7 @@ def _from_file(kind: type[Config], path: Path) -> Config:
 
 
 def _from_recipe(recipe: Callable[..., Config], rest: list[str], description: str) -> tuple[Config, list[str]]:
-    parser = argparse.ArgumentParser(description=description, add_help=False, allow_abbrev=False)
+    parser = _Parser(description)
     signature = inspect.signature(recipe, eval_str=True)
     for name, parameter in signature.parameters.items():
         literal = get_origin(parameter.annotation) is Literal
@@ -72,7 +169,13 @@ def _from_recipe(recipe: Callable[..., Config], rest: list[str], description: st
             choices=get_args(parameter.annotation) if literal else None,
             type=str if literal else parameter.annotation,
         )
-    own, rest = parser.parse_known_args(rest)
+    try:
+        own, rest = parser.parse_known_args(rest)
+    except ConfigError:
+        if {"-h", "--help"} & set(rest):  # without a teacher there is no config whose options could be listed
+            print(parser.format_help())
+            raise SystemExit(0) from None
+        raise
     return recipe(**vars(own)), rest
 
 
@@ -85,12 +188,22 @@ def one_line(error: pydantic.ValidationError) -> str:
     return f"{field}: {message}{given}" if field else f"{message}{given}"
 
 
-def run_job(main: Callable[[], None]) -> None:
-    """Call a job's main; what a user did wrong ends it with one line and exit code 2, without a traceback."""
+def run_job(main: Callable[[], Any]) -> None:
+    """Call a job's main. What a user did wrong ends it with one line and exit code 2, a run that cannot go on with one
+    line and exit code 1, both without a traceback; else the exit code is what `main` returns."""
     try:
-        main()
-    except (ConfigError, CombinationError, pydantic.ValidationError) as error:
-        text = one_line(error) if isinstance(error, pydantic.ValidationError) else str(error)
-        raise SystemExit(f"error: {text}") from None
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+        code = main()
+    except RunError as error:
+        code = _complain(error, 1)
+    except pydantic.ValidationError as error:
+        code = _complain(one_line(error), 2)
+    except (ValueError, CombinationError) as error:
+        code = _complain(getattr(error, "cause", None) or error, 2)  # out of a Ray task it is wrapped
+    except KeyboardInterrupt:
+        code = _complain("interrupted; the same command goes on where it was", 130)
+    sys.exit(code)
+
+
+def _complain(what: object, code: int) -> int:
+    print(f"error: {' '.join(str(what).split())}", file=sys.stderr)
+    return code

@@ -7,11 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+import diffusers.utils.logging
 import torch
+import transformers.utils.logging
 from diffusers import UNet2DConditionModel
 
 from hypersd_ray.diffusion.parameterization import Parameterization
 from hypersd_ray.diffusion.schedule import Schedule, from_scheduler_config
+
+# Bars of a tenth of a second for every component of every process; the trainer has its own.
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
 
 Family = Literal["sd", "sdxl"]
 

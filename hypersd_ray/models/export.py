@@ -245,7 +245,8 @@ def usage(path: str | Path, metadata: LoRAMetadata, base: str | Path | None = No
     where = repr(str(base or metadata.base_model))
     grid = {
         "TCDScheduler": f", original_inference_steps={TCD_GRID}",
-        "DDIMScheduler": ', timestep_spacing="trailing"',
+        # clip_sample is on by default, and latents are not within [-1, 1]
+        "DDIMScheduler": ', timestep_spacing="trailing", clip_sample=False',
     }.get(scheduler, "")
     eta = f", eta={metadata.eta}" if scheduler in ("TCDScheduler", "DDIMScheduler") else ""
     return "\n".join(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,9 @@ class Logger(Protocol):
     def picture(self, step: int, name: str, image: Tensor) -> None:
         """A picture, uint8 (3, H, W)."""
 
+    def flush(self) -> None:
+        """What came so far must outlive this process."""
+
     def close(self) -> None:
         """Nothing more will come."""
 
@@ -41,23 +45,29 @@ class JsonLines:
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         with self.local.open("a") as file:
-            file.write(json.dumps({"step": step} | values) + "\n")
+            # JSON has no NaN
+            file.write(
+                json.dumps({"step": step} | {n: v if math.isfinite(v) else None for n, v in values.items()}) + "\n"
+            )
 
     def picture(self, step: int, name: str, image: Tensor) -> None:
         """Pictures have no place in JSON."""
 
-    def close(self) -> None:
+    def flush(self) -> None:
         if self.remote and self.local.exists():
             storage.put(self.local, self.path)
 
+    def close(self) -> None:
+        self.flush()
+
 
 class TensorBoard:
-    """Event files in the run's `tensorboard` folder."""
+    """Event files in the run's `tensorboard` folder; what an earlier process wrote past `step` is hidden."""
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(f"{folder}/tensorboard")
+        self.writer = SummaryWriter(f"{folder}/tensorboard", purge_step=step + 1)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -65,6 +75,9 @@ class TensorBoard:
 
     def picture(self, step: int, name: str, image: Tensor) -> None:
         self.writer.add_image(name, image, step)
+        self.writer.flush()
+
+    def flush(self) -> None:
         self.writer.flush()
 
     def close(self) -> None:
@@ -86,6 +99,9 @@ class WeightsAndBiases:
     def picture(self, step: int, name: str, image: Tensor) -> None:
         self.run.log({name: self.wandb.Image(np.asarray(image.permute(1, 2, 0)))}, step=step)
 
+    def flush(self) -> None:
+        """wandb's own process sends as it goes."""
+
     def close(self) -> None:
         self.run.finish()
 
@@ -106,6 +122,9 @@ class MLflow:
 
     def picture(self, step: int, name: str, image: Tensor) -> None:
         self.mlflow.log_image(np.asarray(image.permute(1, 2, 0)), f"{name.replace('/', '_')}_{step}.png")
+
+    def flush(self) -> None:
+        """Each call above is a request."""
 
     def close(self) -> None:
         self.mlflow.end_run()
@@ -130,6 +149,9 @@ class Prometheus:
     def picture(self, step: int, name: str, image: Tensor) -> None:
         """Prometheus holds numbers."""
 
+    def flush(self) -> None:
+        """Scraped, not sent."""
+
     def close(self) -> None:
         """Gauges end with the process."""
 
@@ -137,10 +159,11 @@ class Prometheus:
 class Loggers:
     """All destinations of a run as one."""
 
-    def __init__(self, config: TSCDConfig):
+    def __init__(self, config: TSCDConfig, step: int = 0):
+        """`step` steps are done already, in an earlier process."""
         folder = storage.run_folder(config.run)
         makers: dict[str, Any] = {
-            "tensorboard": lambda: TensorBoard(folder),
+            "tensorboard": lambda: TensorBoard(folder, step),
             "wandb": lambda: WeightsAndBiases(config),
             "mlflow": lambda: MLflow(config),
         }
@@ -159,6 +182,11 @@ class Loggers:
         """To each."""
         for logger in self.all:
             logger.picture(step, name, image)
+
+    def flush(self) -> None:
+        """Each."""
+        for logger in self.all:
+            logger.flush()
 
     def close(self) -> None:
         """Each."""

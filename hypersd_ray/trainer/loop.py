@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+import traceback
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from typing import Any
 import ray.train
 import torch
 
+from hypersd_ray.config.base import CombinationError, RunError
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.data.plan import StreamPosition
 from hypersd_ray.data.stream import LatentStream
@@ -58,8 +60,27 @@ def build_roles(config: TSCDConfig, device: torch.device | str) -> tuple[Roles, 
 
 
 def train_loop(arguments: dict[str, Any]) -> None:
-    """Ray Train's `train_loop_per_worker`; `arguments` are the fields of `LoopArguments`."""
+    """Ray Train's `train_loop_per_worker`; `arguments` are the fields of `LoopArguments`.
+
+    Ray starts a group again whatever a worker raises. What would end the same way every time (a user's mistake, a run of
+    NaN) therefore goes to the board, and the workers return: the driver has the reason, without Ray's traceback.
+    """
     given = LoopArguments(**arguments)
+    if ray.get(given.board.stop_reason.remote()) is not None:
+        return
+    try:
+        _train(given)
+    except RunError as error:  # on all ranks at once
+        ray.get(given.board.stop.remote(error))
+    except (ValueError, CombinationError) as error:
+        traceback.print_exc()  # into the worker's log
+        cause = getattr(error, "cause", None) or error  # out of Ray Data it is wrapped, with all of its traceback
+        ray.get(given.board.stop.remote(RunError(" ".join(str(cause).split()))))
+        if ray.train.get_context().get_world_size() > 1:
+            raise  # the other ranks may be waiting for this one; the next group returns at once
+
+
+def _train(given: LoopArguments) -> None:
     config = TSCDConfig.model_validate(given.config)
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
@@ -84,12 +105,15 @@ class Worker:
             config.run.seed, position, given.reject_log,
         )  # fmt: skip
         self.position = position
-        self.loggers = Loggers(config) if self.rank == 0 else None
         self.clock = Stopwatch(config)
-        self.last_checkpoint = "none yet"
+        progress = distiller.progress
+        self.loggers = (
+            Loggers(config, self.clock.global_step(progress.stage, progress.step)) if self.rank == 0 else None
+        )
 
     def _resume(self) -> StreamPosition:
         checkpoint = ray.train.get_checkpoint()
+        self.last_checkpoint = "none yet" if checkpoint is None else checkpoint.path
         if checkpoint is None:
             return StreamPosition()
         with checkpoint.as_directory() as folder:
@@ -99,6 +123,8 @@ class Worker:
 
     def run(self) -> None:
         """Step until no stage is left."""
+        if self.distiller.finished:
+            ray.get(self.board.find_finished.remote())
         try:
             for batch in self._batches():
                 metrics = self.distiller.step(batch)
@@ -127,7 +153,7 @@ class Worker:
     def _check(self, metrics: dict[str, torch.Tensor]) -> None:
         limit, progress = self.config.run.max_bad_steps, self.distiller.progress
         if progress.bad_in_a_row >= limit:
-            raise RuntimeError(
+            raise RunError(
                 f"{limit} steps in a row had NaN or inf (run.max_bad_steps={limit}), the last at stage {progress.stage + 1} "
                 f"step {progress.step}; the last good checkpoint is {self.last_checkpoint}: lower optim.lr or raise optim.warmup"
             )
@@ -191,6 +217,7 @@ class Worker:
         """The stage's LoRA (or UNet) is a product: usable at k steps."""
         if self.rank != 0:
             return
+        self.clock.pause()
         c, roles = self.config, self.distiller.roles
         k = c.distill.k_list[self.distiller.progress.stage]
         with tempfile.TemporaryDirectory() as temporary:
@@ -199,12 +226,13 @@ class Worker:
                 with roles.playing(STUDENT) as unet:
                     save_unet(unet, made / f"unet-k{k}")
                 storage.put(made / f"unet-k{k}", f"{self.folder}/unet-k{k}")
-                return
-            tensors = {name: p.detach().cpu() for name, p in roles.named_tensors(STUDENT).items()}
-            for layout, save in (("", save_diffusers_lora), ("-kohya", save_kohya_lora)):
-                path = made / f"tscd-k{k}{layout}.safetensors"
-                save(tensors, path, lora_metadata(c, k))
-                storage.put(path, f"{self.folder}/lora/{path.name}")
+            else:
+                tensors = {name: p.detach().cpu() for name, p in roles.named_tensors(STUDENT).items()}
+                for layout, save in (("", save_diffusers_lora), ("-kohya", save_kohya_lora)):
+                    path = made / f"tscd-k{k}{layout}.safetensors"
+                    save(tensors, path, lora_metadata(c, k))
+                    storage.put(path, f"{self.folder}/lora/{path.name}")
+        self.clock.go_on()
 
     def _report(self, metrics: dict[str, torch.Tensor]) -> None:
         self.clock.pause()
@@ -215,10 +243,16 @@ class Worker:
             save_position(folder, self.rank, self.world, self.position.to_dict())
             values = {name: float(value) for name, value in metrics.items()}
             progress = asdict(self.distiller.progress)
+            # A name of ours, so that it can be told; one left over from a killed run is written anew.
+            name = f"checkpoint_{self.clock.global_step(progress['stage'], progress['step']):08d}"
             ray.train.report(
-                values | progress | self.clock.totals(), checkpoint=ray.train.Checkpoint.from_directory(temporary)
+                values | progress | self.clock.totals(),
+                checkpoint=ray.train.Checkpoint.from_directory(temporary),
+                checkpoint_dir_name=name,
             )
-        self.last_checkpoint = f"stage {progress['stage'] + 1} step {progress['step']} in {self.folder}"
+        self.last_checkpoint = f"{self.folder}/{name}"
+        if self.loggers is not None:
+            self.loggers.flush()
         self.clock.go_on()
 
 

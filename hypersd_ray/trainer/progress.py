@@ -46,10 +46,12 @@ def clock(seconds: float) -> str:
 
 @ray.remote(num_cpus=0)
 class ProgressBoard:
-    """Where rank 0 leaves its snapshots and the driver finds the latest."""
+    """Where rank 0 leaves its snapshots and the driver finds the latest, and where a worker says why it gave up."""
 
     def __init__(self) -> None:
         self.latest: Snapshot | None = None
+        self.stopped: Exception | None = None
+        self.found_finished = False
 
     def post(self, snapshot: Snapshot) -> None:
         """Replace the latest."""
@@ -58,6 +60,22 @@ class ProgressBoard:
     def read(self) -> Snapshot | None:
         """The latest, or None before the first step."""
         return self.latest
+
+    def find_finished(self) -> None:
+        """The checkpoint that a worker started from has no step left."""
+        self.found_finished = True
+
+    def was_finished(self) -> bool:
+        """Whether it had none."""
+        return self.found_finished and self.latest is None  # not one killed at its very end, and started again
+
+    def stop(self, reason: Exception) -> None:
+        """The run must not go on or be started again; the first reason counts."""
+        self.stopped = self.stopped or reason
+
+    def stop_reason(self) -> Exception | None:
+        """What the user is to be told, or None."""
+        return self.stopped
 
 
 def _watch(board: ray.actor.ActorHandle, stop: threading.Event, line_every_s: float) -> None:

@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
+import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pydantic
 import ray
 import ray.train
 import yaml
-from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
-from hypersd_ray.config.base import ConfigError
-from hypersd_ray.config.tscd import TSCDConfig
-from hypersd_ray.data.precompute import resolve
+from hypersd_ray.config.base import CombinationError, ConfigError, RunError
+from hypersd_ray.config.tscd import RunConfig, TSCDConfig
+from hypersd_ray.data.precompute import resolve, validate
 from hypersd_ray.data.rejects import start_reject_log
+from hypersd_ray.data.sources import find_shards
 from hypersd_ray.models.checkpoint import read_base
 from hypersd_ray.trainer import storage
 from hypersd_ray.trainer.loop import LoopArguments, train_loop
 from hypersd_ray.trainer.progress import watching
 
 ROOT = Path(__file__).parents[2]
-SAME_RUN = ("teacher", "full_unet", "lora", "distill", "adversarial")
-"""Fields that a resumed run must share with the run it resumes."""
+SAME_RUN = (
+    "teacher", "full_unet", "lora", "distill", "adversarial", "run.seed",
+    "data.shards", "data.resolution", "data.shards_per_window", "data.shuffle_rows",
+)  # fmt: skip
+"""Fields that a resumed run must share with the run it resumes: without them its weights, its randomness or its place
+in the data mean something else."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run: its folder and the last report of rank 0."""
+    """A finished run: its folder, the last report of rank 0, and whether there was nothing left to do."""
 
     folder: str
     metrics: dict
+    was_finished: bool = False
 
 
 def connect() -> None:
@@ -43,6 +55,8 @@ def connect() -> None:
         # On one's own machine the bar says what there is to say; what the processes print is in Ray's session logs, and
         # what fails comes back as an exception. Level "fatal" is for warnings of Ray's C++ side about its own actors.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        # Else two at a time, and a warning when eight wait: Ray Train and Ray Data need a dozen to start.
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
         # At least 4 logical CPUs: a reader, an encoder and a worker must be able to stand side by side.
         ray.init(
             num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, logging_level="ERROR", log_to_driver=False
@@ -64,16 +78,59 @@ def check(config: TSCDConfig) -> None:
     read_base(config.teacher)
     if config.run.precision == "bf16" and config.run.gpus_per_worker == 0:
         raise ConfigError("run.precision=bf16 with run.gpus_per_worker=0: bf16 is for GPUs; set run.precision=fp32")
-    saved_path = f"{storage.run_folder(config.run)}/config.yaml"
-    if not storage.exists(saved_path):
-        return
-    saved = TSCDConfig.model_validate(yaml.safe_load(storage.read_text(saved_path)))
-    for field in SAME_RUN:
-        if getattr(saved, field) != getattr(config, field):
+    for name in {"wandb", "mlflow"} & set(config.run.loggers):
+        if importlib.util.find_spec(name) is None:
             raise ConfigError(
-                f"{field} differs from the run that is in {storage.run_folder(config.run)} "
-                f"({getattr(saved, field)!s:.80} there): set run.name to start another run"
+                f"run.loggers has {name}, which is not installed: pip install 'hypersd-ray[{name}]', or leave it out"
             )
+    folder = storage.run_folder(config.run)
+    check_same_run(config, folder)
+    if config.data.cache == "disk" and find_shards(config.data.patterns, config.data.format).format != "latents":
+        validate(config.data, config.teacher, config.data.cache_dir or f"{folder}/latents")
+    else:
+        resolve(config.data, config.teacher, folder)  # makes nothing here, so it needs no Ray
+
+
+def check_same_run(config: TSCDConfig, folder: str) -> None:
+    """A run that goes on must be the one that is in its folder.
+
+    Raises:
+        ConfigError: the field that differs, and its value there.
+    """
+    path = f"{folder}/config.yaml"
+    if not storage.exists(path):
+        return
+    try:
+        values = yaml.safe_load(storage.read_text(path))
+        teacher = values["teacher"]
+        saved = TSCDConfig.model_validate(values | {"teacher": config.teacher})  # the folder may have moved
+    except (ValueError, KeyError, TypeError, CombinationError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} cannot be read ({reason:.160}): set run.name to start another run") from None
+    for field in SAME_RUN:
+        ours, theirs = (functools.reduce(getattr, field.split("."), one) for one in (config, saved))
+        if field == "teacher":
+            theirs = teacher
+        if _in_checkout(ours) != _in_checkout(theirs):
+            raise ConfigError(
+                f"{field} differs from the run that is in {folder}: {_difference(ours, theirs)}; "
+                "set run.name to start another run"
+            )
+
+
+def _in_checkout(value: Any) -> Any:
+    """A path within the checkout from there on: each upload of a job's working directory lies somewhere else."""
+    if isinstance(value, tuple):
+        return tuple(map(_in_checkout, value))
+    return re.sub(r"^.*/_ray_pkg_\w+/", "", value).removeprefix(f"{ROOT}/") if isinstance(value, str) else value
+
+
+def _difference(ours: Any, theirs: Any) -> str:
+    """What differs, in few words: a model's first field, or the values."""
+    if isinstance(ours, pydantic.BaseModel):
+        name = next(n for n in type(ours).model_fields if getattr(ours, n) != getattr(theirs, n))
+        return f"{name} is {getattr(ours, name)!s:.80}, there {getattr(theirs, name)!s:.80}"
+    return f"it is {ours!s:.120}, there {theirs!s:.120}"
 
 
 def check_resources(config: TSCDConfig) -> None:
@@ -99,8 +156,11 @@ def train(config: TSCDConfig) -> Result:
     """Run `config` from its beginning or from where the run of that name stands.
 
     Raises:
-        ConfigError, ValueError: something a user can mend.
+        ConfigError, ValueError: something a user can mend, before anything started.
+        RunError: the run started and cannot go on.
     """
+    if not storage.is_url(config.teacher):
+        config = config.model_copy(update={"teacher": storage.absolute(config.teacher)})  # workers change directory
     check(config)
     connect()
     check_resources(config)
@@ -109,26 +169,40 @@ def train(config: TSCDConfig) -> Result:
     sources = resolve(config.data, config.teacher, folder)
     data = config.data.model_copy(update={"format": sources.format})
     reject_log = None if sources.format == "latents" else start_reject_log(data, f"{folder}/rejects.jsonl")
-    run = config.run
     with watching() as board:
         arguments = LoopArguments(
             config.model_copy(update={"data": data}).model_dump(), tuple(sources.urls), board, reject_log
         )
-        trainer = TorchTrainer(
-            train_loop,
-            train_loop_config=vars(arguments),
-            scaling_config=ScalingConfig(
-                num_workers=run.workers,
-                use_gpu=run.gpus_per_worker > 0,
-                resources_per_worker={"CPU": run.cpus_per_worker}
-                | ({"GPU": run.gpus_per_worker} if run.gpus_per_worker else {}),
-            ),
-            run_config=ray.train.RunConfig(
-                name=run.name,
-                storage_path=storage.absolute(run.out),
-                failure_config=FailureConfig(max_failures=run.max_failures),
-                checkpoint_config=CheckpointConfig(num_to_keep=run.keep_checkpoints),
-            ),
-        )
-        result = trainer.fit()
-    return Result(folder, result.metrics or {})
+        try:
+            result = _trainer(config.run, arguments).fit()
+        except TrainingFailedError as error:
+            _raise_stop_reason(board)
+            print(error, file=sys.stderr)
+            failures = f"workers failed more often than run.max_failures={config.run.max_failures} allows"
+            raise RunError(f"run {config.run.name}: {failures}; the same command goes on from {folder}") from error
+        _raise_stop_reason(board)
+        was_finished = ray.get(board.was_finished.remote())
+    return Result(folder, result.metrics or {}, was_finished)
+
+
+def _raise_stop_reason(board: ray.actor.ActorHandle) -> None:
+    reason = ray.get(board.stop_reason.remote())
+    if reason is not None:
+        raise reason
+
+
+def _trainer(run: RunConfig, arguments: LoopArguments) -> TorchTrainer:
+    gpus = {"GPU": run.gpus_per_worker} if run.gpus_per_worker else {}
+    return TorchTrainer(
+        train_loop,
+        train_loop_config=vars(arguments),
+        scaling_config=ScalingConfig(
+            num_workers=run.workers, use_gpu=bool(gpus), resources_per_worker={"CPU": run.cpus_per_worker} | gpus
+        ),
+        run_config=ray.train.RunConfig(
+            name=run.name,
+            storage_path=storage.out_folder(run),
+            failure_config=FailureConfig(max_failures=run.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=run.keep_checkpoints),
+        ),
+    )

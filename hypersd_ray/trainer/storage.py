@@ -22,9 +22,16 @@ def absolute(path: str) -> str:
     return path if is_url(path) else str(Path(path).expanduser().resolve())
 
 
+def out_folder(run: RunConfig) -> str:
+    """`run.out`, absolute. A job's uploaded working directory is Ray's to delete, so there it is under the home."""
+    if is_url(run.out) or "runtime_resources" not in Path.cwd().parts:
+        return absolute(run.out).rstrip("/")
+    return str(Path.home() / Path(run.out).expanduser())
+
+
 def run_folder(run: RunConfig) -> str:
     """The run's own folder."""
-    return f"{absolute(run.out).rstrip('/')}/{run.name}"
+    return f"{out_folder(run)}/{run.name}"
 
 
 def exists(path: str) -> bool:

@@ -55,7 +55,7 @@ def test_an_impossible_combination_is_one_line(recipes, arguments, said):
 def test_an_unknown_recipe_or_field_is_an_error(recipes, tmp_path):
     with pytest.raises(ConfigError, match="unknown recipe 'big': choose one of small"):
         parse(recipes, TSCDConfig, "", ["big"])
-    with pytest.raises(SystemExit):
+    with pytest.raises(ConfigError, match=r"unknown option --optim.learning-rate: there are --optim.lr, "):
         parse(recipes, TSCDConfig, "", ["small", "--optim.learning-rate", "1"])
     (tmp_path / "c.yaml").write_text("teacher: x\nsurprise: 1\n")
     with pytest.raises(ConfigError, match=r"(shards|data|surprise)"):
@@ -64,7 +64,10 @@ def test_an_unknown_recipe_or_field_is_an_error(recipes, tmp_path):
 
 def test_the_job_says_one_line_without_a_traceback():
     done = subprocess.run(
-        [sys.executable, ROOT / "jobs" / "tscd.py", "sd15", "--teacher", "/nowhere"], capture_output=True, text=True, check=False
+        [sys.executable, ROOT / "jobs" / "tscd.py", "sd15", "--teacher", "/nowhere"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode != 0
     assert done.stderr.strip().splitlines() == [

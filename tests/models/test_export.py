@@ -207,6 +207,7 @@ def test_usage_runs_as_printed(family, scheduler, steps, eta, folders, trained, 
     assert names["image"].size == ((128, 128) if family == "sd" else (64, 64))
     assert len(loaded_tensors(pipe)) == len(trained[family][0])
     assert type(pipe.scheduler).__name__ == scheduler
+    assert not pipe.scheduler.config.clip_sample
     assert times == [t - 1 for t in reversed(edges(1000, steps)) if t > 0]
 
 

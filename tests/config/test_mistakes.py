@@ -1,0 +1,145 @@
+"""What a user gets wrong on a command line ends in one line, before Ray starts, with exit code 2."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hypersd_ray.config.base import ConfigError, RunError
+from hypersd_ray.config.cli import parse, run_job
+from hypersd_ray.config.tscd import TSCDConfig
+from hypersd_ray.recipes import RECIPES
+
+ROOT = Path(__file__).parents[2]
+
+MISTAKES = {
+    "no recipe": ([], "no recipe given: choose one of tiny, sd15, sdxl, or --config FILE"),
+    "unknown recipe": (["sd14"], "unknown recipe 'sd14': choose one of tiny, sd15, sdxl, or --config FILE"),
+    "recipe's option": (["tiny", "--budget", "x"], "--budget: invalid choice: 'x' (choose from 'minutes', 'full')"),
+    "recipe's need": (["sd15"], "the following arguments are required: --teacher"),
+    "unknown option": (["tiny", "--lr", "1"], "unknown option --lr: did you mean --adversarial.lr or --optim.lr?"),
+    "misspelt option": (["tiny", "--run.worker", "1"], "unknown option --run.worker: did you mean --run.workers"),
+    "unknown in a section": (["tiny", "--lora.dropout", "1"], "there are --lora.rank, --lora.alpha; --help lists all"),
+    "stray word": (["tiny", "fast"], "unexpected argument 'fast'"),
+    "no value": (["tiny", "--run.workers"], "Missing value for argument '--run.workers'"),
+    "bad type": (["tiny", "--optim.lr", "fast"], "--optim.lr: could not convert string to float: 'fast'"),
+    "bad choice": (
+        ["tiny", "--distill.t-end", "now"],
+        "'now' for argument '--distill.t-end'. Expected one of ('uniform', 'segment_start', 'previous', 'two_steps')",
+    ),
+    "limit": (["tiny", "--optim.lr", "-1"], "optim.lr: Input should be greater than 0 (given: -1.0)"),
+    "limit, two levels": (["tiny", "--data.encoder.max-size", "0"], "data.encoder.max_size: Input should be greater"),
+    "N and k": (
+        ["tiny", "--distill.n-list", "41", "40", "40", "40"],
+        "distill.n_list=(41, 40, 40, 40): N=41 solver steps is not a multiple of k=8 segments; the nearest N accepted is 40",
+    ),
+    "batch and workers": (
+        ["tiny", "--run.workers", "3"],
+        "optim.batch=32 is not divisible by run.workers * optim.accumulation = 3; the nearest accepted is 33",
+    ),
+    "teacher": (["sd15", "--teacher", "/nowhere"], "teacher='/nowhere' is not a folder: name one in diffusers' layout"),
+    "file": (["--config", "/nowhere.yaml"], "--config /nowhere.yaml: "),
+    "file and recipe": (["tiny", "--config", "x.yaml"], "both a recipe (tiny) and --config x.yaml: give one"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "said"), MISTAKES.values(), ids=MISTAKES)
+@pytest.mark.parametrize("columns", ["30", "200"])
+def test_a_mistake_is_one_line_whatever_the_terminal(arguments, said, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit) as stopped:
+        run_job(lambda: parse(RECIPES, TSCDConfig, "The job.", arguments))
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert said in err
+    assert not set("╭│╰─") & set(err)
+    assert os.environ["COLUMNS"] == columns
+
+
+def test_a_files_mistakes_are_one_line_too(tmp_path):
+    config = parse(RECIPES, TSCDConfig, "", ["tiny"]).model_dump(mode="json")
+    path = tmp_path / "c.yaml"
+    for change, said in (
+        ({"optim": {"lr": -1}}, r"optim\.lr: Input should be greater than 0 \(given: -1\)"),
+        ({"optim": {"rate": 1}}, r"optim\.rate: Extra inputs are not permitted \(given: 1\)"),
+        ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
+    ):
+        path.write_text(yaml.safe_dump(config | change))
+        with pytest.raises(ConfigError, match=said):
+            parse(RECIPES, TSCDConfig, "", ["--config", str(path)])
+    for text in ("- a\n- b\n", "a: [", ""):
+        path.write_text(text)
+        with pytest.raises(ConfigError) as caught:
+            parse(RECIPES, TSCDConfig, "", ["--config", str(path)])
+        assert "\n" not in str(caught.value)
+
+
+def test_help_is_no_mistake(capsys):
+    for arguments, said in (
+        (["--help"], "tiny, sd15, sdxl"),
+        (["tiny", "--help"], "--distill.k-list"),
+        (["sd15", "--help"], "--teacher"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            parse(RECIPES, TSCDConfig, "The job.", arguments)
+        assert not stopped.value.code
+        assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [(ConfigError("a\nb"), 2), (ValueError("a b"), 2), (RunError("a b"), 1), (None, 0)],
+)
+def test_exit_codes(raised, code, capsys):
+    def main():
+        if raised is not None:
+            raise raised
+
+    with pytest.raises(SystemExit) as stopped:
+        run_job(main)
+    assert (stopped.value.code or 0) == code
+    assert capsys.readouterr().err == ("error: a b\n" if raised else "")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A job as a user calls it, where no Ray can start: it would say so in more than one line, and take longer."""
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, check=False, cwd=ROOT, timeout=300,
+        env=os.environ | {"RAY_ADDRESS": "127.0.0.1:1"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("jobs/tscd.py", "tiny", "--data.shards", "/nowhere/*.tar"), "data.shards: nothing matches /nowhere/*.tar"),
+        (("jobs/tscd.py", "tiny", "--run.loggers", "wandb"), "pip install 'hypersd-ray[wandb]'"),
+        (("jobs/precompute.py", "--model", "x", "--out", "y", "--data.shards", "/nowhere"), "/nowhere does not exist"),
+        (("jobs/precompute.py", "--model", "x", "--out", "y"), "--data.shards"),
+        (("jobs/precompute.py", "--modle", "x", "--data.shards", "x"), "--modle"),
+    ],
+    ids=["shards", "logger", "precompute's shards", "precompute's need", "precompute's option"],
+)
+def test_a_job_that_cannot_run_says_one_line(arguments, said):
+    if said.endswith("[wandb]'"):
+        pytest.importorskip("ray")
+        try:
+            import wandb  # noqa: F401
+
+            pytest.skip("wandb is installed here")
+        except ImportError:
+            pass
+    done = run(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert said in done.stderr
