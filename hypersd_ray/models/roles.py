@@ -20,6 +20,8 @@ from hypersd_ray.models.conditioning import Conditioning, concatenate
 from hypersd_ray.models.lora import LCM_TARGETS, Adapters
 
 TEACHER, STUDENT, EMA, PREVIOUS = "teacher", "student", "ema", "previous"
+FAKE = "fake"
+"""The score of the student's own outputs (distribution matching); trained beside the student."""
 
 
 class Roles:
