@@ -44,7 +44,7 @@ class RegressionConfig(Strict):
     """The single step against the end points of the teacher's ODE from the same noise (DMD's regression loss)."""
 
     pairs: str | None = None
-    """Folder of pairs that jobs/synthesize.py made with this teacher, any fsspec URL; None is off."""
+    """Folder of pairs that jobs/pairs.py made with this teacher, any fsspec URL; None is off."""
     weight: float = Field(default=1.0, ge=0)
     """Weight of the mean squared error."""
     batch: int = Field(default=32, ge=1)

@@ -101,6 +101,13 @@ class Roles:
         raise NotImplementedError
 
 
+class Plain(Roles):
+    """The network as it is, whatever role is asked for: sampling without training."""
+
+    def playing(self, role: str) -> AbstractContextManager[nn.Module]:
+        return nullcontext(self.unet)
+
+
 class LoRARoles(Roles):
     """Every role but the teacher is a low-rank adapter: the base is in memory once."""
 

@@ -6,24 +6,26 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import pydantic
 import ray
 import ray.train
 import yaml
 from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from hypersd_ray.config.base import ConfigError
+from hypersd_ray.config.base import CombinationError, ConfigError
+from hypersd_ray.config.onestep import OneStepConfig
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.data.precompute import resolve
 from hypersd_ray.data.rejects import start_reject_log
 from hypersd_ray.models.checkpoint import read_base
 from hypersd_ray.trainer import storage
-from hypersd_ray.trainer.loop import LoopArguments, train_loop
+from hypersd_ray.trainer.kinds import KINDS, kind_of
+from hypersd_ray.trainer.loop import LoopArguments, PairSource, train_loop
+from hypersd_ray.trainer.pairs import pair_folder
 from hypersd_ray.trainer.progress import watching
 
 ROOT = Path(__file__).parents[2]
-SAME_RUN = ("teacher", "full_unet", "lora", "distill", "adversarial")
-"""Fields that a resumed run must share with the run it resumes."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,23 @@ def check(config: TSCDConfig) -> None:
         ConfigError, ValueError: one line.
     """
     read_base(config.teacher)
+    kind = KINDS[kind_of(config)]
     if config.run.precision == "bf16" and config.run.gpus_per_worker == 0:
         raise ConfigError("run.precision=bf16 with run.gpus_per_worker=0: bf16 is for GPUs; set run.precision=fp32")
+    kind.check(config)
+    find_pairs(config)
     saved_path = f"{storage.run_folder(config.run)}/config.yaml"
     if not storage.exists(saved_path):
         return
-    saved = TSCDConfig.model_validate(yaml.safe_load(storage.read_text(saved_path)))
-    for field in SAME_RUN:
+    try:
+        saved = kind.config.model_validate(yaml.safe_load(storage.read_text(saved_path)))
+    except CombinationError as error:
+        raise ConfigError(f"{saved_path}: {error}; set run.name to start another run") from None
+    except pydantic.ValidationError:
+        raise ConfigError(
+            f"{storage.run_folder(config.run)} holds another kind of run: set run.name to start another"
+        ) from None
+    for field in kind.same_run:
         if getattr(saved, field) != getattr(config, field):
             raise ConfigError(
                 f"{field} differs from the run that is in {storage.run_folder(config.run)} "
@@ -95,6 +107,18 @@ def check_resources(config: TSCDConfig) -> None:
             )
 
 
+def find_pairs(config: TSCDConfig) -> PairSource | None:
+    """What a one-step run regresses on; None when it does not.
+
+    Raises:
+        ConfigError: the folder holds no whole pairs of this teacher.
+    """
+    if not isinstance(config, OneStepConfig) or config.regression.pairs is None:
+        return None
+    urls, made = pair_folder(config.regression.pairs, config.teacher)
+    return PairSource(urls, made["seed"])
+
+
 def train(config: TSCDConfig) -> Result:
     """Run `config` from its beginning or from where the run of that name stands.
 
@@ -108,12 +132,14 @@ def train(config: TSCDConfig) -> Result:
     storage.write_text(f"{folder}/config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     sources = resolve(config.data, config.teacher, folder)
     data = config.data.model_copy(update={"format": sources.format})
+    pairs = find_pairs(config)
     reject_log = None if sources.format == "latents" else start_reject_log(data, f"{folder}/rejects.jsonl")
     run = config.run
     with watching() as board:
         arguments = LoopArguments(
-            config.model_copy(update={"data": data}).model_dump(), tuple(sources.urls), board, reject_log
-        )
+            kind_of(config), config.model_copy(update={"data": data}).model_dump(), tuple(sources.urls), board,
+            reject_log, pairs,
+        )  # fmt: skip
         trainer = TorchTrainer(
             train_loop,
             train_loop_config=vars(arguments),
