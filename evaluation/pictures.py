@@ -68,7 +68,7 @@ def draw_grid(rows: dict[str, torch.Tensor], prompts: Sequence[str], path: Path,
     for axis, prompt in zip(axes[0], prompts, strict=True):
         axis.set_title("\n".join(_wrap(prompt, 18)), fontsize=6)
     figure.suptitle(title, fontsize=10)
-    figure.tight_layout(pad=0.4)
+    figure.tight_layout(pad=0.4, rect=(0, 0, 1, 0.985))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

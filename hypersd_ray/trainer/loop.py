@@ -226,7 +226,7 @@ class Worker:
             if self.rank == 0:
                 save_checkpoint(folder, self.distiller)
             positions = {"images": self.position.to_dict(), "pairs": self.pairs_position.to_dict()}
-            save_position(folder, self.rank, positions)
+            save_position(folder, self.rank, self.world, positions)
             values = {name: float(value) for name, value in metrics.items()}
             progress = asdict(self.distiller.progress)
             ray.train.report(

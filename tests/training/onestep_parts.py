@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
 
 from hypersd_ray.config.data import DataConfig
 from hypersd_ray.config.onestep import OneStepConfig
@@ -14,17 +13,7 @@ from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.roles import LoRARoles
 from hypersd_ray.training.onestep import OneStep
 from hypersd_ray.training.tscd import Batch
-from tests.helpers.pipelines import TINY_SD, random_inputs, tiny_unet
-
-MICRO = TINY_SD | {
-    "sample_size": 8,
-    "block_out_channels": (16, 32),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "layers_per_block": 1,
-    "attention_head_dim": 2,
-}
-"""SD1.5's blocks, two levels of them: a step in a fraction of a second."""
+from tests.helpers.pipelines import micro_unet, random_inputs, tiny_unet
 
 
 def config(folder: Path, **changes) -> OneStepConfig:
@@ -43,13 +32,6 @@ def config(folder: Path, **changes) -> OneStepConfig:
     for name, value in changes.items():
         fields[name] = fields[name] | value if isinstance(fields.get(name), dict) else value
     return OneStepConfig.model_validate(fields)
-
-
-def micro_unet() -> UNet2DConditionModel:
-    """A random one, the same at each call."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return UNet2DConditionModel.from_config(MICRO).eval()
 
 
 def inputs(rows: int = 4, seed: int = 0, family: str = "sd") -> tuple[torch.Tensor, torch.Tensor, Conditioning]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import LCMScheduler, TCDScheduler
-from onestep_parts import batch_of, config, copies, differ, inputs, micro_unet, null_of, one_step
 
 from hypersd_ray.diffusion.schedule import scaled_linear
 from hypersd_ray.losses.dmd import dmd_gradient
 from hypersd_ray.models.roles import EMA, FAKE, STUDENT, TEACHER, FullRoles
 from hypersd_ray.training.checkpoint import load_checkpoint, save_checkpoint
 from hypersd_ray.training.onestep import OneStep, Pairs, single_step
-from tests.helpers.pipelines import BETAS, call, tiny_unet
+from tests.helpers.pipelines import BETAS, call, micro_unet, tiny_unet
+from tests.training.onestep_parts import batch_of, config, copies, differ, inputs, null_of, one_step
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])

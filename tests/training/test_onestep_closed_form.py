@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from onestep_parts import config
 from torch import Tensor, nn
 
 from hypersd_ray.diffusion.parameterization import Prediction
@@ -13,6 +12,7 @@ from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.roles import STUDENT, TEACHER, Roles
 from hypersd_ray.training.onestep import OneStep
 from hypersd_ray.training.tscd import Batch
+from tests.training.onestep_parts import config
 
 COND, NULL, STD = 0.9, 0.3, 0.6
 """Means of the teacher's two Gaussians and their standard deviation."""

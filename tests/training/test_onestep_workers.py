@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 
 
 def _work(rank: int, folder: str) -> None:
-    from onestep_parts import batch_of, config, one_step
+    from tests.training.onestep_parts import batch_of, config, one_step
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
