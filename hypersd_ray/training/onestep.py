@@ -88,7 +88,7 @@ class OneStep(Distiller):
         c = self.config.optim
         self.fake_lr = self.config.dmd.fake_lr or c.lr
         self.fake_optimizer = torch.optim.AdamW(
-            self.fake, lr=self.fake_lr, betas=(c.beta1, c.beta2), weight_decay=c.weight_decay
+            self.fake, lr=self.fake_lr, betas=(c.beta1, c.beta2), weight_decay=c.weight_decay, fused=True
         )
 
     def step(self, batch: Batch, pairs: Pairs | None = None) -> dict[str, Tensor]:

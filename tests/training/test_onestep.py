@@ -174,6 +174,26 @@ def test_a_full_unet_runs_through_the_same_step(tmp_path):
     assert all(differ(before[role], copies(training, role)) for role in before)
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_recomputed_activations_change_nothing(full, tmp_path):
+    # The backward pass computes blocks again when another of three roles may be played.
+    settings = config(tmp_path, full_unet=full, optim={"lr": 1e-4})
+    ended = []
+    for recompute in (False, True):
+        training = one_step(settings)
+        if full:
+            roles = FullRoles(micro_unet(), scaled_linear(), "epsilon")
+            if recompute:
+                roles.checkpoint_activations()
+            training = OneStep(settings, roles, null_of())
+        elif recompute:
+            training.roles.checkpoint_activations()
+        for step in range(2):
+            training.step(batch_of(seed=step))
+        ended.append(training.tensors())
+    assert all(torch.allclose(a, ended[1][name], atol=1e-6) for name, a in ended[0].items())
+
+
 def test_the_single_step_is_diffusers(tmp_path):
     # What is trained is what LCMScheduler(timesteps=[800]) and one TCD step from 999 do.
     training = one_step(config(tmp_path))
