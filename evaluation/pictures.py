@@ -12,16 +12,17 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
+from hypersd_ray.config.onestep import OneStepConfig
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import load_encoders
 from hypersd_ray.models.export import read_lora
 from hypersd_ray.models.roles import STUDENT
-from hypersd_ray.trainer.loop import build_roles, square_time_ids
+from hypersd_ray.trainer.kinds import KINDS, build_roles, initial_lora, kind_of
+from hypersd_ray.trainer.loop import square_time_ids
 from hypersd_ray.training import samples
 
 TEACHER_STEPS = (1, 2, 4, 8, 25)
-STUDENT_STEPS = (1, 2, 4, 8)
 
 
 @torch.no_grad()
@@ -43,7 +44,13 @@ def sample_rows(
         for n in TEACHER_STEPS
     }
     if lora is not None:
-        rows |= {f"student {n}": samples.student_samples(roles, STUDENT, x_T, cond, n) for n in STUDENT_STEPS}
+        samplings = sorted(KINDS[kind_of(config)].samplings(config))
+        rows |= {
+            f"student {n}": samples.student_samples(roles, STUDENT, x_T, cond, n, times=times) for n, times in samplings
+        }
+    if isinstance(config, OneStepConfig) and not config.full_unet:
+        roles.load(STUDENT, initial_lora(config))
+        rows |= {f"before {n}": samples.student_samples(roles, STUDENT, x_T, cond, n) for n in (1, 2)}
     return {name: encoders.decode(latents).cpu() for name, latents in rows.items()}
 
 
@@ -83,7 +90,7 @@ def draw_curves(metrics: Path, path: Path) -> None:
     steps = sorted(rows)
     names = [
         n
-        for n in ("consistency", "adversarial", "discriminator", "grad_norm")
+        for n in ("consistency", "dmd", "fake_score", "regression", "adversarial", "discriminator", "grad_norm")
         if any(n in row for row in rows.values())
     ]
     figure, axes = plt.subplots(len(names), 1, figsize=(8, 2.1 * len(names)), sharex=True, squeeze=False)
@@ -92,7 +99,7 @@ def draw_curves(metrics: Path, path: Path) -> None:
         points = [(s, rows[s][name]) for s in steps if name in rows[s]]
         axis.plot(*zip(*points, strict=True), linewidth=1)
         axis.set_ylabel(name)
-        if name in ("consistency", "grad_norm"):
+        if name in ("consistency", "regression", "grad_norm"):
             axis.set_yscale("log")
         for border in borders:
             axis.axvline(border, color="grey", linestyle=":", linewidth=1)

@@ -35,7 +35,10 @@ starts the last of 4 steps at 259 in place of 249, and at 8 steps jumps across a
 
 _OURS, _EXTRA = "hypersd_ray.", "hypersd_ray.extra."
 _PEFT_JSON = "lora_adapter_metadata"  # diffusers' LORA_ADAPTER_METADATA_KEY, read since 0.34
-_PIPELINES: dict[Family, str] = {family: name for name, family in FAMILIES.items()}
+PIPELINES: dict[Family, str] = {family: name for name, family in FAMILIES.items()}
+"""family -> diffusers' pipeline class."""
+TIMESTEP = "timestep"
+"""Key of `LoRAMetadata.extra`: the network's input where a LoRA was made for a single step."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,8 @@ class LoRAMetadata:
         if not own:
             return None
         try:
-            if own["family"] not in _PIPELINES:
-                raise ValueError(f"family={own['family']!r} is not one of {', '.join(_PIPELINES)}")
+            if own["family"] not in PIPELINES:
+                raise ValueError(f"family={own['family']!r} is not one of {', '.join(PIPELINES)}")
             return cls(
                 base_model=own["base_model"],
                 family=cast(Family, own["family"]),
@@ -241,7 +244,7 @@ def usage(path: str | Path, metadata: LoRAMetadata, base: str | Path | None = No
 
     `base` is where the base model lies on this machine; None takes the metadata's `base_model`, perhaps only a name.
     """
-    pipeline, scheduler = _PIPELINES[metadata.family], metadata.scheduler
+    pipeline, scheduler = PIPELINES[metadata.family], metadata.scheduler
     where = repr(str(base or metadata.base_model))
     grid = {
         "TCDScheduler": f", original_inference_steps={TCD_GRID}",
@@ -249,13 +252,14 @@ def usage(path: str | Path, metadata: LoRAMetadata, base: str | Path | None = No
         "DDIMScheduler": ', timestep_spacing="trailing", clip_sample=False',
     }.get(scheduler, "")
     eta = f", eta={metadata.eta}" if scheduler in ("TCDScheduler", "DDIMScheduler") else ""
+    at = f", timesteps=[{metadata.extra[TIMESTEP]}]" if TIMESTEP in metadata.extra else ""
     return "\n".join(
         (
             f"from diffusers import {pipeline}, {scheduler}",
             f"pipe = {pipeline}.from_pretrained({where}, "
             f'scheduler={scheduler}.from_pretrained({where}, subfolder="scheduler"{grid}))',
             f"pipe.load_lora_weights({str(path)!r})",
-            f'image = pipe("a prompt", num_inference_steps={metadata.steps[0]}, guidance_scale=0{eta}).images[0]',
+            f'image = pipe("a prompt", num_inference_steps={metadata.steps[0]}{at}, guidance_scale=0{eta}).images[0]',
         )
     )
 

@@ -21,6 +21,8 @@ from hypersd_ray.models.conditioning import Conditioning, concatenate
 from hypersd_ray.models.lora import LCM_TARGETS, Adapters
 
 TEACHER, STUDENT, EMA, PREVIOUS = "teacher", "student", "ema", "previous"
+FAKE = "fake"
+"""The score of the student's own outputs (distribution matching); trained beside the student."""
 
 
 class Roles:
@@ -106,6 +108,13 @@ class Roles:
         A third more work in the student's pass, for memory that hardly grows with the depth; the same numbers.
         """
         raise NotImplementedError
+
+
+class Plain(Roles):
+    """The network as it is, whatever role is asked for: sampling without training."""
+
+    def playing(self, role: str) -> AbstractContextManager[nn.Module]:
+        return nullcontext(self.unet)
 
 
 class LoRARoles(Roles):

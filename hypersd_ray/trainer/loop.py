@@ -16,47 +16,42 @@ import ray.train
 import torch
 
 from hypersd_ray.config.base import CombinationError, RunError
+from hypersd_ray.config.onestep import OneStepConfig
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.data.plan import StreamPosition
 from hypersd_ray.data.stream import LatentStream
-from hypersd_ray.models.checkpoint import load_unet, read_base
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import load_encoders
-from hypersd_ray.models.export import LoRAMetadata, save_diffusers_lora, save_kohya_lora, save_unet
-from hypersd_ray.models.roles import STUDENT, FullRoles, LoRARoles, Roles
+from hypersd_ray.models.roles import STUDENT
 from hypersd_ray.trainer import storage
+from hypersd_ray.trainer.kinds import KINDS
 from hypersd_ray.trainer.logs import Loggers
 from hypersd_ray.trainer.progress import Snapshot
 from hypersd_ray.training import samples
 from hypersd_ray.training.checkpoint import load_checkpoint, load_position, save_checkpoint, save_position
 from hypersd_ray.training.distiller import Distiller
+from hypersd_ray.training.onestep import Pairs
 from hypersd_ray.training.tscd import Batch
 
 
 @dataclass(frozen=True)
-class LoopArguments:
-    """What the driver settles before workers start. `config` is a `TSCDConfig` as a dict; `urls` what is streamed."""
+class PairSource:
+    """Pairs to regress on: the latents are the ODE's end points, their noise a function of `seed` and the row's key."""
 
+    urls: tuple[str, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class LoopArguments:
+    """What the driver settles before workers start. `config` is that of `kind` as a dict; `urls` what is streamed."""
+
+    kind: str
     config: dict[str, Any]
     urls: tuple[str, ...]
     board: ray.actor.ActorHandle
     reject_log: ray.actor.ActorHandle | None = None
-
-
-def build_roles(config: TSCDConfig, device: torch.device | str) -> tuple[Roles, Conditioning]:
-    """The base with its roles, and the unconditional input of guidance."""
-    info = read_base(config.teacher)
-    null = load_encoders(config.teacher, device="cpu", vae=False).null_conditioning().to(device)
-    unet = load_unet(info, torch.bfloat16 if config.run.precision == "bf16" else torch.float32, device)
-    parts = (unet, info.schedule, info.parameterization)
-    roles = (
-        FullRoles(*parts)
-        if config.full_unet
-        else LoRARoles(*parts, config.lora.rank, config.lora.effective_alpha, seed=config.run.seed)
-    )
-    if config.optim.checkpointing:
-        roles.checkpoint_activations()
-    return roles, null
+    pairs: PairSource | None = None
 
 
 def train_loop(arguments: dict[str, Any]) -> None:
@@ -81,14 +76,14 @@ def train_loop(arguments: dict[str, Any]) -> None:
 
 
 def _train(given: LoopArguments) -> None:
-    config = TSCDConfig.model_validate(given.config)
+    kind = KINDS[given.kind]
+    config = kind.config.model_validate(given.config)
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         # Ray gives a worker one OpenMP thread per reserved CPU; nobody else computes while it steps.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
-    roles, null = build_roles(config, device)
-    Worker(config, given, Distiller(config, roles, null, context.get_world_rank()), device).run()
+    Worker(config, given, kind.build(config, device, context.get_world_rank()), device).run()
 
 
 class Worker:
@@ -99,56 +94,80 @@ class Worker:
         self.config, self.board, self.distiller, self.device = config, given.board, distiller, device
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.folder = storage.run_folder(config.run)
-        position = self._resume()
+        self.kind = KINDS[given.kind]
+        self.position, self.pairs_position = self._resume()
         self.stream = LatentStream(
             config.data, config.teacher, given.urls, config.optim.batch // self.world, self.rank, self.world,
-            config.run.seed, position, given.reject_log,
+            config.run.seed, self.position, given.reject_log,
         )  # fmt: skip
-        self.position = position
+        self.pairs = None if given.pairs is None else self._pair_stream(given.pairs)
         self.clock = Stopwatch(config)
         progress = distiller.progress
         self.loggers = (
             Loggers(config, self.clock.global_step(progress.stage, progress.step)) if self.rank == 0 else None
         )
 
-    def _resume(self) -> StreamPosition:
+    def _resume(self) -> tuple[StreamPosition, StreamPosition]:
+        """Of the images and of the pairs."""
         checkpoint = ray.train.get_checkpoint()
         self.last_checkpoint = "none yet" if checkpoint is None else checkpoint.path
         if checkpoint is None:
-            return StreamPosition()
+            return StreamPosition(), StreamPosition()
         with checkpoint.as_directory() as folder:
             load_checkpoint(Path(folder), self.distiller)
-            saved = load_position(Path(folder), self.rank, self.world)
-        return StreamPosition() if saved is None else StreamPosition.from_dict(saved)
+            saved = load_position(Path(folder), self.rank, self.world) or {}
+        images, pairs = (StreamPosition.from_dict(saved.get(name, {})) for name in ("images", "pairs"))
+        return images, pairs
+
+    def _pair_stream(self, source: PairSource) -> LatentStream:
+        assert isinstance(self.config, OneStepConfig)
+        self.pair_seed = source.seed
+        config = self.config.data.model_copy(update={"format": "latents"})
+        return LatentStream(
+            config, self.config.teacher, source.urls, self.config.regression.batch // self.world, self.rank, self.world,
+            self.config.run.seed, self.pairs_position,
+        )  # fmt: skip
 
     def run(self) -> None:
         """Step until no stage is left."""
         if self.distiller.finished:
             ray.get(self.board.find_finished.remote())
         try:
-            for batch in self._batches():
-                metrics = self.distiller.step(batch)
+            for batches in self._batches():
+                metrics = self.distiller.step(*batches)
                 self._check(metrics)
                 self._after_step(metrics)
                 if self.distiller.finished:
                     break
         finally:
             self.stream.close()
+            if self.pairs is not None:
+                self.pairs.close()
             if self.loggers is not None:
                 self.loggers.close()
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Iterator[tuple]:
+        """What a step takes: a batch of images, and where the run has pairs a batch of them."""
         if self.distiller.finished:
             return
         while True:
             self.clock.wait_begins()
             rows, self.position = next(self.stream)
+            batches: tuple = (Batch(*self._on_device(rows)),)
+            if self.pairs is not None:
+                rows, self.pairs_position = next(self.pairs)
+                x0, cond = self._on_device(rows)
+                noise = samples.start_noise(self.pair_seed, rows["key"], tuple(x0.shape[1:]))
+                batches += (Pairs(noise.to(self.device), x0, cond),)
             self.clock.wait_ends()
-            parts = [
-                rows[name].to(self.device, torch.float32) if name in rows else None
-                for name in ("prompt_embeds", "pooled", "time_ids")
-            ]
-            yield Batch(rows["latents"].to(self.device, torch.float32), Conditioning(*parts))
+            yield batches
+
+    def _on_device(self, rows: dict[str, Any]) -> tuple[torch.Tensor, Conditioning]:
+        parts = [
+            rows[name].to(self.device, torch.float32) if name in rows else None
+            for name in ("prompt_embeds", "pooled", "time_ids")
+        ]
+        return rows["latents"].to(self.device, torch.float32), Conditioning(*parts)
 
     def _check(self, metrics: dict[str, torch.Tensor]) -> None:
         limit, progress = self.config.run.max_bad_steps, self.distiller.progress
@@ -189,7 +208,7 @@ class Worker:
         self.board.post.remote(snapshot)
 
     def _grid(self) -> None:
-        """Teacher at 25 steps over student at 8, 4, 2, 1, in the logs."""
+        """Teacher at 25 steps over the student at its own numbers of steps, in the logs."""
         if self.rank != 0:
             return
         self.clock.pause()
@@ -205,33 +224,27 @@ class Worker:
         )
         omega = (self.config.distill.omega_min + self.config.distill.omega_max) / 2
         rows = [samples.teacher_samples(roles, x_T, cond, self.distiller.null, 25, omega)]
-        rows += [samples.student_samples(roles, STUDENT, x_T, cond, steps) for steps in (8, 4, 2, 1)]
+        samplings = self.kind.samplings(self.config)
+        rows += [samples.student_samples(roles, STUDENT, x_T, cond, steps, times=times) for steps, times in samplings]
         picture = samples.tile([encoders.decode(row).cpu() for row in rows])
         progress = self.distiller.progress
         self.loggers.picture(
-            self.clock.global_step(progress.stage, progress.step), "samples/teacher25_student8421", picture
+            self.clock.global_step(progress.stage, progress.step),
+            f"samples/teacher25_student{''.join(str(steps) for steps, _ in samplings)}",
+            picture,
         )
         self.clock.go_on()
 
     def _export(self) -> None:
-        """The stage's LoRA (or UNet) is a product: usable at k steps."""
+        """The stage's LoRA (or UNet) is a product: usable as it is."""
         if self.rank != 0:
             return
         self.clock.pause()
-        c, roles = self.config, self.distiller.roles
-        k = c.distill.k_list[self.distiller.progress.stage]
         with tempfile.TemporaryDirectory() as temporary:
             made = Path(temporary)
-            if c.full_unet:
-                with roles.playing(STUDENT) as unet:
-                    save_unet(unet, made / f"unet-k{k}")
-                storage.put(made / f"unet-k{k}", f"{self.folder}/unet-k{k}")
-            else:
-                tensors = {name: p.detach().cpu() for name, p in roles.named_tensors(STUDENT).items()}
-                for layout, save in (("", save_diffusers_lora), ("-kohya", save_kohya_lora)):
-                    path = made / f"tscd-k{k}{layout}.safetensors"
-                    save(tensors, path, lora_metadata(c, k))
-                    storage.put(path, f"{self.folder}/lora/{path.name}")
+            self.kind.export(self.config, self.distiller.roles, self.distiller.progress.stage, made)
+            for path in sorted(p for p in made.rglob("*") if p.is_file()):
+                storage.put(path, f"{self.folder}/{path.relative_to(made).as_posix()}")
         self.clock.go_on()
 
     def _report(self, metrics: dict[str, torch.Tensor]) -> None:
@@ -240,7 +253,8 @@ class Worker:
             folder = Path(temporary)
             if self.rank == 0:
                 save_checkpoint(folder, self.distiller)
-            save_position(folder, self.rank, self.world, self.position.to_dict())
+            positions = {"images": self.position.to_dict(), "pairs": self.pairs_position.to_dict()}
+            save_position(folder, self.rank, self.world, positions)
             values = {name: float(value) for name, value in metrics.items()}
             progress = asdict(self.distiller.progress)
             # A name of ours, so that it can be told; one left over from a killed run is written anew.
@@ -254,16 +268,6 @@ class Worker:
         if self.loggers is not None:
             self.loggers.flush()
         self.clock.go_on()
-
-
-def lora_metadata(config: TSCDConfig, k: int) -> LoRAMetadata:
-    """What the LoRA of stage `k` says of itself: k steps first, then what else it can."""
-    info = read_base(config.teacher)
-    steps = (k, *(s for s in (1, 2, 4, 8) if s != k))
-    return LoRAMetadata(
-        base_model=info.path.name, family=info.family, k=k, steps=steps, scheduler="TCDScheduler", eta=0.0,
-        rank=config.lora.rank, alpha=config.lora.effective_alpha, recipe=config.run.name, extra={},
-    )  # fmt: skip
 
 
 def square_time_ids(config: TSCDConfig, batch: int, device: torch.device | str) -> torch.Tensor:

@@ -19,13 +19,16 @@ from ray.train import CheckpointConfig, FailureConfig, ScalingConfig, TrainingFa
 from ray.train.torch import TorchTrainer
 
 from hypersd_ray.config.base import CombinationError, ConfigError, RunError
+from hypersd_ray.config.onestep import OneStepConfig
 from hypersd_ray.config.tscd import RunConfig, TSCDConfig
 from hypersd_ray.data.precompute import resolve, validate
 from hypersd_ray.data.rejects import start_reject_log
 from hypersd_ray.data.sources import find_shards
 from hypersd_ray.models.checkpoint import read_base
 from hypersd_ray.trainer import storage
-from hypersd_ray.trainer.loop import LoopArguments, train_loop
+from hypersd_ray.trainer.kinds import KINDS, kind_of
+from hypersd_ray.trainer.loop import LoopArguments, PairSource, train_loop
+from hypersd_ray.trainer.pairs import pair_folder
 from hypersd_ray.trainer.progress import watching
 
 ROOT = Path(__file__).parents[2]
@@ -76,8 +79,11 @@ def check(config: TSCDConfig) -> None:
         ConfigError, ValueError: one line.
     """
     read_base(config.teacher)
+    kind = KINDS[kind_of(config)]
     if config.run.precision == "bf16" and config.run.gpus_per_worker == 0:
         raise ConfigError("run.precision=bf16 with run.gpus_per_worker=0: bf16 is for GPUs; set run.precision=fp32")
+    kind.check(config)
+    find_pairs(config)
     for name in {"wandb", "mlflow"} & set(config.run.loggers):
         if importlib.util.find_spec(name) is None:
             raise ConfigError(
@@ -100,17 +106,20 @@ def check_same_run(config: TSCDConfig, folder: str) -> None:
     path = f"{folder}/config.yaml"
     if not storage.exists(path):
         return
+    kind = KINDS[kind_of(config)]
+    places = {name: getattr(config, name) for name in ("teacher", "init") if hasattr(config, name)}
     try:
         values = yaml.safe_load(storage.read_text(path))
-        teacher = values["teacher"]
-        saved = TSCDConfig.model_validate(values | {"teacher": config.teacher})  # the folder may have moved
+        there = {name: values[name] for name in places if name in values}
+        saved = kind.config.model_validate(values | places)  # the folders may have moved
+    except pydantic.ValidationError:
+        raise ConfigError(f"{folder} holds another kind of run: set run.name to start another") from None
     except (ValueError, KeyError, TypeError, CombinationError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path} cannot be read ({reason:.160}): set run.name to start another run") from None
-    for field in SAME_RUN:
+    for field in (*SAME_RUN, *kind.same_run):
         ours, theirs = (functools.reduce(getattr, field.split("."), one) for one in (config, saved))
-        if field == "teacher":
-            theirs = teacher
+        theirs = there.get(field, theirs)
         if _in_checkout(ours) != _in_checkout(theirs):
             raise ConfigError(
                 f"{field} differs from the run that is in {folder}: {_difference(ours, theirs)}; "
@@ -152,6 +161,18 @@ def check_resources(config: TSCDConfig) -> None:
             )
 
 
+def find_pairs(config: TSCDConfig) -> PairSource | None:
+    """What a one-step run regresses on; None when it does not.
+
+    Raises:
+        ConfigError: the folder holds no whole pairs of this teacher.
+    """
+    if not isinstance(config, OneStepConfig) or config.regression.pairs is None:
+        return None
+    urls, made = pair_folder(config.regression.pairs, config.teacher)
+    return PairSource(urls, made["seed"])
+
+
 def train(config: TSCDConfig) -> Result:
     """Run `config` from its beginning or from where the run of that name stands.
 
@@ -168,11 +189,13 @@ def train(config: TSCDConfig) -> Result:
     storage.write_text(f"{folder}/config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     sources = resolve(config.data, config.teacher, folder)
     data = config.data.model_copy(update={"format": sources.format})
+    pairs = find_pairs(config)
     reject_log = None if sources.format == "latents" else start_reject_log(data, f"{folder}/rejects.jsonl")
     with watching() as board:
         arguments = LoopArguments(
-            config.model_copy(update={"data": data}).model_dump(), tuple(sources.urls), board, reject_log
-        )
+            kind_of(config), config.model_copy(update={"data": data}).model_dump(), tuple(sources.urls), board,
+            reject_log, pairs,
+        )  # fmt: skip
         try:
             result = _trainer(config.run, arguments).fit()
         except TrainingFailedError as error:

@@ -35,11 +35,12 @@ def teacher_samples(
 
 @torch.no_grad()
 def student_samples(
-    roles: Roles, role: str, x_T: Tensor, cond: Conditioning, steps: int, eta: float = 0.0, seed: int = 0
-) -> Tensor:
-    """A role's x_0 in `steps` consistency jumps on the training edges, without guidance."""
+    roles: Roles, role: str, x_T: Tensor, cond: Conditioning, steps: int, eta: float = 0.0, seed: int = 0,
+    times: Sequence[int] | None = None,
+) -> Tensor:  # fmt: skip
+    """A role's x_0 in `steps` consistency jumps on the training edges (or along `times`), without guidance."""
     generator = generator_of(seed, "eta") if eta > 0 else None
-    return consistency_sample(roles.schedule, roles.denoiser(role, cond), x_T, steps, eta, generator)
+    return consistency_sample(roles.schedule, roles.denoiser(role, cond), x_T, steps, eta, generator, times)
 
 
 def tile(rows: Sequence[Tensor], gap: int = 2) -> Tensor:

@@ -1,0 +1,128 @@
+"""The configuration of a one-step enhancement run (paper, Sec. 3.3 and 4.1)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from hypersd_ray.config.base import CombinationError, Strict
+from hypersd_ray.config.tscd import AdversarialConfig, DistillConfig, RunConfig, TSCDConfig
+
+UNIFIED_TIMESTEP, DEDICATED_TIMESTEP = 999, 800
+"""The network's input in the single step (its own index; our t is one more). Paper, Sec. 4.1."""
+
+
+class DMDConfig(Strict):
+    """Distribution matching (Eq. 10): a real score, a fake score, and the difference of the two as a gradient."""
+
+    weight: float = Field(default=1.0, ge=0)
+    """Weight of the distribution matching loss; 0 leaves the single step to regression."""
+    guidance: float = Field(default=8.0, ge=1)
+    """Guidance scale of the real score, as uncond + guidance (cond - uncond); DMD2: 1.75 (SD1.5), 8 (SDXL)."""
+    low: float = Field(default=0.02, ge=0, le=1)
+    """Generated latents are re-noised to t uniform on [low T, high T] before both scores judge them."""
+    high: float = Field(default=0.98, ge=0, le=1)
+    """See low."""
+    fake_updates: int = Field(default=5, ge=0)
+    """Updates of the fake score for each of the student; DMD2: 10 (SD1.5), 5 (SDXL). 0 is score distillation sampling:
+    without a fake score, the gradient is that towards what the teacher sees."""
+    fake_lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate of the fake score; None is optim.lr."""
+    warmup_share: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the steps in which only the fake score learns, before the student hears of it."""
+
+    @model_validator(mode="after")
+    def _range_rises(self) -> DMDConfig:
+        if self.high <= self.low:
+            raise CombinationError(f"dmd.high={self.high} is not above dmd.low={self.low}: raise dmd.high")
+        return self
+
+
+class RegressionConfig(Strict):
+    """The single step against the end points of the teacher's ODE from the same noise (DMD's regression loss)."""
+
+    pairs: str | None = None
+    """Folder of pairs that jobs/pairs.py made with this teacher, any fsspec URL; None is off."""
+    weight: float = Field(default=1.0, ge=0)
+    """Weight of the mean squared error."""
+    batch: int = Field(default=32, ge=1)
+    """Pairs of one step over all workers."""
+
+
+class OneStepConfig(TSCDConfig):
+    """One-step enhancement of a distilled LoRA: the k = 1 stage goes on in a share of each batch, distribution matching
+    trains the single step in the rest. Teacher, shards and a TSCD LoRA in; one LoRA (or UNet) out."""
+
+    init: str
+    """The TSCD LoRA to start from, a .safetensors file in either layout, any fsspec URL."""
+    mode: Literal["unified", "dedicated"] = "unified"
+    """"unified": one LoRA for 1 to 8 steps, its single step at the network's input 999; "dedicated": a model for the
+    single step alone, at 800."""
+    timestep: int | None = Field(default=None, ge=0, le=999)
+    """The network's input in the single step; None is 999 (unified) or 800 (dedicated)."""
+    consistency_share: float | None = Field(default=None, ge=0, lt=1)
+    """Share of each batch in which consistency over all t goes on, so that 2 to 8 steps stay good; None is 0.25
+    (unified) or 0 (dedicated)."""
+    dmd: DMDConfig = DMDConfig()
+    """Distribution matching."""
+    regression: RegressionConfig = RegressionConfig()
+    """The mean squared error for stability, beside or in place of consistency."""
+    distill: DistillConfig = DistillConfig(k_list=(1,), n_list=(40,), steps_list=(5000,))
+    """The consistency that goes on, at k = 1, and the length of the run."""
+    adversarial: AdversarialConfig = AdversarialConfig(adv_end=0.0, mse_end=1.0)
+    """adv_end is the weight of an adversarial loss on the single step, against the data; mse_end that of consistency."""
+    run: RunConfig = RunConfig(name="onestep")
+    """Where it runs."""
+
+    @property
+    def t_input(self) -> int:
+        """The single step's start in our time, 1..T."""
+        default = UNIFIED_TIMESTEP if self.mode == "unified" else DEDICATED_TIMESTEP
+        return (default if self.timestep is None else self.timestep) + 1
+
+    @property
+    def share(self) -> float:
+        """Of consistency."""
+        default = 0.25 if self.mode == "unified" else 0.0
+        return default if self.consistency_share is None else self.consistency_share
+
+    def consistency_rows(self, rows: int) -> int:
+        """How many of a micro-batch's rows go on with consistency; at least one on each side where both are asked for."""
+        return min(max(1, round(self.share * rows)), rows - 1) if self.share > 0 else 0
+
+    @model_validator(mode="after")
+    def _one_stage(self) -> OneStepConfig:
+        if self.distill.k_list != (1,):
+            raise CombinationError(f"distill.k_list={self.distill.k_list}: one-step enhancement goes on at k = 1 alone")
+        if self.mode == "unified" and self.t_input != UNIFIED_TIMESTEP + 1:
+            raise CombinationError(
+                f"timestep={self.timestep} with mode='unified': samplers of 1 to 8 steps start at {UNIFIED_TIMESTEP}; "
+                "leave timestep out or set mode='dedicated'"
+            )
+        if self.distill.teacher == "previous":
+            raise CombinationError("distill.teacher='previous': one-step enhancement has one stage; use 'base'")
+        if "://" not in self.init and not Path(self.init).is_file():
+            raise CombinationError(
+                f"init={self.init!r} is not a file: name the LoRA that jobs/tscd.py made (lora/tscd-k1.safetensors)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> OneStepConfig:
+        if self.dmd.weight == 0 and self.regression.pairs is None and self.adversarial.adv_end == 0:
+            raise CombinationError(
+                "dmd.weight=0 without regression.pairs or adversarial.adv_end: nothing trains the single step; set one"
+            )
+        workers = self.run.workers * self.optim.accumulation
+        if self.regression.pairs is not None and self.regression.batch % workers:
+            raise CombinationError(
+                f"regression.batch={self.regression.batch} is not divisible by run.workers * optim.accumulation = {workers}"
+            )
+        if self.share > 0 and self.optim.batch // workers < 2:
+            raise CombinationError(
+                f"optim.batch={self.optim.batch} leaves {self.optim.batch // workers} row to a part, consistency_share={self.share} "
+                "needs at least 2: raise optim.batch or set consistency_share=0"
+            )
+        return self

@@ -1,0 +1,70 @@
+"""A model card for a distilled UNet folder, with the lines that use it in diffusers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import UNet2DConditionModel
+
+from hypersd_ray.models.checkpoint import BaseInfo
+from hypersd_ray.models.export import PIPELINES, TCD_GRID, save_unet
+
+
+@dataclass(frozen=True)
+class UNetCard:
+    """What a card says.
+
+    Attributes:
+        base: where the base model lies.
+        info: what it is.
+        timestep: the network's input of its single step; None for a UNet of 1 to 8 steps.
+        recipe: the run that made it.
+    """
+
+    base: str
+    info: BaseInfo
+    timestep: int | None
+    recipe: str
+
+
+def unet_usage(folder: str | Path, card: UNetCard) -> str:
+    """Python that puts the UNet in `folder` into its base's pipeline and samples as it was meant."""
+    pipeline = PIPELINES[card.info.family]
+    if card.timestep is None:
+        scheduler, grid, call = (
+            "TCDScheduler",
+            f", original_inference_steps={TCD_GRID}",
+            "num_inference_steps=4, eta=0.0",
+        )
+    else:
+        scheduler, grid, call = "LCMScheduler", "", f"num_inference_steps=1, timesteps=[{card.timestep}]"
+    return "\n".join(
+        (
+            f"from diffusers import {scheduler}, {pipeline}, UNet2DConditionModel",
+            f"unet = UNet2DConditionModel.from_pretrained({str(folder)!r})",
+            f"pipe = {pipeline}.from_pretrained({card.base!r}, unet=unet)",
+            f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config{grid})",
+            f'image = pipe("a prompt", {call}, guidance_scale=0).images[0]',
+        )
+    )
+
+
+def save_unet_with_card(unet: UNet2DConditionModel, folder: Path, where: str, card: UNetCard) -> Path:
+    """`save_unet` and a README.md beside it; `where` is the folder's final place, which the lines name."""
+    save_unet(unet, folder)
+    name = card.info.path.name
+    steps = "one step" if card.timestep is not None else "1 to 8 steps"
+    told = (
+        f"The network is told time step {card.timestep} and sees pure noise; other numbers of steps are not what it was "
+        "trained for."
+        if card.timestep is not None
+        else "Its single step runs at time step 999; more steps add detail."
+    )
+    (folder / "README.md").write_text(
+        f"---\nbase_model: {name}\nlibrary_name: diffusers\npipeline_tag: text-to-image\ntags:\n- hyper-sd\n- distillation\n"
+        f"---\n\n# {name} in {steps}\n\nUNet of {name} ({card.info.family}, {card.info.parameterization} prediction), distilled "
+        f"to {steps} without guidance by trajectory segmented consistency distillation and distribution matching "
+        f"(Hyper-SD), recipe `{card.recipe}`. {told}\n\n```python\n{unet_usage(where, card)}\n```\n"
+    )
+    return folder

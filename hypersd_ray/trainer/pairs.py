@@ -1,0 +1,208 @@
+"""Pairs for regression (DMD): the noise x_T of a caption, and where the guided teacher's ODE ends from there.
+
+A folder of pairs is a folder of latents (data/precompute.py) whose latents are the ODE's end points; the noise is not
+stored, it is a function of the seed in the marker and of the row's key. So the training stream reads pairs as it reads
+latents, and a folder of pairs may be trained on as images too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+import torch
+from pydantic import Field
+from ray.data.extensions import ArrowTensorArray
+
+from hypersd_ray.config.base import ConfigError, Strict
+from hypersd_ray.config.data import DataConfig
+from hypersd_ray.data.encode import TENSOR_COLUMNS
+from hypersd_ray.data.pipeline import Columns, precomputed_dataset, split_windows
+from hypersd_ray.data.plan import Window
+from hypersd_ray.data.precompute import check_marker, fingerprint, resolve
+from hypersd_ray.data.sources import MARKER
+from hypersd_ray.models.checkpoint import load_unet, read_base
+from hypersd_ray.models.conditioning import Conditioning
+from hypersd_ray.models.encoders import load_encoders
+from hypersd_ray.models.roles import Plain
+from hypersd_ray.training import samples
+
+
+class PairsConfig(Strict):
+    """Which captions, which teacher, how its ODE is solved, and where the end points go."""
+
+    teacher: str
+    """Folder of the teacher in diffusers' layout."""
+    out: str
+    """Folder for the pairs, any fsspec URL."""
+    data: DataConfig
+    """The captions: image-text shards (encoded first, beside the pairs), or precomputed latents."""
+    steps: int = Field(default=50, ge=1, le=1000)
+    """DDIM steps of the ODE."""
+    omega: float = Field(default=3.0, ge=1)
+    """Guidance scale, as uncond + omega (cond - uncond)."""
+    seed: int = 0
+    """The noise is a function of it and of each row's key."""
+    precision: str = Field(default="fp32", pattern="^(fp32|bf16)$")
+    """Number type of the teacher: fp32 or bf16."""
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What `make_pairs` did."""
+
+    out: str
+    files: int
+    files_skipped: int
+    rows: int
+
+
+class TeacherODE:
+    """For `map_batches`: rows of encoded captions -> the same rows, their latents replaced by the ODE's end points."""
+
+    def __init__(self, config: dict[str, Any]):
+        self.config = PairsConfig.model_validate(config)
+        self.device = "cuda" if self.config.data.encoder.num_gpus else "cpu"
+        info = read_base(self.config.teacher)
+        dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+        self.roles = Plain(load_unet(info, dtype, self.device), info.schedule, info.parameterization)
+        self.null = load_encoders(self.config.teacher, vae=False).null_conditioning().to(self.device)
+
+    def __call__(self, batch: Columns) -> Columns:
+        cond = Conditioning(
+            *(
+                torch.from_numpy(np.array(batch[name], dtype=np.float32)).to(self.device) if name in batch else None
+                for name in ("prompt_embeds", "pooled", "time_ids")
+            )
+        )
+        keys, shape = [str(key) for key in batch["key"]], tuple(np.asarray(batch["latents"]).shape[1:])
+        x_T = samples.start_noise(self.config.seed, keys, shape).to(self.device)
+        x0 = samples.teacher_samples(self.roles, x_T, cond, self.null, self.config.steps, self.config.omega)
+        return batch | {"latents": x0.half().cpu().numpy()}
+
+
+def make_pairs(config: PairsConfig, progress: Callable[[int, int, int], None] | None = None) -> Solved:
+    """Solve the ODE for every caption; one file per file of encoded captions, and files that are whole are kept.
+
+    `progress(files done, files in all, rows written)`. Raises ConfigError for captions or a teacher that are not there,
+    and for an `out` that holds something else.
+    """
+    out = config.out.rstrip("/")
+    made = {"seed": config.seed, "steps": config.steps, "omega": config.omega, "unet": unet_fingerprint(config.teacher)}
+    check_marker(out, {"pairs": made})
+    data = config.data.model_copy(update={"cache": "disk"})
+    urls = resolve(data, config.teacher, out + "/captions" if data.format != "latents" else out).urls
+    filesystem, root = fsspec.core.url_to_fs(out)
+    filesystem.makedirs(root, exist_ok=True)
+    counts: dict[str, int] = {}
+    for url in urls:
+        path = f"{root}/{_name(url)}"
+        if filesystem.exists(path):
+            with filesystem.open(path, "rb") as file:
+                counts[_name(url)] = pq.ParquetFile(file).metadata.num_rows
+    todo, skipped = [url for url in urls if _name(url) not in counts], len(counts)
+    marker = {
+        "model": str(Path(config.teacher).resolve()), "model_hash": fingerprint(config.teacher),
+        "resolution": data.resolution, "filters": data.filters.model_dump(), "pairs": made,
+    }  # fmt: skip
+    _write_marker(filesystem, root, marker | {"complete": False, "files": counts})
+    rows = 0
+    for url, pieces in _solved(config, todo) if todo else ():
+        counts[_name(url)] = _write(filesystem, f"{root}/{_name(url)}", pieces)
+        rows += counts[_name(url)]
+        if progress is not None:
+            progress(len(counts), len(urls), rows)
+    _write_marker(filesystem, root, marker | {"complete": True, "files": counts, "rows": sum(counts.values())})
+    return Solved(config.out, len(counts), skipped, rows)
+
+
+def pair_folder(folder: str, teacher: str) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """(the folder's files, how its pairs were made).
+
+    Raises:
+        ConfigError: it holds no pairs, not all of them, or another teacher's.
+    """
+    folder = folder.rstrip("/")
+    marker = check_marker(folder, {})
+    if not marker or "pairs" not in marker:
+        raise ConfigError(f"regression.pairs={folder} holds no pairs: make them with jobs/pairs.py")
+    if not marker["complete"]:
+        raise ConfigError(f"regression.pairs={folder} is not complete: run jobs/pairs.py on it again")
+    if marker["pairs"]["unet"] != unet_fingerprint(teacher) or marker["model_hash"] != fingerprint(teacher):
+        raise ConfigError(
+            f"regression.pairs={folder} was made by {marker['model']}, not by teacher={teacher}: make new ones"
+        )
+    return tuple(f"{folder}/{name}" for name in sorted(marker["files"])), marker["pairs"]
+
+
+def unet_fingerprint(model_path: str) -> str:
+    """A hash of the UNet's config, and of its weights by name, size and last MiB. Not of the path."""
+    digest = hashlib.sha256()
+    for file in sorted((Path(model_path) / "unet").glob("*")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as data:
+            data.seek(max(0, size - 2**20))
+            digest.update(data.read())
+    return digest.hexdigest()[:16]
+
+
+def _solved(config: PairsConfig, urls: Sequence[str]) -> Iterator[tuple[str, Iterator[Columns]]]:
+    """(file, its rows piece by piece), one Ray Data execution for all; a file without rows is passed over."""
+    pool = config.data.encoder
+    dataset = precomputed_dataset([Window(i, (url,)) for i, url in enumerate(urls)], config.data).map_batches(
+        TeacherODE,
+        fn_constructor_kwargs={"config": config.model_dump() | {"teacher": str(Path(config.teacher).resolve())}},
+        batch_size=pool.batch_size,
+        compute=ray.data.ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size),
+        num_cpus=pool.num_cpus,
+        num_gpus=pool.num_gpus or None,
+        label_selector=pool.label_selector or None,
+    )
+
+    def pieces() -> Iterator[tuple[int, Columns]]:
+        for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
+            if len(block.get("key", ())):
+                yield from split_windows(block)
+
+    for index, group in itertools.groupby(pieces(), key=operator.itemgetter(0)):
+        yield urls[index], (columns for _, columns in group)
+
+
+def _write(filesystem: Any, path: str, pieces: Iterator[Columns]) -> int:
+    """One file, whole or not at all; -> its rows."""
+    rows = 0
+    with filesystem.open(f"{path}.part", "wb") as file:
+        writer = None
+        for piece in pieces:
+            tensors = {n: ArrowTensorArray.from_numpy(piece[n]) for n in TENSOR_COLUMNS if n in piece}
+            texts = {n: pa.array([str(v) for v in piece[n]], pa.string()) for n in ("key", "caption")}
+            table = pa.table({**texts, "row": pa.array(piece["row"], pa.int64()), **tensors})
+            writer = writer or pq.ParquetWriter(file, table.schema, compression="none", use_dictionary=False)
+            writer.write_table(table, row_group_size=len(table))
+            rows += len(table)
+        if writer is not None:
+            writer.close()
+    filesystem.mv(f"{path}.part", path)
+    return rows
+
+
+def _name(url: str) -> str:
+    return url.rpartition("/")[2]
+
+
+def _write_marker(filesystem: Any, root: str, marker: dict[str, Any]) -> None:
+    with filesystem.open(f"{root}/{MARKER}.part", "w", encoding="utf-8") as file:
+        json.dump(marker, file, indent=1)
+    filesystem.mv(f"{root}/{MARKER}.part", f"{root}/{MARKER}")

@@ -1,0 +1,89 @@
+"""Make a distilled LoRA good in one step: distribution matching, for 1 to 8 steps or for the single step alone.
+
+python jobs/onestep.py tiny --init runs/tiny-minutes/lora/tscd-k1.safetensors                  # minutes on a CPU
+python jobs/onestep.py tiny --mode dedicated --init runs/tiny-minutes/lora/tscd-k1.safetensors
+python jobs/onestep.py sd15 --teacher PATH --init LORA --data.shards 's3://...'
+ray job submit --working-dir . -- python jobs/onestep.py tiny --init LORA                       # on a cluster
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
+
+from hypersd_ray.config.cli import parse, run_job
+from hypersd_ray.config.onestep import OneStepConfig
+from hypersd_ray.recipes import ONESTEP_RECIPES
+
+
+def main() -> None:
+    """Train, draw, and say where everything is."""
+    config = parse(ONESTEP_RECIPES, OneStepConfig, __doc__)
+    from hypersd_ray.trainer import run  # Ray and torch come after the configuration is known to be right
+
+    result = run.train(config)
+    pictures = draw(config, result.folder)
+    report(config, result, pictures)
+
+
+def draw(config: OneStepConfig, folder: str) -> list[str]:
+    """Loss curves, and of a LoRA a sample grid, written into the run's folder; returns what to print."""
+    from evaluation.pictures import draw_curves, draw_grid, sample_rows
+    from hypersd_ray.trainer import storage
+    from hypersd_ray.trainer.kinds import onestep_name
+
+    prompts, made_pictures = config.run.prompts, ["curves.png"]
+    with tempfile.TemporaryDirectory() as temporary:
+        made = Path(temporary)
+        (made / "metrics.jsonl").write_text(storage.read_text(f"{folder}/metrics.jsonl"))
+        draw_curves(made / "metrics.jsonl", made / "curves.png")
+        if not config.full_unet:
+            lora = made / "lora.safetensors"
+            storage.get(f"{folder}/lora/{onestep_name(config)}.safetensors", lora)
+            omega = (config.distill.omega_min + config.distill.omega_max) / 2
+            draw_grid(
+                sample_rows(config, lora, prompts, omega),
+                prompts,
+                made / "grid.png",
+                f"same noise, teacher at guidance {omega:g}, student at input {config.t_input - 1}; before: the LoRA it began as",
+            )
+            made_pictures.insert(0, "grid.png")
+        for name in made_pictures:
+            storage.put(made / name, f"{folder}/{name}")
+    return [f"{folder}/{name}" for name in made_pictures]
+
+
+def report(config: OneStepConfig, result, pictures: list[str]) -> None:
+    """The last lines of the job."""
+    from hypersd_ray.models.cards import unet_usage
+    from hypersd_ray.models.export import usage
+    from hypersd_ray.trainer.kinds import onestep_card, onestep_metadata, onestep_name
+
+    lora, unet = (
+        f"{result.folder}/{part}"
+        for part in (f"lora/{onestep_name(config)}.safetensors", f"unet-{onestep_name(config)}")
+    )
+    if result.was_finished:
+        print(f"\nRun {config.run.name} was finished before, nothing was trained: set run.name to start another")
+    print(
+        f"\nRun {config.run.name}: {result.metrics.get('skipped', 0)} steps skipped, trainer waited for data {result.metrics.get('data_wait_share', 0):.2%} of the time"
+    )
+    if not config.full_unet:
+        print(f"LoRA     {lora} (in Kohya's layout beside it)")
+    if config.full_unet or config.mode == "dedicated":
+        print(f"UNet     {unet} (model card in its README.md)")
+    for path in pictures:
+        print(f"picture  {path}")
+    print(f"config   {result.folder}/config.yaml")
+    print(f"logs     tensorboard --logdir {result.folder}/tensorboard")
+    if not config.full_unet:
+        print("\nUse it:\n" + usage(lora, onestep_metadata(config), base=config.teacher))
+    if config.full_unet or config.mode == "dedicated":
+        print("\nUse the UNet:\n" + unet_usage(unet, onestep_card(config)))
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,36 @@
+"""Solve the teacher's ODE for every caption: pairs of noise and end point, for `jobs/onestep.py --regression.pairs OUT`.
+
+    python jobs/pairs.py --teacher PATH --data.shards 's3://B/{000..099}.tar' --data.resolution 512 --out DIR
+
+Started again, it goes on behind the last whole file.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
+
+from hypersd_ray.config.cli import read_options, run_job
+from hypersd_ray.trainer.pairs import PairsConfig, make_pairs
+from hypersd_ray.trainer.run import connect
+
+
+def main() -> None:
+    """Make the pairs and say where they are."""
+    config: PairsConfig = read_options(PairsConfig, sys.argv[1:], __doc__ or "")
+    started = time.perf_counter()
+    connect()
+
+    def progress(done: int, files: int, rows: int) -> None:
+        print(f"file {done}/{files}, {rows} pairs, {rows / (time.perf_counter() - started):.1f} pairs/s", flush=True)
+
+    made = make_pairs(config, progress)
+    print(f"{made.rows} pairs in {made.files} files ({made.files_skipped} were there)")
+    print(f"pairs in {made.out}: python jobs/onestep.py ... --regression.pairs {made.out}")
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,82 @@
+"""What a one-step configuration refuses, and what it fills in."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hypersd_ray.config.base import CombinationError
+from hypersd_ray.config.cli import parse
+from hypersd_ray.config.onestep import OneStepConfig
+from hypersd_ray.recipes import ONESTEP_RECIPES
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def init(tmp_path) -> str:
+    (tmp_path / "lora.safetensors").touch()
+    return str(tmp_path / "lora.safetensors")
+
+
+def of(init: str, *arguments: str) -> OneStepConfig:
+    return parse(ONESTEP_RECIPES, OneStepConfig, "", ["tiny", "--init", init, *arguments])
+
+
+def test_the_mode_decides_the_networks_input_and_the_share(init):
+    assert (of(init).t_input, of(init).share) == (1000, 0.25)
+    dedicated = of(init, "--mode", "dedicated")
+    assert (dedicated.t_input, dedicated.share) == (801, 0.0)
+    own = of(init, "--mode", "dedicated", "--timestep", "700", "--consistency-share", "0.1")
+    assert (own.t_input, own.share) == (701, 0.1)
+
+
+@pytest.mark.parametrize("recipe", ["sd15", "sdxl"])
+def test_the_recipes_are_whole(recipe, init, tmp_path):
+    arguments = [
+        recipe,
+        "--init",
+        init,
+        "--teacher",
+        str(tmp_path),
+        "--data.shards",
+        "x.tar",
+        "--dmd.fake-updates",
+        "7",
+    ]
+    config = parse(ONESTEP_RECIPES, OneStepConfig, "", arguments)
+    assert config.distill.k_list == (1,) and config.dmd.fake_updates == 7
+    assert OneStepConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--init", "/nowhere.safetensors"], r"init='/nowhere\.safetensors' is not a file: name the LoRA"),
+        (["--timestep", "800"], "timestep=800 with mode='unified'.*mode='dedicated'"),
+        (["--distill.k-list", "2"], r"k_list=\(2,\): one-step enhancement goes on at k = 1"),
+        (["--dmd.low", "0.5", "--dmd.high", "0.4"], r"dmd\.high=0\.4 is not above dmd\.low=0\.5"),
+        (["--dmd.weight", "0"], r"dmd\.weight=0 without regression\.pairs"),
+        (["--optim.batch", "1"], "leaves 1 row to a part, consistency_share=0.25 needs at least 2"),
+        (
+            ["--regression.pairs", "x", "--regression.batch", "3", "--run.workers", "2"],
+            r"regression\.batch=3 is not divis",
+        ),
+    ],
+)
+def test_an_impossible_combination_is_one_line(arguments, said, init):
+    with pytest.raises(CombinationError, match=said) as caught:
+        of(init, *arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"), [(["tiny"], "--init"), (["tiny", "--init", "/no"], "error: init='/no'")]
+)
+def test_the_job_says_so_without_a_traceback(arguments, said):
+    job = [sys.executable, ROOT / "jobs" / "onestep.py", *arguments]
+    done = subprocess.run(job, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and said in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,108 @@
+"""What is found wrong with a one-step run before Ray starts: one line each."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import ray
+import yaml
+
+from hypersd_ray.config.data import DataConfig
+from hypersd_ray.config.onestep import OneStepConfig
+from hypersd_ray.config.tscd import TSCDConfig
+from hypersd_ray.models.export import LoRAMetadata, save_diffusers_lora
+from hypersd_ray.models.lora import Adapters
+from hypersd_ray.trainer import run
+from tests.helpers.pipelines import build_pipeline, randomize, tiny_unet
+
+METADATA = LoRAMetadata(
+    base_model="tiny", family="sd", k=1, steps=(1,), scheduler="TCDScheduler", eta=0.0, rank=4, alpha=4.0
+)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """(teacher folder, LoRA file)."""
+    folder = tmp_path_factory.mktemp("parts")
+    adapters = Adapters(tiny_unet("sd"), 4, 4.0)
+    adapters.add("student", trainable=False)
+    lora = save_diffusers_lora(randomize(adapters, "student"), folder / "lora.safetensors", METADATA)
+    return build_pipeline("sd", folder / "teacher"), lora
+
+
+@pytest.fixture
+def config(parts, tmp_path) -> OneStepConfig:
+    teacher, lora = parts
+    return OneStepConfig.model_validate(
+        {
+            "teacher": str(teacher), "init": str(lora), "data": DataConfig(shards=str(tmp_path)), "lora": {"rank": 4},
+            "run": {"name": "a", "out": str(tmp_path)},
+        }
+    )  # fmt: skip
+
+
+def changed(config: OneStepConfig, **fields) -> OneStepConfig:
+    return OneStepConfig.model_validate(config.model_dump() | fields)
+
+
+def refused(config: TSCDConfig, said: str) -> None:
+    with pytest.raises(ValueError, match=said) as caught:
+        run.train(config)
+    assert "\n" not in str(caught.value)
+    assert not ray.is_initialized()
+
+
+def write_config(config: TSCDConfig, tmp_path) -> None:
+    (tmp_path / config.run.name).mkdir()
+    (tmp_path / config.run.name / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+
+
+def test_a_run_that_fits_is_not_refused(config, tmp_path):
+    run.check(config)
+    write_config(config, tmp_path)
+    run.check(config)  # its own resume
+
+
+def test_a_lora_of_another_rank(config):
+    refused(changed(config, lora={"rank": 8}), r"has rank 4, lora\.rank is 8: set lora\.rank to 4")
+
+
+def test_a_lora_of_another_family(config, parts, tmp_path):
+    adapters = Adapters(tiny_unet("sdxl"), 4, 4.0)
+    adapters.add("student", trainable=False)
+    path = save_diffusers_lora(
+        randomize(adapters, "student"), tmp_path / "xl.safetensors", replace(METADATA, family="sdxl")
+    )
+    refused(changed(config, init=str(path)), r"is a LoRA for sdxl .*, teacher=.* is sd")
+
+
+def test_a_lora_that_is_none(config, tmp_path):
+    (tmp_path / "x.safetensors").write_text("no LoRA")
+    refused(changed(config, init=str(tmp_path / "x.safetensors")), "not a safetensors file")
+
+
+def test_a_folder_that_holds_a_tscd_run(config, tmp_path):
+    fields = {name: value for name, value in config.model_dump().items() if name in TSCDConfig.model_fields}
+    write_config(TSCDConfig.model_validate(fields | {"distill": {}}), tmp_path)
+    refused(config, r"holds another kind of run: set run\.name")
+
+
+def test_a_tscd_run_in_a_folder_that_holds_a_one_step_run(config, tmp_path):
+    write_config(config, tmp_path)
+    fields = {name: value for name, value in config.model_dump().items() if name in TSCDConfig.model_fields}
+    refused(TSCDConfig.model_validate(fields | {"distill": {}}), r"holds another kind of run: set run\.name")
+
+
+@pytest.mark.parametrize("field", [{"mode": "dedicated"}, {"dmd": {"fake_updates": 2}}])
+def test_a_resume_with_another_fake_score_or_mode(config, tmp_path, field):
+    write_config(config, tmp_path)
+    refused(changed(config, **field), f"{next(iter(field))} differs from the run that is in .*: set run.name")
+
+
+def test_pairs_that_are_none(config, tmp_path):
+    refused(changed(config, regression={"pairs": str(tmp_path), "batch": 32}), r"regression\.pairs=.* holds no pairs")
+
+
+def test_bf16_without_a_gpu(config):
+    refused(changed(config, run=config.run.model_dump() | {"precision": "bf16"}), "bf16 is for GPUs")
