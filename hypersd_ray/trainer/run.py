@@ -107,11 +107,11 @@ def check_same_run(config: TSCDConfig, folder: str) -> None:
     if not storage.exists(path):
         return
     kind = KINDS[kind_of(config)]
-    places = {name: getattr(config, name) for name in ("teacher", "init") if hasattr(config, name)}
     try:
         values = yaml.safe_load(storage.read_text(path))
-        there = {name: values[name] for name in places if name in values}
-        saved = kind.config.model_validate(values | places)  # the folders may have moved
+        there = {name: values[name] for name in ("teacher", "init") if name in values}
+        moved = {name: getattr(config, name) for name in there if hasattr(config, name)}  # to another place, say
+        saved = kind.config.model_validate(values | moved)
     except pydantic.ValidationError:
         raise ConfigError(f"{folder} holds another kind of run: set run.name to start another") from None
     except (ValueError, KeyError, TypeError, CombinationError, yaml.YAMLError) as error:

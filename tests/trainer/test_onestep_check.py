@@ -32,11 +32,11 @@ def parts(tmp_path_factory):
 
 
 @pytest.fixture
-def config(parts, tmp_path) -> OneStepConfig:
+def config(parts, shards, tmp_path) -> OneStepConfig:
     teacher, lora = parts
     return OneStepConfig.model_validate(
         {
-            "teacher": str(teacher), "init": str(lora), "data": DataConfig(shards=str(tmp_path)), "lora": {"rank": 4},
+            "teacher": str(teacher), "init": str(lora), "data": DataConfig(shards=str(shards)), "lora": {"rank": 4},
             "run": {"name": "a", "out": str(tmp_path)},
         }
     )  # fmt: skip
@@ -97,7 +97,7 @@ def test_a_tscd_run_in_a_folder_that_holds_a_one_step_run(config, tmp_path):
 @pytest.mark.parametrize("field", [{"mode": "dedicated"}, {"dmd": {"fake_updates": 2}}])
 def test_a_resume_with_another_fake_score_or_mode(config, tmp_path, field):
     write_config(config, tmp_path)
-    refused(changed(config, **field), f"{next(iter(field))} differs from the run that is in .*: set run.name")
+    refused(changed(config, **field), f"{next(iter(field))} differs from the run that is in .*; set run.name")
 
 
 def test_pairs_that_are_none(config, tmp_path):
