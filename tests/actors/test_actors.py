@@ -8,11 +8,12 @@ import pytest
 import ray
 import torch
 
-from hypersd_ray.actors.client import RemoteBackend, RewardClient, local_backend
+from hypersd_ray.actors.client import RemoteBackend
 from hypersd_ray.actors.placement import check_placeable, start_evaluators, stop_evaluators
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.rewards import PlacementConfig, RewardConfig
 from hypersd_ray.models.perception.protocol import Instances, no_instances
+from hypersd_ray.models.scoring import RewardClient, local_backend
 
 pytestmark = pytest.mark.cluster
 

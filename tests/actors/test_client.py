@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from hypersd_ray.actors.client import LocalBackend, RewardClient
 from hypersd_ray.actors.messages import gradient_of, pack, to_answer, unpack
 from hypersd_ray.models.evaluators import evaluate
 from hypersd_ray.models.perception.protocol import Instances
 from hypersd_ray.models.rewards.protocol import Scored
+from hypersd_ray.models.scoring import LocalBackend, RewardClient
 
 
 def bright(images, told):
