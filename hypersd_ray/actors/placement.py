@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from hypersd_ray.actors.evaluator import EvaluatorActor
@@ -81,21 +83,33 @@ def _has_labels(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
 
 
 def _await_places(handles: Handles, placement: PlacementConfig) -> None:
+    """Every actor answers. One that is late though a node has room for it is only slow to start, and is waited for."""
     pings = {h.ping.remote(): f"{name} {i}" for name, replicas in handles.items() for i, h in enumerate(replicas)}
-    done, late = ray.wait(list(pings), num_returns=len(pings), timeout=placement.place_timeout_s)
-    for ref in done:
+    late = list(pings)
+    begun = time.monotonic()
+    while late and time.monotonic() - begun < placement.load_timeout_s:
+        _, late = ray.wait(late, num_returns=len(late), timeout=placement.place_timeout_s)
+        if late and not _has_room(placement):
+            break
+    for ref in pings.keys() - set(late):
         try:
             ray.get(ref)
         except (RayActorError, RayTaskError) as error:
             raise ConfigError(f"reward actor {pings[ref]} did not start: {_first_line(error)}") from None
     if late:
-        free = ray.available_resources()
-        have = ", ".join(f"{free.get(k, 0):g} of {ray.cluster_resources().get(k, 0):g} {k}" for k in ("CPU", "GPU"))
+        free, every = ray.available_resources(), ray.cluster_resources()
+        have = ", ".join(f"{free.get(k, 0):g} of {every.get(k, 0):g} {k}" for k in ("CPU", "GPU"))
         raise ConfigError(
-            f"{len(late)} of {len(pings)} reward actors found no place in {placement.place_timeout_s:g} s "
+            f"{len(late)} of {len(pings)} reward actors found no place in {time.monotonic() - begun:.0f} s "
             f"({pings[late[0]]} wants {placement.num_cpus:g} CPU and {placement.num_gpus:g} GPU; free are {have}): lower "
             "placement.num_gpus, placement.num_cpus or run.workers, or set placement.where=local"
         )
+
+
+def _has_room(placement: PlacementConfig) -> bool:
+    """Whether some node could take one more actor now."""
+    nodes = available_resources_per_node().values()
+    return any(free.get("CPU", 0) >= placement.num_cpus and free.get("GPU", 0) >= placement.num_gpus for free in nodes)
 
 
 def _await_models(handles: Handles, placement: PlacementConfig) -> None:
