@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import tyro
 from diffusers import AutoencoderKL
+from transformers import CLIPTokenizer
 
 from hypersd_ray.embedded.pictures import load_pictures
 from hypersd_ray.embedded.pretrain_unet import train_unet
@@ -44,7 +45,10 @@ def main(config: PretrainConfig) -> None:
         vae = AutoencoderKL.from_pretrained(vae_path)
     else:
         vae = train_vae(images, config.out, config.vae_steps, seed=config.seed)
-    tokenizer = train_tokenizer(captions)
+    tokenizer_path = config.out / "tokenizer"
+    if not tokenizer_path.exists():  # kept: merges that are equally frequent may come in another order another time
+        train_tokenizer(captions).save_pretrained(tokenizer_path)
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_path)
     torch.manual_seed(config.seed)
     text = make_text_encoder(tokenizer)
     train_unet(

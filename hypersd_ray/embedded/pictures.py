@@ -24,7 +24,10 @@ def load_pictures(folder: Path, split: str) -> tuple[torch.Tensor, list[str]]:
     for path in paths:
         with tarfile.open(path) as tar:
             for member in tar:
-                data = tar.extractfile(member).read()
+                content = tar.extractfile(member)
+                if content is None:
+                    continue
+                data = content.read()
                 if member.name.endswith(".png"):
                     images.append(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
                 elif member.name.endswith(".txt"):

@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import webdataset
@@ -68,8 +69,10 @@ def _annotation(placed, annotation_id: int, image_id: int, category_id: int) -> 
 def write_split(out: Path, split: str, drawn: Iterator[Picture], per_shard: int, categories: list[str]) -> int:
     """Write `out/{split}-00000.tar`, ... and `out/{instances,captions}_{split}.json`; returns how many pictures."""
     out.mkdir(parents=True, exist_ok=True)
-    images, instances, captions = [], [], []
-    writer = None
+    images: list[dict] = []
+    instances: list[dict] = []
+    captions: list[dict] = []
+    writer: Any = None
     for index, picture in enumerate(drawn):
         if index % per_shard == 0:
             if writer is not None:

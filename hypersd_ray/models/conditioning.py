@@ -23,9 +23,8 @@ class Conditioning:
     time_ids: Tensor | None = None
 
     def _map(self, fn) -> Conditioning:
-        return Conditioning(
-            *(None if part is None else fn(part) for part in (self.prompt_embeds, self.pooled, self.time_ids))
-        )
+        pooled = None if self.pooled is None else fn(self.pooled)
+        return Conditioning(fn(self.prompt_embeds), pooled, None if self.time_ids is None else fn(self.time_ids))
 
     def to(self, *args, **kwargs) -> Conditioning:
         """As `Tensor.to`, on each part."""
@@ -48,14 +47,14 @@ class Conditioning:
         """diffusers' `added_cond_kwargs`; None for SD1.5."""
         if self.pooled is None:
             return None
+        assert self.time_ids is not None, "SDXL's UNet needs the size conditioning beside the pooled embedding"
         return {"text_embeds": self.pooled, "time_ids": self.time_ids}
 
 
 def concatenate(first: Conditioning, second: Conditioning) -> Conditioning:
     """Both batches as one."""
-    parts = zip(
-        (first.prompt_embeds, first.pooled, first.time_ids),
-        (second.prompt_embeds, second.pooled, second.time_ids),
-        strict=True,
+    return Conditioning(
+        torch.cat([first.prompt_embeds, second.prompt_embeds]),
+        None if first.pooled is None or second.pooled is None else torch.cat([first.pooled, second.pooled]),
+        None if first.time_ids is None or second.time_ids is None else torch.cat([first.time_ids, second.time_ids]),
     )
-    return Conditioning(*(None if a is None else torch.cat([a, b]) for a, b in parts))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -31,7 +32,8 @@ class Encoders:
     def __init__(
         self, tokenizers: list, text_encoders: list, vae: AutoencoderKL | None, zero_null_prompt: bool, device: str
     ):
-        self.tokenizers, self.text_encoders, self.vae = tokenizers, text_encoders, vae
+        self.tokenizers, self.text_encoders = tokenizers, text_encoders
+        self.vae: Any = vae  # None where only prompts are encoded
         self.zero_null_prompt, self.device = zero_null_prompt, device
 
     @property

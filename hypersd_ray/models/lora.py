@@ -1,9 +1,8 @@
 """Low-rank adapters of one UNet, several roles side by side: student, EMA, previous stage (paper, Sec. 3.1: LoRA).
 
 PEFT holds one active adapter and flips `requires_grad` at each switch; a distillation step needs three roles in turn
-on one frozen base. Here a role is switched by one attribute that all layers share, and in float32 the update is merged
-into the weight (`W + scale * B A`), so that an adapter costs no second path through the activations. The tensors have
-PEFT's shapes: A (r, in) or (r, in, kh, kw); B (out, r) or (out, r, 1, 1).
+on one frozen base. Here a role is switched by one attribute that all layers share, and a layer with its update is one
+operation (`low_rank.py`). The tensors have PEFT's shapes: A (r, in) or (r, in, kh, kw); B (out, r) or (out, r, 1, 1).
 """
 
 from __future__ import annotations
@@ -14,8 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from hypersd_ray.models.lean import slim
+from hypersd_ray.models.low_rank import Before, low_rank
 
 LCM_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
@@ -42,6 +43,8 @@ class RoleLoRA(nn.Module):
 
     def __init__(self, base: nn.Linear | nn.Conv2d, rank: int, alpha: float, switch: Switch):
         super().__init__()
+        if isinstance(base, nn.Conv2d):
+            assert base.groups == 1 and base.padding_mode == "zeros" and not isinstance(base.padding, str)
         self.base, self.rank, self.scale, self.switch = base, rank, alpha / rank, switch
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
 
@@ -55,28 +58,24 @@ class RoleLoRA(nn.Module):
         self.A[role] = nn.Parameter(a.to(weight.device))
         self.B[role] = nn.Parameter(b.to(weight.device))
 
-    def delta(self, role: str) -> Tensor:
-        """The update of the weight, in the weight's shape, float32."""
-        a, b = self.A[role], self.B[role]
-        return (self.scale * (b.flatten(1) @ a.flatten(1))).view(self.base.weight.shape)
+    def factors(self, role: str | None) -> tuple[Tensor, ...]:
+        """A and B of a role; nothing for None."""
+        return () if role is None else (self.A[role], self.B[role])
 
-    def forward(self, x: Tensor) -> Tensor:
-        role = self.switch.role
+    def play(
+        self, role: str | None, x: Tensor, before: Before | None = None, through: tuple[Tensor, ...] = ()
+    ) -> Tensor:
+        """The layer of `before(x)` in a role; but for None, nothing that `before` makes is kept for the backward pass.
+
+        `through`: the leaves in `before` that get a gradient.
+        """
         if role is None:
-            return self.base(x)
-        if self.base.weight.dtype == torch.float32:
-            return self._apply(x, self.base.weight + self.delta(role), self.base.bias)
-        # Merged into bfloat16 a small update would round away (8 bits of mantissa), so it takes its own path there;
-        # the factors are cast down, not the activations up.
-        a, b = self.A[role].to(x.dtype), self.B[role].to(x.dtype)
-        if isinstance(self.base, nn.Conv2d):
-            return self.base(x) + self.scale * F.conv2d(self._apply(x, a, None), b)
-        return self.base(x) + self.scale * F.linear(F.linear(x, a), b)
+            return self.base(x if before is None else before(x))
+        return low_rank(x, self.base, self.A[role], self.B[role], self.scale, before, through)
 
-    def _apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if isinstance(self.base, nn.Conv2d):
-            return F.conv2d(x, weight, bias, self.base.stride, self.base.padding, self.base.dilation, self.base.groups)
-        return F.linear(x, weight, bias)
+    def forward(self, x: Tensor, before: Before | None = None, through: tuple[Tensor, ...] = ()) -> Tensor:
+        """`play` in the role of now."""
+        return self.play(self.switch.role, x, before, through)
 
 
 class Adapters:
@@ -105,6 +104,7 @@ class Adapters:
             layer = RoleLoRA(getattr(parent, child), rank, alpha, self.switch)
             setattr(parent, child, layer)
             self.layers[name] = layer
+        slim(network, RoleLoRA)
 
     def add(self, role: str, trainable: bool, seed: int = 0) -> None:
         """A role that equals the base until its tensors change."""

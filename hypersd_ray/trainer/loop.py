@@ -209,7 +209,7 @@ class Worker:
             folder = Path(temporary)
             if self.rank == 0:
                 save_checkpoint(folder, self.distiller)
-            save_position(folder, self.rank, self.position.to_dict())
+            save_position(folder, self.rank, self.world, self.position.to_dict())
             values = {name: float(value) for name, value in metrics.items()}
             progress = asdict(self.distiller.progress)
             ray.train.report(

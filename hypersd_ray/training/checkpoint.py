@@ -5,11 +5,11 @@ Rank 0 writes the weights (they are the same on every worker); every rank writes
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hypersd_ray.training.distiller import Distiller
@@ -20,23 +20,34 @@ WEIGHTS, MOMENTS, MANIFEST = "weights.safetensors", "optimizers.pt", "manifest.j
 def save_checkpoint(folder: Path, distiller: Distiller) -> None:
     """Write the weights, moments and manifest of a run into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
+    state = distiller.optimizer_state()
     save_file({name: t.contiguous().cpu() for name, t in distiller.tensors().items()}, folder / WEIGHTS)
-    torch.save(distiller.optimizer_state(), folder / MOMENTS)
-    sizes = {name: (folder / name).stat().st_size for name in (WEIGHTS, MOMENTS)}
-    (folder / MANIFEST).write_text(json.dumps({"sizes": sizes, "progress": distiller.optimizer_state()["progress"]}))
+    torch.save(state, folder / MOMENTS)
+    files = {
+        name: {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in (WEIGHTS, MOMENTS)
+    }
+    (folder / MANIFEST).write_text(json.dumps({"files": files, "progress": state["progress"]}))
 
 
-def save_position(folder: Path, rank: int, position: dict) -> None:
-    """Write where rank `rank` is in its data."""
+def save_position(folder: Path, rank: int, world_size: int, position: dict) -> None:
+    """Write where rank `rank` of `world_size` is in its data."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"position-{rank:05d}.json").write_text(json.dumps(position))
+    (folder / _position_name(rank, world_size)).write_text(json.dumps(position))
 
 
 def load_position(folder: Path, rank: int, world_size: int) -> dict | None:
-    """Where rank `rank` was; None when the checkpoint is of another world size (its share of the data is another)."""
-    if len(list(folder.glob("position-*.json"))) != world_size:
+    """Where rank `rank` was; None when the checkpoint is of another world size (its share of the data is another).
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = folder / _position_name(rank, world_size)
+    if not path.exists():
         return None
-    return json.loads((folder / f"position-{rank:05d}.json").read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}; the checkpoint is damaged") from None
 
 
 def load_checkpoint(folder: Path, distiller: Distiller) -> None:
@@ -46,11 +57,23 @@ def load_checkpoint(folder: Path, distiller: Distiller) -> None:
         ValueError: the folder is incomplete or damaged, or of another configuration; one line says which.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        for name, size in manifest["sizes"].items():
+        for name, written in json.loads((folder / MANIFEST).read_text())["files"].items():
             found = (folder / name).stat().st_size
-            if found != size:
-                raise ValueError(f"{folder / name} has {found} bytes, {size} were written: the checkpoint is truncated")
+            if found != written["size"]:
+                raise ValueError(f"{name} has {found} bytes, {written['size']} were written: it is truncated")
+            if _sha256(folder / name) != written["sha256"]:
+                raise ValueError(f"{name} is damaged: its SHA-256 is not the one that was written")
         distiller.load(load_file(folder / WEIGHTS), torch.load(folder / MOMENTS, weights_only=True))
-    except (FileNotFoundError, json.JSONDecodeError, KeyError, SafetensorError) as error:
-        raise ValueError(f"{folder} is not a whole checkpoint of this run: {error}") from error
+    except Exception as error:  # what the readers raise at a damaged file is of every kind
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder} is not a whole checkpoint of this run: {reason}") from error
+
+
+def _position_name(rank: int, world_size: int) -> str:
+    """With the world size, so that a leftover of a run of another size is not taken for a part of this one."""
+    return f"position-{rank:05d}-of-{world_size:05d}.json"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

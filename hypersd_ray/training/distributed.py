@@ -19,7 +19,7 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
     """Replace every `.grad` by its mean over the workers; a NaN on one of them reaches all."""
     if world_size() == 1:
         return
-    gradients = [p.grad for p in parameters]
+    gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([g.reshape(-1) for g in gradients])
     dist.all_reduce(flat)
     flat /= world_size()

@@ -56,6 +56,15 @@ TINY_SD = SD15_UNET | {
     "norm_num_groups": 8,  # 32 groups of 32 channels would normalise the time embedding away
     "cross_attention_dim": 32,
 }
+# Two levels: a training step of it takes milliseconds.
+MICRO_SD = TINY_SD | {
+    "sample_size": 8,
+    "block_out_channels": (16, 32),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    "attention_head_dim": 2,
+}
 # SDXL's depth of 10 is 2 here: the same code runs 5 times less often.
 TINY_SDXL = SDXL_UNET | {
     "sample_size": 8,
@@ -75,9 +84,18 @@ CAPTIONS = [f"a {style} {thing} on a {colour} background" for style in ("drawn",
 
 def tiny_unet(family: Family, seed: int = 0) -> UNet2DConditionModel:
     """A random UNet of the family's topology, in evaluation mode, whose output depends on all it is told."""
+    return _unet(TINY_SD if family == "sd" else TINY_SDXL, seed)
+
+
+def micro_unet(seed: int = 0) -> UNet2DConditionModel:
+    """A random UNet of Stable Diffusion's parts, 8x8 latents, small enough to train in a test."""
+    return _unet(MICRO_SD, seed)
+
+
+def _unet(config: dict, seed: int) -> UNet2DConditionModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return UNet2DConditionModel.from_config(TINY_SD if family == "sd" else TINY_SDXL).eval()
+        return UNet2DConditionModel.from_config(config).eval()
 
 
 def _text_config(tokenizer: CLIPTokenizer, width: int, act: str, projection: int) -> CLIPTextConfig:
@@ -105,8 +123,11 @@ def _vae(family: Family) -> AutoencoderKL:
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
 
-def build_pipeline(family: Family, folder: Path, seed: int = 0) -> Path:
-    """Save a tiny random pipeline of `family` to `folder`, laid out as the released ones; returns `folder`."""
+def build_pipeline(family: Family, folder: Path, seed: int = 0, micro: bool = False) -> Path:
+    """Save a tiny random pipeline of `family` to `folder`, laid out as the released ones; returns `folder`.
+
+    `micro` (family "sd") takes the micro UNet.
+    """
     tokenizer = train_tokenizer(CAPTIONS, vocabulary=620)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -114,7 +135,7 @@ def build_pipeline(family: Family, folder: Path, seed: int = 0) -> Path:
         vae = _vae(family).eval()
         if family == "sd":
             StableDiffusionPipeline(
-                vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=tiny_unet("sd", seed),
+                vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=micro_unet(seed) if micro else tiny_unet("sd", seed),
                 scheduler=PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False),
                 safety_checker=None, feature_extractor=None, requires_safety_checker=False,
             ).save_pretrained(folder)  # fmt: skip
