@@ -144,6 +144,8 @@ class OptimConfig(Strict):
     """Images of one step over all workers."""
     accumulation: int = Field(default=1, ge=1)
     """Parts a worker's share of the batch is computed in, to save memory."""
+    checkpointing: bool = False
+    """Compute each block again in the backward pass rather than keep what it made, to save memory."""
 
 
 class RunConfig(Strict):

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hypersd_ray.diffusion.guidance import guide
 from hypersd_ray.diffusion.parameterization import Parameterization, Prediction, to_prediction
@@ -87,7 +88,8 @@ class Roles:
     @torch.no_grad()
     def ema_update(self, decay: float) -> None:
         """ema := decay * ema + (1 - decay) * student."""
-        averages, students = list(self.named_tensors(EMA).values()), list(self.named_tensors(STUDENT).values())
+        averages: list[Tensor] = list(self.named_tensors(EMA).values())
+        students: list[Tensor] = list(self.named_tensors(STUDENT).values())
         torch._foreach_lerp_(averages, students, 1 - decay)
 
     def trainable(self) -> list[nn.Parameter]:
@@ -96,6 +98,13 @@ class Roles:
 
     def load(self, role: str, tensors: dict[str, Tensor]) -> None:
         """Copy tensors by name into a role; raises ValueError when they do not fit."""
+        raise NotImplementedError
+
+    def checkpoint_activations(self) -> None:
+        """From now on keep only each block's input for the backward pass, and compute the block again there.
+
+        A third more work in the student's pass, for memory that hardly grows with the depth; the same numbers.
+        """
         raise NotImplementedError
 
 
@@ -125,6 +134,14 @@ class LoRARoles(Roles):
 
     def load(self, role: str, tensors: dict[str, Tensor]) -> None:
         self.adapters.load(role, tensors)
+
+    def checkpoint_activations(self) -> None:
+        def run(block: nn.Module, *inputs: Tensor) -> Tensor:
+            # The backward pass runs when another role may be played.
+            again = self.adapters.playing(self.adapters.switch.role)
+            return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
+
+        self.unet.enable_gradient_checkpointing(run)
 
 
 class _Playing(AbstractContextManager):
@@ -177,6 +194,10 @@ class FullRoles(Roles):
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(tensors[name])
+
+    def checkpoint_activations(self) -> None:
+        for role in (TEACHER, STUDENT):  # gradients reach an adversarial student through the teacher's features
+            self.networks[role].enable_gradient_checkpointing()  # type: ignore[operator]
 
 
 class _Autocast(AbstractContextManager):

@@ -46,11 +46,14 @@ def build_roles(config: TSCDConfig, device: torch.device | str) -> tuple[Roles, 
     info = read_base(config.teacher)
     null = load_encoders(config.teacher, device="cpu", vae=False).null_conditioning().to(device)
     unet = load_unet(info, torch.bfloat16 if config.run.precision == "bf16" else torch.float32, device)
-    if config.full_unet:
-        return FullRoles(unet, info.schedule, info.parameterization), null
-    roles = LoRARoles(
-        unet, info.schedule, info.parameterization, config.lora.rank, config.lora.effective_alpha, seed=config.run.seed
+    parts = (unet, info.schedule, info.parameterization)
+    roles = (
+        FullRoles(*parts)
+        if config.full_unet
+        else LoRARoles(*parts, config.lora.rank, config.lora.effective_alpha, seed=config.run.seed)
     )
+    if config.optim.checkpointing:
+        roles.checkpoint_activations()
     return roles, null
 
 

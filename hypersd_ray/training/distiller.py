@@ -82,8 +82,9 @@ class Distiller:
     def _new_optimizers(self) -> None:
         c, stage = self.config.optim, self.progress.stage
         self.optimizer = torch.optim.AdamW(
-            self.roles.trainable(), lr=c.lr, betas=(c.beta1, c.beta2), weight_decay=c.weight_decay
-        )
+            self.roles.trainable(), lr=c.lr, betas=(c.beta1, c.beta2), weight_decay=c.weight_decay,
+            fused=True,  # one pass over the moments, no temporaries
+        )  # fmt: skip
         self.weights = self.config.adversarial.weights(stage, self.config.stages)
         self.discriminator = self.d_optimizer = None
         if self.weights.adversarial > 0:

@@ -229,3 +229,33 @@ def test_the_student_steps_and_the_base_stays():
     optimiser.step()
     assert all(not torch.equal(a, b) for a, b in zip(before, roles.trainable(), strict=True))
     assert all(torch.equal(base[n], dict(roles.unet.named_parameters())[n]) for n in base)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpointed_activations_give_the_same_gradients_from_less_memory(make, dtype):
+    x_t, t, cond = random_inputs("sd")
+    found = []
+    for checkpointing in (False, True):
+        roles = make(dtype=dtype)
+        disturb(roles, STUDENT, 1)
+        disturb(roles, EMA, 2)
+        if checkpointing:
+            roles.checkpoint_activations()
+        kept = {}
+
+        def pack(x, kept=kept):
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            student = roles.predict(STUDENT, x_t, t, cond).eps
+            # as the adversarial loss does: on through the base, to the student
+            judged = roles.predict(TEACHER, student, t, cond).eps
+        with roles.playing(EMA):  # the backward pass is not the student's only because the switch says so
+            judged.square().mean().backward()
+        found.append((judged.detach(), [p.grad for p in roles.trainable()], sum(kept.values())))
+    (a, gradients, more), (b, again, less) = found
+    assert torch.equal(a, b)
+    assert all(torch.equal(x, y) for x, y in zip(gradients, again, strict=True))
+    assert less < 0.8 * more
