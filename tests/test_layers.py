@@ -26,7 +26,8 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "models": ({"config", "diffusion", "losses"}, RAY),
     "training": ({"config", "diffusion", "losses", "models"}, RAY),
     "data": ({"config", "diffusion", "losses", "models"}, set()),
-    "trainer": ({"config", "diffusion", "losses", "models", "training", "data"}, set()),
+    "actors": ({"config", "diffusion", "losses", "models"}, set()),
+    "trainer": ({"config", "diffusion", "losses", "models", "training", "data", "actors"}, set()),
     "embedded": ({"diffusion", "models"}, RAY),
     "recipes": ({"config", "embedded"}, RAY | NETWORKS),
 }

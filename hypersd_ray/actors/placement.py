@@ -1,0 +1,139 @@
+"""Start the shared actors, and say in one line why one cannot be placed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+from ray._private.state import available_resources_per_node
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from hypersd_ray.actors.evaluator import EvaluatorActor
+from hypersd_ray.config.base import ConfigError
+from hypersd_ray.config.rewards import PerceptionConfig, PlacementConfig, RewardConfig
+
+Handles = dict[str, list[ray.actor.ActorHandle]]
+"""Model name -> its replicas."""
+
+
+def start_evaluators(
+    models: Sequence[RewardConfig | PerceptionConfig], placement: PlacementConfig, run: str
+) -> Handles:
+    """An actor (or `placement.replicas`) for each model, placed and loaded.
+
+    They end with the driver that called this. Each is found by name too, `{run}/{model}/{replica}`.
+
+    Raises:
+        ConfigError: no node can hold one, with the resource that is missing and the setting to change, within
+            `placement.place_timeout_s`.
+        ValueError: a checkpoint cannot be loaded.
+    """
+    check_placeable(placement, len(models) * placement.replicas)
+    handles: Handles = {}
+    for model in models:
+        handles[model.name] = [_start(model, placement, f"{run}/{model.name}/{i}") for i in range(placement.replicas)]
+    try:
+        _await_places(handles, placement)
+        _await_models(handles, placement)
+    except BaseException:
+        stop_evaluators(handles)
+        raise
+    return handles
+
+
+def _start(model: RewardConfig | PerceptionConfig, placement: PlacementConfig, name: str) -> ray.actor.ActorHandle:
+    options: dict[str, Any] = {"label_selector": placement.label_selector} if placement.label_selector else {}
+    return EvaluatorActor.options(  # type: ignore[attr-defined]
+        name=name,
+        get_if_exists=True,
+        num_cpus=placement.num_cpus,
+        num_gpus=placement.num_gpus,
+        max_restarts=-1,
+        max_task_retries=-1,
+        max_concurrency=256,
+        **options,
+    ).remote(model, placement)
+
+
+def check_placeable(placement: PlacementConfig, actors: int) -> None:
+    """Raises ConfigError when no node, however empty, could hold one actor."""
+    wanted = {"GPU": placement.num_gpus, "CPU": placement.num_cpus}
+    nodes = [n for n in ray.nodes() if n["Alive"]]
+    labelled = [n for n in nodes if _has_labels(n.get("Labels", {}), placement.label_selector)]
+    if nodes and not labelled:
+        raise ConfigError(
+            f"no node has the labels placement.label_selector={placement.label_selector}: "
+            "change it, or place the models with placement.where=local"
+        )
+    for name, amount in wanted.items():
+        most = max((n["Resources"].get(name, 0.0) for n in labelled), default=0.0)
+        if amount > most:
+            raise ConfigError(
+                f"a reward actor wants {amount:g} {name} (placement.num_{name.lower()}s), the largest node has {most:g}: "
+                f"lower placement.num_{name.lower()}s, or set placement.where=local"
+            )
+
+
+def _has_labels(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
+    # Operators such as "!x" and "in(a, b)" are left to Ray's scheduler.
+    plain = {k: v for k, v in selector.items() if not v.startswith("!") and "(" not in v}
+    return all(labels.get(k) == v for k, v in plain.items())
+
+
+def _await_places(handles: Handles, placement: PlacementConfig) -> None:
+    """Every actor answers. One that is late though a node has room for it is only slow to start, and is waited for."""
+    pings = {h.ping.remote(): f"{name} {i}" for name, replicas in handles.items() for i, h in enumerate(replicas)}
+    late = list(pings)
+    begun = time.monotonic()
+    while late and time.monotonic() - begun < placement.load_timeout_s:
+        _, late = ray.wait(late, num_returns=len(late), timeout=placement.place_timeout_s)
+        if late and not _has_room(placement):
+            break
+    for ref in pings.keys() - set(late):
+        try:
+            ray.get(ref)
+        except (RayActorError, RayTaskError) as error:
+            raise ConfigError(f"reward actor {pings[ref]} did not start: {_first_line(error)}") from None
+    if late:
+        free, every = ray.available_resources(), ray.cluster_resources()
+        have = ", ".join(f"{free.get(k, 0):g} of {every.get(k, 0):g} {k}" for k in ("CPU", "GPU"))
+        raise ConfigError(
+            f"{len(late)} of {len(pings)} reward actors found no place in {time.monotonic() - begun:.0f} s "
+            f"({pings[late[0]]} wants {placement.num_cpus:g} CPU and {placement.num_gpus:g} GPU; free are {have}): lower "
+            "placement.num_gpus, placement.num_cpus or run.workers, or set placement.where=local"
+        )
+
+
+def _has_room(placement: PlacementConfig) -> bool:
+    """Whether some node could take one more actor now."""
+    nodes = available_resources_per_node().values()
+    return any(free.get("CPU", 0) >= placement.num_cpus and free.get("GPU", 0) >= placement.num_gpus for free in nodes)
+
+
+def _await_models(handles: Handles, placement: PlacementConfig) -> None:
+    loads = {h.load.remote(): name for name, replicas in handles.items() for h in replicas}
+    for ref, name in loads.items():
+        try:
+            ray.get(ref, timeout=placement.load_timeout_s)
+        except GetTimeoutError:
+            raise ConfigError(
+                f"{name} was not loaded after placement.load_timeout_s={placement.load_timeout_s:g} s: raise it"
+            ) from None
+        except RayTaskError as error:
+            raise ValueError(f"{name}: {_first_line(error.cause)}") from None
+        except RayActorError as error:
+            raise ValueError(f"{name}: its actor died while it loaded: {_first_line(error)}") from None
+
+
+def _first_line(error: BaseException | None) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def stop_evaluators(handles: Handles) -> None:
+    """End all of them."""
+    for replicas in handles.values():
+        for handle in replicas:
+            ray.kill(handle)

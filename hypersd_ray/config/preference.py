@@ -1,0 +1,61 @@
+"""The configuration of reward model training on preference pairs (paper, Eq. 11)."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from hypersd_ray.config.base import CombinationError, Strict
+from hypersd_ray.config.tscd import OptimConfig, RunConfig
+
+
+class PairsConfig(Strict):
+    """Where preference pairs are."""
+
+    train: tuple[str, ...]
+    """Parquet, JSON or JSON-lines files or patterns. Columns, found by themselves: prompt, chosen, rejected;
+    Pick-a-Pic's caption, jpg_0, jpg_1, label_0; ImageRewardDB's prompt, prompt_id, rank, image (or image_path beside the
+    file)."""
+    held_out: tuple[str, ...] = ()
+    """Files for the pairwise accuracy; without them a share of the training prompts is set aside."""
+    held_out_share: float = Field(default=0.05, gt=0, lt=1)
+    """Which share, by a hash of the prompt: no prompt is on both sides."""
+    resolution: int = Field(default=224, ge=8)
+    """Side that pictures are resized and cropped to when they are read (PIL, as the references do)."""
+
+
+class PreferenceConfig(Strict):
+    """A reward model and the pairs that teach it."""
+
+    pairs: PairsConfig
+    """Preferences."""
+    init: str
+    """ImageReward's checkpoint, or a folder of its class, to start from."""
+    tokenizer: str = ""
+    """bert-base-uncased's vocab.txt; a folder has its own."""
+    freeze: float = Field(default=0.7, ge=0, le=1)
+    """Share of the layers of both encoders, from the bottom, that stay as they are (the authors': 0.7)."""
+    steps: int = Field(default=2000, ge=1)
+    """Optimiser steps."""
+    optim: OptimConfig = OptimConfig(lr=1e-5, batch=64, schedule="cosine")
+    """The optimiser; `batch` counts pairs."""
+    eval_every: int = Field(default=200, ge=1)
+    """Steps between measurements of the held-out accuracy."""
+    eval_pairs: int = Field(default=2000, ge=2)
+    """Held-out pairs measured at most."""
+    run: RunConfig = RunConfig(name="reward")
+    """Where it runs."""
+
+    @model_validator(mode="after")
+    def _batch_fits(self) -> PreferenceConfig:
+        share = self.run.workers * self.optim.accumulation
+        if self.optim.batch % share:
+            nearest = max(1, round(self.optim.batch / share)) * share
+            raise CombinationError(
+                f"optim.batch={self.optim.batch} is not divisible by run.workers * optim.accumulation = {share}; the nearest accepted is {nearest}"
+            )
+        return self
+
+    @property
+    def stages(self) -> int:
+        """One."""
+        return 1

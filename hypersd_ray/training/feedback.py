@@ -1,0 +1,312 @@
+"""Feedback learning: one optimiser step of Eq. 17 on a LoRA above the TSCD model.
+
+The TSCD LoRA is merged into the base, so that the bare base is the TSCD model (the regulariser's reference, at no
+memory) and the student's adapter is the feedback LoRA alone.
+
+Shapes: x0, x_T, x_t (B, C, h, w) latents; images (B, 3, H, W) in [0, 1]; t (B,).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from hypersd_ray.config.feedback import FeedbackConfig
+from hypersd_ray.diffusion.schedule import add_noise
+from hypersd_ray.diffusion.segments import edges
+from hypersd_ray.diffusion.solver import ode_solve
+from hypersd_ray.losses.feedback import loss_aes, loss_drift, loss_feedback, loss_percep
+from hypersd_ray.models.checkpoint import load_unet, read_base
+from hypersd_ray.models.conditioning import Conditioning
+from hypersd_ray.models.export import merge_lora, read_lora
+from hypersd_ray.models.perception.protocol import Instances
+from hypersd_ray.models.roles import STUDENT, TEACHER, LoRARoles, Roles
+from hypersd_ray.models.scoring import RewardClient, Scores
+from hypersd_ray.training.distiller import Progress, learning_rate
+from hypersd_ray.training.distributed import average_gradients
+from hypersd_ray.training.pictures import decode, diversity, saturation
+from hypersd_ray.training.randomness import generator_of
+from hypersd_ray.training.watch import HackingWatch
+
+Annotations = Callable[[str], Instances | None]
+"""A picture's key -> its objects at the training resolution; None where it has no annotation."""
+
+
+@dataclass(frozen=True)
+class FeedbackBatch:
+    """x0 (B, C, h, w): latents of real pictures; cond, captions: their prompts; keys: their names in the shards."""
+
+    x0: Tensor
+    cond: Conditioning
+    captions: Sequence[str]
+    keys: Sequence[str]
+
+    @classmethod
+    def from_rows(cls, rows: dict[str, Any], device: torch.device | str) -> FeedbackBatch:
+        """From a `LatentStream` batch."""
+        parts = [
+            rows[name].to(device, torch.float32) if name in rows else None
+            for name in ("prompt_embeds", "pooled", "time_ids")
+        ]
+        latents = rows["latents"].to(device, torch.float32)
+        return cls(latents, Conditioning(*parts), tuple(rows["caption"]), tuple(rows["key"]))
+
+    def chunks(self, parts: int) -> list[FeedbackBatch]:
+        """`parts` equal micro-batches."""
+        size = len(self.x0) // parts
+        return [
+            FeedbackBatch(
+                self.x0[i : i + size],
+                self.cond._map(lambda part, i=i: part[i : i + size]),
+                self.captions[i : i + size],
+                self.keys[i : i + size],
+            )
+            for i in range(0, size * parts, size)
+        ]
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """x0 (B, C, h, w): the student's x'_0 with gradient; reference: the TSCD model's from the same x_t."""
+
+    x0: Tensor
+    reference: Tensor
+
+
+def build_roles(config: FeedbackConfig, device: torch.device | str) -> LoRARoles:
+    """The base with the TSCD LoRA merged in, and a fresh feedback LoRA as the student.
+
+    Raises:
+        ValueError: base or LoRA cannot be loaded, or do not fit each other.
+    """
+    info = read_base(config.teacher)
+    tensors, metadata = read_lora(config.tscd)
+    unet = load_unet(info, torch.float32, "cpu")
+    # In float32, and only then cast: merged into bfloat16 the update would round away.
+    merge_lora(unet, tensors, metadata.alpha if metadata else _own_rank(tensors))
+    dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
+    return LoRARoles(
+        unet.to(device, dtype), info.schedule, info.parameterization,
+        config.lora.rank, config.lora.effective_alpha, seed=config.run.seed,
+    )  # fmt: skip
+
+
+def _own_rank(tensors: dict[str, Tensor]) -> float:
+    return float(len(next(t for name, t in tensors.items() if name.endswith("lora_A.weight"))))
+
+
+def predict_with_gradient(roles: Roles, x_t: Tensor, t: int, cond: Conditioning, drift: bool) -> Denoised:
+    """x'_0 of the student at (x_t, t), and the TSCD model's where the regulariser wants it."""
+    time = torch.full((len(x_t),), t, device=x_t.device)
+    x0 = roles.predict(STUDENT, x_t, time, cond).x0
+    with torch.no_grad():
+        reference = roles.predict(TEACHER, x_t, time, cond).x0 if drift else x0.detach()
+    return Denoised(x0, reference)
+
+
+def walk(roles: Roles, x: Tensor, times: Sequence[int], cond: Conditioning) -> Tensor:
+    """The student's jumps along `times`, without gradient."""
+    with torch.no_grad():
+        return ode_solve(roles.schedule, roles.denoiser(STUDENT, cond), x, times)
+
+
+def denoise_from_noise(
+    roles: Roles, config: FeedbackConfig, cond: Conditioning, shape: tuple[int, ...], generator: torch.Generator
+) -> Denoised:
+    """ReFL: from x_T by the few-step sampler to a random step in [t_left, t_right], x'_0 there (Sec. 2.3)."""
+    lengths = config.refl.steps
+    steps = lengths[int(torch.randint(len(lengths), (), generator=generator))]
+    candidates = config.refl.candidates(steps)
+    index = candidates[int(torch.randint(len(candidates), (), generator=generator))]
+    times = edges(roles.schedule.T, steps)[::-1][: index + 1]
+    x_T = torch.randn(shape, generator=generator).to(cond.prompt_embeds.device)
+    return predict_with_gradient(roles, walk(roles, x_T, times, cond), times[-1], cond, config.drift > 0)
+
+
+def denoise_from_picture(
+    roles: Roles, config: FeedbackConfig, batch: FeedbackBatch, generator: torch.Generator
+) -> Denoised:
+    """Structure: x_0 noised to `start` (Eq. 1), denoised to `denoise_to`, x'_0 there (Sec. 3.2)."""
+    times = config.structure.times()
+    eps = torch.randn(batch.x0.shape, generator=generator).to(batch.x0.device)
+    x_t = add_noise(roles.schedule, batch.x0, eps, torch.full((len(eps),), times[0], device=eps.device))
+    x_t = walk(roles, x_t, times, batch.cond)
+    return predict_with_gradient(roles, x_t, times[-1], batch.cond, config.drift > 0)
+
+
+class Feedback:
+    """Student, optimiser and progress of one worker; the loop's surface is `Distiller`'s.
+
+    Args:
+        config: the run.
+        roles: from `build_roles`.
+        vae: the base's autoencoder, float32, frozen.
+        client: scores, from actors or from this process.
+        annotations: objects of the shards' pictures; None where there are none.
+        rank: this worker's, for its randomness.
+    """
+
+    def __init__(
+        self, config: FeedbackConfig, roles: Roles, vae: AutoencoderKL, client: RewardClient,
+        annotations: Annotations | None = None, rank: int = 0,
+    ):  # fmt: skip
+        self.config, self.roles, self.vae, self.client, self.rank = config, roles, vae, client, rank
+        self.annotations = annotations or (lambda key: None)
+        self.progress = Progress()
+        self.hacking = HackingWatch(config.watch.patience, config.watch.smoothing)
+        self.watched: dict[str, Tensor] = {}
+        c = config.optim
+        self.optimizer = torch.optim.AdamW(
+            roles.trainable(), lr=c.lr, betas=(c.beta1, c.beta2), weight_decay=c.weight_decay
+        )
+
+    @property
+    def steps(self) -> int:
+        """Of the run."""
+        return self.config.steps
+
+    @property
+    def finished(self) -> bool:
+        """All steps are done and `next_stage` was called."""
+        return self.progress.stage == 1
+
+    def next_stage(self) -> None:
+        """There is one stage: the run is finished."""
+        self.progress.stage, self.progress.step = self.progress.stage + 1, 0
+
+    def step(self, batch: FeedbackBatch) -> dict[str, Tensor]:
+        """One optimiser step on this worker's share; returns detached scalars.
+
+        A step whose gradient has a NaN or inf on any worker changes nothing but the counts in `progress`.
+        """
+        parts, progress = self.config.optim.accumulation, self.progress
+        totals: dict[str, Tensor] = {}
+        for index, micro in enumerate(batch.chunks(parts)):
+            generator = generator_of(self.config.run.seed, "feedback", self.rank, progress.step, index)
+            for name, value in self._backward(micro, generator, parts, watch=index == 0).items():
+                totals[name] = totals.get(name, 0) + value / parts
+        totals["grad_norm"] = self._update()
+        dropped = {f"dropped/{name}": torch.tensor(float(n)) for name, n in self.client.dropped.items()}
+        progress.step += 1
+        return totals | dropped | self.watched
+
+    def _backward(self, micro: FeedbackBatch, generator: torch.Generator, parts: int, watch: bool) -> dict[str, Tensor]:
+        """Accumulate the gradients of one micro-batch. Each branch goes backward by itself: one graph at a time."""
+        c, metrics = self.config, {}
+        total: Tensor = torch.zeros((), device=micro.x0.device)
+        if c.refl.weight:
+            made = denoise_from_noise(self.roles, c, micro.cond, tuple(micro.x0.shape), generator)
+            images = decode(self.vae, made.x0, c.decode_batch)
+            aes, scores = self._aes(images, micro.captions)
+            drift = loss_drift(made.x0, made.reference)
+            loss = loss_feedback(aes, 0.0, drift, c.refl.weight, 0.0, c.drift)
+            (loss / parts).backward()  # type: ignore[union-attr]
+            total = total + loss.detach()  # type: ignore[union-attr]
+            metrics |= {"aes": aes.detach(), "drift": drift.detach()} | scores
+            metrics |= {"saturation": saturation(images.detach()), "diversity": diversity(images.detach())}
+            if watch and self.progress.step % c.watch.every == 0:
+                self._watch(images.detach(), micro.captions, scores)
+        if c.structure.weight:
+            made = denoise_from_picture(self.roles, c, micro, generator)
+            percep = self._percep(decode(self.vae, made.x0, c.decode_batch), micro)
+            drift = loss_drift(made.x0, made.reference)
+            loss = loss_feedback(0.0, percep, drift, 0.0, c.structure.weight, c.drift)
+            (loss / parts).backward()  # type: ignore[union-attr]
+            total = total + loss.detach()  # type: ignore[union-attr]
+            metrics |= {"percep": percep.detach(), "drift_structure": drift.detach()}
+        return metrics | {"loss": total}
+
+    def _aes(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """L_aes of Eq. 15 and each reward's mean."""
+        trained = self.config.trained
+        scores = self.client(images, {r.name: list(prompts) for r in trained})
+        ordered: list[Scores] = [scores[r.name] for r in trained]
+        loss = loss_aes(
+            [s.values for s in ordered],
+            [r.alpha for r in trained],
+            [s.valid for s in ordered],
+            [r.weight for r in trained],
+        )
+        return loss, {f"reward/{r.name}": _mean(s) for r, s in zip(trained, ordered, strict=True)}
+
+    def _percep(self, images: Tensor, micro: FeedbackBatch) -> Tensor:
+        """L_percep of Eq. 16."""
+        told: list[Instances | Tensor | None] = [self.annotations(key) for key in micro.keys]
+        without = [i for i, t in enumerate(told) if t is None]
+        if without:
+            with torch.no_grad():
+                real = decode(self.vae, micro.x0[without], self.config.decode_batch)
+            for i, picture in zip(without, real, strict=True):
+                told[i] = picture
+        name = self.config.structure.model.name
+        scores = self.client(images, {name: told})[name]
+        return loss_percep(scores.values, scores.valid)
+
+    def _watch(self, images: Tensor, prompts: Sequence[str], trained: dict[str, Tensor]) -> None:
+        """Held-out rewards of the same pictures; a warning when they fall while the trained ones rise."""
+        held = self.config.watched
+        if not held:
+            return
+        scores = self.client(images, {r.name: list(prompts) for r in held}, gradient=False)
+        self.watched = {f"watch/{name}": _mean(s) for name, s in scores.items()}
+        numbers = [{k: float(v) for k, v in part.items()} for part in (trained, self.watched)]
+        if self.hacking.measure(*numbers):
+            logging.getLogger(__name__).warning(
+                "step %d: the trained rewards rise while %s fall: likely reward hacking; raise drift=%g, lower the "
+                "rewards' alpha, or stop here", self.progress.step, ", ".join(self.watched), self.config.drift,
+            )  # fmt: skip
+        self.watched["hacking"] = torch.tensor(float(self.hacking.alarm))
+
+    def _update(self) -> Tensor:
+        """Average, clip, step; returns the gradient's norm."""
+        parameters, progress = self.roles.trainable(), self.progress
+        average_gradients(parameters)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.optim.clip)
+        finite = bool(torch.isfinite(norm))
+        if finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.config.optim, progress.step, self.steps)
+            self.optimizer.step()
+        progress.skipped += not finite
+        progress.bad_in_a_row = 0 if finite else progress.bad_in_a_row + 1
+        self.optimizer.zero_grad()
+        return norm.detach()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every weight that training changes: `student/{name}`."""
+        return {f"{STUDENT}/{name}": p.detach() for name, p in self.roles.named_tensors(STUDENT).items()}
+
+    def optimizer_state(self) -> dict:
+        """Moments, progress, and what was counted and compared so far: plain containers and tensors."""
+        watch = {"row": self.hacking.row, "means": dict(self.hacking.means)}
+        return {
+            "progress": asdict(self.progress),
+            "student": self.optimizer.state_dict(),
+            "dropped": dict(self.client.dropped),
+            "watch": watch,
+            "watched": {name: float(v) for name, v in self.watched.items()},
+        }
+
+    def load(self, tensors: dict[str, Tensor], state: dict) -> None:
+        """Bring back what `tensors` and `optimizer_state` gave.
+
+        Raises:
+            ValueError: they are of another configuration.
+        """
+        self.roles.load(STUDENT, {name.removeprefix(f"{STUDENT}/"): t for name, t in tensors.items()})
+        self.progress = Progress(**state["progress"])
+        self.optimizer.load_state_dict(state["student"])
+        self.client.dropped = dict(state["dropped"])
+        self.hacking.row, self.hacking.means = state["watch"]["row"], dict(state["watch"]["means"])
+        self.watched = {name: torch.tensor(v) for name, v in state["watched"].items()}
+
+
+def _mean(scores: Scores) -> Tensor:
+    valid = scores.valid
+    return (scores.values.detach() * valid).sum() / valid.sum().clamp(min=1)

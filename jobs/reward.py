@@ -1,0 +1,79 @@
+"""Fit an ImageReward-class reward model to preference pairs (Eq. 11), and say how often it agrees with held-out ones.
+
+python jobs/reward.py tiny                                                     # the embedded world, minutes on a CPU
+python jobs/reward.py image_reward --init ImageReward.pt --tokenizer vocab.txt --pairs 'pickapic/*.parquet'
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
+
+from hypersd_ray.config.cli import parse, run_job
+from hypersd_ray.config.preference import PairsConfig, PreferenceConfig
+from hypersd_ray.config.tscd import OptimConfig, RunConfig
+from hypersd_ray.embedded import paths
+
+BUILD = Path("runs/reward-tiny-start")
+"""Where the embedded recipe keeps its pairs and its untrained model."""
+
+
+def tiny(steps: int = 1500, out: str = str(BUILD)) -> PreferenceConfig:
+    """A small ImageReward from scratch on pairs made of the embedded pictures; they are made where they are missing."""
+    folder = Path(out)
+    return PreferenceConfig(
+        pairs=PairsConfig(
+            train=(str(folder / "train.parquet"),), held_out=(str(folder / "val.parquet"),), resolution=32
+        ),
+        init=str(folder / "start"),
+        freeze=0.0,
+        steps=steps,
+        optim=OptimConfig(lr=1e-3, schedule="cosine", warmup=50, batch=32),
+        eval_every=250,
+        run=RunConfig(name="reward-tiny", checkpoint_every=250, log_every=25),
+    )
+
+
+def image_reward(init: str, pairs: str, tokenizer: str) -> PreferenceConfig:
+    """The published model, fine-tuned on one's own preferences with the authors' settings."""
+    return PreferenceConfig(
+        pairs=PairsConfig(train=(pairs,)),
+        init=init,
+        tokenizer=tokenizer,
+        run=RunConfig(name="reward", gpus_per_worker=1),
+    )
+
+
+def build_tiny(config: PreferenceConfig) -> None:
+    """Pairs and start of the `tiny` recipe."""
+    from hypersd_ray.embedded.pictures import load_pictures
+    from hypersd_ray.embedded.preferences import write_pairs, write_start
+
+    for split, files in (("train", config.pairs.train), ("val", config.pairs.held_out)):
+        if not Path(files[0]).exists():
+            count = write_pairs(*load_pictures(paths.DATA, split), paths.TEACHER, Path(files[0]), seed=len(split))
+            print(f"{count} pairs in {files[0]}", flush=True)
+    if not Path(config.init).exists():
+        write_start(paths.TEACHER, Path(config.init))
+
+
+def main() -> None:
+    """Fit, and say where the model is."""
+    config = parse({"tiny": tiny, "image_reward": image_reward}, PreferenceConfig, __doc__)
+    if "tiny" in sys.argv[1:2]:
+        build_tiny(config)
+    from hypersd_ray.trainer.preference import fit
+
+    fitted = fit(config)
+    m = fitted.metrics
+    print(
+        f"\npairwise accuracy {m['held_out_accuracy']:.3f} +- {m['held_out_error']:.3f} on {m['held_out_pairs']:.0f} held-out pairs"
+    )
+    print(f"model    {fitted.model} (rewards: name image_reward, checkpoint {fitted.model})")
+    print(f"logs     tensorboard --logdir {fitted.folder}/tensorboard")
+
+
+if __name__ == "__main__":
+    run_job(main)

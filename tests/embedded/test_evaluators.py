@@ -1,0 +1,118 @@
+"""The embedded evaluators' trainings: a few steps, resuming, and what they are taught."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from hypersd_ray.config.rewards import PerceptionConfig, RewardConfig
+from hypersd_ray.embedded import paths, pretrain_clip, pretrain_solo
+from hypersd_ray.embedded.pictures import load_pictures
+from hypersd_ray.embedded.training import train
+from hypersd_ray.models.evaluators import load_evaluator
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    images, captions = load_pictures(paths.DATA, "val")
+    return images[:32], captions[:32]
+
+
+def line(out, steps, stop=None):
+    """Fit y = 2x; `stop` raises in the middle."""
+    torch.manual_seed(0)
+    module = nn.Linear(1, 1)
+    count = 0
+
+    def loss(generator):
+        nonlocal count
+        count += 1
+        if stop is not None and count > stop:
+            raise KeyboardInterrupt
+        x = torch.randn(8, 1, generator=generator)
+        return (module(x) - 2 * x).square().mean()
+
+    return train("line", module, loss, steps, 0.05, out)
+
+
+def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    straight = line(tmp_path / "a", 200)
+    with pytest.raises(KeyboardInterrupt):
+        line(tmp_path / "b", 200, stop=130)
+    resumed = line(tmp_path / "b", 200)
+    assert torch.equal(straight.weight, resumed.weight)
+    assert straight.weight.item() == pytest.approx(2, abs=0.1)
+    with pytest.raises(ValueError, match="of a training of 200 steps, this one has 300"):
+        line(tmp_path / "b", 300)
+
+
+class Fixed(nn.Module):
+    """Two-dimensional embeddings that are given."""
+
+    def __init__(self, image, text, scale):
+        super().__init__()
+        self.image, self.text, self.logit_scale = image, text, torch.tensor(math.log(scale))
+
+    def encode_image(self, x, normalize):
+        return self.image
+
+    def encode_text(self, ids, normalize):
+        return self.text
+
+
+def test_contrastive_loss_in_numbers():
+    """Orthogonal pairs at scale 2: log(1 + e^-2); the same caption twice shares its target: log 2."""
+    eye = torch.eye(2)
+    loss = pretrain_clip.contrastive_loss(Fixed(eye, eye, 2.0), None, torch.tensor([[1, 2], [1, 3]]))
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-2)))
+    same = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    loss = pretrain_clip.contrastive_loss(Fixed(same, same, 2.0), None, torch.tensor([[1, 2], [1, 2]]))
+    assert loss.item() == pytest.approx(math.log(2))
+
+
+def test_quality_is_10_for_the_picture_itself():
+    x = torch.full((3, 3, 4, 4), 0.5)
+    spoilt = x + torch.tensor([0.0, 0.125, 0.5]).view(-1, 1, 1, 1)
+    assert pretrain_clip.quality(spoilt, x).tolist() == pytest.approx([10.0, 5.5, 1.0])
+
+
+def test_spoiling_spoils_most_but_not_all(held_out):
+    clean = held_out[0].float() / 255
+    spoil = pretrain_clip.Spoiler(paths.TEACHER)
+    spoilt = spoil(clean, held_out[1], torch.Generator().manual_seed(0))
+    quality = pretrain_clip.quality(spoilt, clean)
+    assert spoilt.min() >= 0 and spoilt.max() <= 1
+    assert (quality == 10).any() and (quality < 8).any() and quality.std() > 0.5
+    again = spoil(clean, held_out[1], torch.Generator().manual_seed(0))
+    assert torch.equal(spoilt, again)
+
+
+def test_the_trainings_make_models_of_the_published_classes(held_out, tmp_path):
+    """Twelve steps each; what they write is loaded by the same loaders as the published checkpoints."""
+    images, captions = held_out
+    tower = pretrain_clip.train_clip(images, captions, paths.TEACHER, tmp_path, tmp_path / "clip", 12, batch=16)
+    found = pretrain_clip.retrieval(tower, images, captions)
+    assert found["right"] > found["wrong"]
+    pretrain_clip.train_aesthetic(
+        tower, images, captions, paths.TEACHER, tmp_path, tmp_path / "aesthetic.safetensors", 12
+    )
+    targets = pretrain_solo.read_annotations(paths.DATA, "val", 640)[:32]
+    pretrain_solo.train_solo(images, targets, 20, tmp_path, tmp_path / "solo", 12, batch=8)
+    x = (images[:2].float() / 255).requires_grad_(True)
+    for config, told in (
+        (RewardConfig(name="clip_score", checkpoint=str(tmp_path / "clip")), captions[:2]),
+        (RewardConfig(name="aesthetic_v2", checkpoint=str(tmp_path / "aesthetic.safetensors"),
+                      tower=str(tmp_path / "clip")), captions[:2]),
+        (PerceptionConfig(checkpoint=str(tmp_path / "solo")), targets[:2]),
+    ):  # fmt: skip
+        (gradient,) = torch.autograd.grad(load_evaluator(config)(x, told).sum(), x)
+        assert torch.isfinite(gradient).all() and (gradient.abs().amax((1, 2, 3)) > 0).all()
+    sizes = [p.stat().st_size for p in tmp_path.rglob("*.safetensors")]
+    assert len(sizes) == 3 and max(sizes) < 6_000_000
+
+
+def test_annotations_and_pictures_must_be_of_one_build():
+    with pytest.raises(ValueError, match=r"5 pictures in val-\*.tar, 640 annotated"):
+        pretrain_solo.read_annotations(paths.DATA, "val", 5)

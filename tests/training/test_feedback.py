@@ -1,0 +1,261 @@
+"""The feedback step on a tiny pipeline: gradients, parts of the loss, NaN, resuming, watching."""
+
+import copy
+import logging
+
+import pytest
+import torch
+
+from hypersd_ray.config.base import CombinationError
+from hypersd_ray.config.data import DataConfig
+from hypersd_ray.config.feedback import FeedbackConfig, ReFLConfig, StructureConfig
+from hypersd_ray.config.rewards import PerceptionConfig, RewardConfig
+from hypersd_ray.config.tscd import LoRAConfig, OptimConfig, RunConfig
+from hypersd_ray.models.checkpoint import load_unet, read_base
+from hypersd_ray.models.conditioning import Conditioning
+from hypersd_ray.models.encoders import load_encoders
+from hypersd_ray.models.export import LoRAMetadata, save_diffusers_lora
+from hypersd_ray.models.lora import Adapters
+from hypersd_ray.models.perception.protocol import Instances
+from hypersd_ray.models.roles import STUDENT, TEACHER
+from hypersd_ray.models.scoring import LocalBackend, RewardClient
+from hypersd_ray.training.feedback import Feedback, FeedbackBatch, build_roles
+from hypersd_ray.training.pictures import decode
+from hypersd_ray.training.watch import HackingWatch
+from tests.helpers.pipelines import build_pipeline, randomize, tiny_unet
+
+PROMPTS = ("a drawn panda", "a drawn bicycle", "a twemoji panda", "a red apple")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return build_pipeline("sd", tmp_path_factory.mktemp("pipelines") / "tiny-sd15")
+
+
+@pytest.fixture(scope="module")
+def tscd(tmp_path_factory):
+    adapters = Adapters(tiny_unet("sd"), 2, 4.0)
+    adapters.add("student", trainable=False)
+    tensors = randomize(adapters, "student", seed=3, size=0.05)
+    metadata = LoRAMetadata("tiny", "sd", 1, (1,), "TCDScheduler", 0.0, 2, 4.0)
+    path = tmp_path_factory.mktemp("lora") / "tscd.safetensors"
+    return save_diffusers_lora(tensors, path, metadata)
+
+
+@pytest.fixture(scope="module")
+def encoders(folder):
+    return load_encoders(folder)
+
+
+def make_config(folder, lora, **changes) -> FeedbackConfig:
+    rewards = (
+        RewardConfig(name="aesthetic_v2", checkpoint="x", alpha=2.0),
+        RewardConfig(name="clip_score", checkpoint="x", role="watch"),
+    )
+    return FeedbackConfig(
+        **dict(
+            teacher=str(folder), tscd=str(lora), data=DataConfig(shards="x.tar"), steps=8, rewards=rewards,
+            structure=StructureConfig(model=PerceptionConfig(checkpoint="x")), lora=LoRAConfig(rank=2),
+            optim=OptimConfig(lr=1e-2, batch=4), run=RunConfig(seed=1), decode_batch=2,
+        )
+        | changes
+    )  # fmt: skip
+
+
+def brightness(images, told):
+    return images.mean((1, 2, 3)) * 4 - 2
+
+
+def darkness(images, told):
+    return -images.mean((1, 2, 3))
+
+
+class InstanceLike:
+    """A perception loss of pictures: mean square difference inside the first mask from grey; remembers what it was told."""
+
+    def __init__(self):
+        self.told = []
+
+    def __call__(self, images, told):
+        self.told = list(told)
+        return images.square().mean((1, 2, 3))
+
+
+def make(config, encoders, annotations=None, **models):
+    models = {"aesthetic_v2": brightness, "clip_score": darkness, "solo": InstanceLike()} | models
+    client = RewardClient(LocalBackend(models))
+    return Feedback(config, build_roles(config, "cpu"), encoders.vae, client, annotations), models
+
+
+@pytest.fixture(scope="module")
+def batch(encoders):
+    g = torch.Generator().manual_seed(0)
+    embeds = encoders.encode_prompts(list(PROMPTS)).prompt_embeds
+    return FeedbackBatch(
+        torch.randn(4, 4, 16, 16, generator=g), Conditioning(embeds), PROMPTS, ("k0", "k1", "k2", "k3")
+    )
+
+
+def test_the_base_is_the_tscd_model(folder, tscd, batch):
+    """A fresh feedback LoRA changes nothing; both are the base with the TSCD LoRA, not the base."""
+    config = make_config(folder, tscd)
+    roles = build_roles(config, "cpu")
+    t = torch.full((4,), 500)
+    with torch.no_grad():
+        student = roles.predict(STUDENT, batch.x0, t, batch.cond).x0
+        teacher = roles.predict(TEACHER, batch.x0, t, batch.cond).x0
+        info = read_base(folder)
+        bare = load_unet(info, torch.float32, "cpu")(batch.x0, t - 1, batch.cond.prompt_embeds).sample
+    alpha, sigma = info.schedule.at(t)
+    torch.testing.assert_close(student, teacher, rtol=1e-4, atol=1e-4)
+    assert ((batch.x0 - sigma * bare) / alpha - student).abs().max() > 0.05
+
+
+def test_the_decoders_gradient_is_that_without_checkpoints(encoders):
+    z = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    a, b = z.clone().requires_grad_(True), z.clone().requires_grad_(True)
+    (decode(encoders.vae, a, 2) ** 2).sum().backward()
+    plain = ((encoders.vae.decode(b / encoders.vae.config.scaling_factor).sample + 1) / 2).clamp(0, 1)
+    (plain**2).sum().backward()
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
+    assert a.grad.abs().max() > 0
+
+
+def test_the_reward_rises(folder, tscd, batch, encoders):
+    """Eight steps of the aesthetic part alone make the pictures brighter, and the regulariser sees the change."""
+    config = make_config(folder, tscd, structure=StructureConfig(weight=0), drift=1e-4)
+    feedback, _ = make(config, encoders)
+    history = [feedback.step(batch) for _ in range(8)]
+    first, last = (
+        float(torch.stack([m["reward/aesthetic_v2"] for m in part]).mean()) for part in (history[:3], history[-3:])
+    )
+    assert last > first + 0.05
+    assert history[0]["drift"] < 1e-6 < history[-1]["drift"]
+    assert feedback.progress.step == 8 and feedback.progress.skipped == 0
+    assert {"watch/clip_score", "saturation", "diversity", "grad_norm", "loss"} <= history[-1].keys()
+    feedback.next_stage()
+    assert feedback.finished
+
+
+def test_annotations_or_the_real_picture(folder, tscd, batch, encoders):
+    """Known pictures come with their objects, the others as themselves for the model to look at."""
+    known = Instances(torch.ones(1, 128, 128, dtype=torch.bool), torch.tensor([0]))
+    config = make_config(folder, tscd, refl=ReFLConfig(weight=0))
+    feedback, models = make(config, encoders, lambda key: known if key == "k1" else None)
+    metrics = feedback.step(batch)
+    told = models["solo"].told
+    assert told[1] is known
+    with torch.no_grad():
+        torch.testing.assert_close(told[2], decode(encoders.vae, batch.x0[2:3], 1)[0], rtol=1e-3, atol=1e-4)
+    assert metrics["percep"] > 0 and "aes" not in metrics
+
+
+def test_both_parts_add_up(folder, tscd, batch, encoders):
+    """Eq. 17: the gradient of both is the sum of each one's."""
+
+    def gradients(**changes):
+        feedback, _ = make(make_config(folder, tscd, drift=0.0, **changes), encoders)
+        # B is zero at the start, so that A would have no gradient at all
+        randomize(feedback.roles.adapters, STUDENT, seed=5, size=0.05)
+        generator = torch.Generator().manual_seed(0)
+        state = generator.get_state()
+        feedback._backward(batch, generator, 1, watch=False)
+        assert not torch.equal(generator.get_state(), state)
+        return torch.cat([p.grad.flatten() for p in feedback.roles.trainable()])
+
+    structure = StructureConfig(model=PerceptionConfig(checkpoint="x"), weight=3.0)
+    both = gradients(structure=structure)
+    aes = gradients(structure=StructureConfig(weight=0))
+    assert aes.abs().max() > 0 and (both - aes).abs().max() > 0
+    # the structure branch draws after the other, so its own gradient is what both leave over
+    half = gradients(structure=structure.model_copy(update={"weight": 1.5}))
+    torch.testing.assert_close(both - aes, 2 * (half - aes), rtol=1e-3, atol=1e-6)
+
+
+def test_accumulation_is_the_same_batch(folder, tscd, batch, encoders):
+    """Micro-batches draw their own noise, but each sees its own prompts once."""
+    seen = []
+
+    def remember(images, told):
+        seen.append(tuple(told))
+        return brightness(images, told)
+
+    config = make_config(
+        folder, tscd, optim=OptimConfig(lr=1e-3, batch=4, accumulation=2), structure=StructureConfig(weight=0)
+    )
+    feedback, _ = make(config, encoders, aesthetic_v2=remember)
+    feedback.step(batch)
+    assert seen == [PROMPTS[:2], PROMPTS[2:]]
+
+
+def test_nan_of_one_sample_is_dropped_and_counted(folder, tscd, batch, encoders):
+    def sometimes(images, told):
+        return torch.where(torch.tensor([t == PROMPTS[2] for t in told]), torch.nan, brightness(images, told))
+
+    config = make_config(folder, tscd, structure=StructureConfig(weight=0))
+    feedback, _ = make(config, encoders, aesthetic_v2=sometimes)
+    metrics = feedback.step(batch)
+    assert metrics["dropped/aesthetic_v2"] == 1 and feedback.progress.skipped == 0
+    assert torch.isfinite(metrics["loss"]) and torch.isfinite(metrics["grad_norm"])
+
+
+def test_resuming_gives_the_same_weights(folder, tscd, batch, encoders):
+    config = make_config(folder, tscd)
+    straight, _ = make(config, encoders)
+    for _ in range(3):
+        straight.step(batch)
+    first, _ = make(config, encoders)
+    for _ in range(2):
+        first.step(batch)
+    tensors = {k: v.clone() for k, v in first.tensors().items()}
+    state = copy.deepcopy(first.optimizer_state())
+    second, _ = make(config, encoders)
+    second.load(tensors, state)
+    second.step(batch)
+    for (name, a), b in zip(straight.tensors().items(), second.tensors().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert second.optimizer_state()["watch"] == straight.optimizer_state()["watch"]
+
+
+def test_hacking_is_noticed_once(caplog):
+    watch = HackingWatch(patience=3, smoothing=0.0)
+    rows = [watch.measure({"a": i}, {"b": -i, "c": -2 * i}) for i in range(6)]
+    assert rows == [False, False, False, True, False, False] and watch.alarm
+    assert not watch.measure({"a": 7}, {"b": 0, "c": -20}) and not watch.alarm  # one held-out reward rose
+
+
+def test_the_warning_names_the_knob(folder, tscd, batch, encoders, caplog):
+    config = make_config(
+        folder, tscd, structure=StructureConfig(weight=0), watch={"every": 1, "patience": 1, "smoothing": 0.0}
+    )
+    feedback, _ = make(config, encoders)
+    images = torch.full((4, 3, 8, 8), 0.2)
+    with caplog.at_level(logging.WARNING):
+        for level in (0.2, 0.6):
+            feedback._watch(images + level, PROMPTS, {"reward/aesthetic_v2": torch.tensor(level)})
+    assert "reward hacking; raise drift=1" in caplog.text and feedback.watched["hacking"] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(refl=ReFLConfig(weight=0), structure=StructureConfig(weight=0)), "nothing to learn"),
+        (dict(rewards=()), 'no reward has role "train"'),
+        (dict(structure=StructureConfig()), "structure.model.checkpoint is empty"),
+        (dict(tscd="nowhere.safetensors"), "tscd='nowhere.safetensors' does not exist"),
+        (dict(optim=OptimConfig(batch=5, accumulation=2)), "the nearest accepted is"),
+    ],
+)
+def test_settings_that_cannot_work(folder, tscd, changes, message):
+    with pytest.raises(CombinationError, match=message):
+        make_config(folder, tscd, **changes)
+
+
+def test_step_ranges():
+    assert ReFLConfig(steps=(4,), t_left=250, t_right=500).candidates(4) == [2, 3]
+    with pytest.raises(CombinationError, match=r"a sampler of 2 steps has none there \(its times are \[1000, 500\]\)"):
+        ReFLConfig(steps=(4, 2), t_left=600, t_right=900)
+    assert StructureConfig(start=500, denoise_to=200, jumps=3).times() == [500, 400, 300, 200]
+    assert StructureConfig(start=200, denoise_to=200).times() == [200]
+    with pytest.raises(CombinationError, match="lower it"):
+        StructureConfig(start=100, denoise_to=200)
