@@ -40,7 +40,7 @@ def build(args: dict[str, Any]) -> Application:
             "images are unfinished. `python jobs/tscd.py tiny` makes LoRAs; name their folder in model.loras.",
             err=True,
         )
-    logs = LoggingConfig(encoding="JSON")
+    logs = LoggingConfig(encoding="JSON", enable_access_log=False)  # the ingress writes one line a request itself
     denoiser = ray_serve.deployment(Denoiser, name=DENOISER).options(
         logging_config=logs,
         max_queued_requests=settings.limits.queued,

@@ -130,7 +130,8 @@ def models_of(settings: Settings, catalog: Catalog) -> list[ModelObject]:
         "max_images": settings.limits.images, "max_steps": settings.limits.steps,
         "default_steps": settings.model.default_steps, "examples": list(catalog.examples),
     }  # fmt: skip
-    models = [ModelObject(id=name, **common) for name in (catalog.id, *catalog.aliases)]
+    keeps = all(lora.keeps_guidance for lora in catalog.loras)
+    models = [ModelObject(id=name, keeps_guidance=keeps, **common) for name in (catalog.id, *catalog.aliases)]
     for lora in catalog.loras:
         models.append(
             ModelObject(

@@ -20,11 +20,13 @@ export function asCurl(body, origin, key) {
     ...(key ? [`  -H "Authorization: Bearer $HYPERSD_API_KEY"`] : []),
     `  -d ${shell(JSON.stringify(body))}`,
   ];
-  return `${lines.join(" \\\n")} \\\n  | python3 -c 'import base64, json, sys; sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))' > image.png`;
+  // sed, not jq: it is on every machine
+  const unpack = String.raw`  | sed 's/.*"b64_json":"\([^"]*\).*/\1/' | base64 -d > image.png`;
+  return [...lines, unpack].join(" \\\n");
 }
 
 /** JSON is Python but for true, false and null, of which there are none here. */
-const python = (value) => JSON.stringify(value).replace(/[\u007f-\uffff]/g, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
+const python = (value) => JSON.stringify(value);
 
 export function asPython(body, origin, key) {
   const { prompt, size, ...extra } = body;
@@ -34,13 +36,10 @@ from openai import OpenAI
 
 client = OpenAI(base_url=${python(`${origin}/v1`)}, api_key=${key ? `os.environ["HYPERSD_API_KEY"]` : `"none"`})
 answer = client.images.generate(
-    prompt=${pythonText(prompt)},${size ? `\n    size=${python(size)},` : ""}
+    prompt=${python(prompt)},${size ? `\n    size=${python(size)},` : ""}
     extra_body=${python(extra).replaceAll(/([:,])(?=["\d{\[-])/g, "$1 ")},
 )
 with open("image.png", "wb") as file:
     file.write(base64.b64decode(answer.data[0].b64_json))
 `;
 }
-
-/** Surrogate pairs are not one character in a Python literal: leave text beyond ASCII as it is. */
-const pythonText = (text) => JSON.stringify(text);

@@ -99,7 +99,7 @@ function settings() {
 function guided() {
   const chosen = $("lora").value;
   const model = state.models.find((one) => (chosen ? one.lora === chosen : one.lora === null));
-  return chosen ? Boolean(model?.keeps_guidance) : false;
+  return Boolean(model?.keeps_guidance);
 }
 
 function showGuidance() {
@@ -259,13 +259,11 @@ function outputs() {
 }
 
 // ---------------------------------------------------------------------------------------------- colours, copying
-const THEMES = { "": ["Auto", "Colours: as the system"], light: ["Light", "Colours: light"], dark: ["Dark", "Colours: dark"] };
+const THEMES = { "": "Colours: auto", light: "Colours: light", dark: "Colours: dark" };
 
 function setTheme(theme) {
   if (theme) document.documentElement.dataset.theme = theme; else delete document.documentElement.dataset.theme;
-  const [text, label] = THEMES[theme];
-  $("theme").textContent = text;
-  $("theme").setAttribute("aria-label", label);
+  $("theme").textContent = THEMES[theme];
   stored.set("hypersd.theme", theme);
 }
 
