@@ -35,6 +35,15 @@ POLICY = (
 )
 """The page asks nobody but this server for anything."""
 _REQUEST_ID = re.compile(r"^[\w.-]{1,128}$")
+EVENT = {
+    "type": "object",
+    "description": "One server-sent event; `data` is the JSON of OpenAI's event of that name, or of an error.",
+    "properties": {
+        "event": {"enum": ["image_generation.partial_image", "image_generation.completed", "error"]},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+    "required": ["event", "data"],
+}
 ERRORS = {
     400: "A field is wrong; `param` names it.",
     401: "No API key, or a wrong one.",
@@ -99,7 +108,7 @@ def _add_images(app: FastAPI, generation: Generation, links: Links, guarded: lis
         dependencies=guarded,
         response_model=GenerationResponse,
         responses={
-            200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "The images."},
+            200: {"content": {"text/event-stream": {"schema": EVENT}}, "description": "The images."},
             **_errors(400, 401, 404, 413, 415, 429, 500, 503, 504),
         },
     )

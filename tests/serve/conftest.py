@@ -67,12 +67,11 @@ def sdxl_folder(tmp_path_factory) -> Path:
 
 @dataclass(frozen=True)
 class Server:
-    """A running application, and the same one at /strict: with a key, a word list and no time."""
+    """A running application, and one at /strict: with a key, a word list, no time, and no replica until one is asked for."""
 
     url: str
     strict: str
     log: Path
-    address: str = ""
 
 
 def free_port() -> int:
@@ -96,9 +95,9 @@ def server(lora_folder, tmp_path_factory) -> Iterator[Server]:
         "ingress": {"cpus": 0.1, "image_folder": str(folder / "images")},
     }
     strict = {
-        "model": one["args"]["model"],
+        "model": {"loras": []},
         "limits": {"seconds": 0.001, "body_bytes": 2000},
-        "denoiser": {"cpus": 0.2, "warm_up": False},
+        "denoiser": {"cpus": 0.2, "min_replicas": 0, "max_replicas": 1, "upscale_delay_s": 3600},
         "ingress": {"cpus": 0.1, "page": False, "require_api_key": True, "api_key_env": "HYPERSD_TEST_KEY"},
         "safety": {"blocked_words": ["gore"]},
     }
@@ -128,12 +127,12 @@ def server(lora_folder, tmp_path_factory) -> Iterator[Server]:
                 process.kill()
 
 
-def _wait_for(url: str, process: subprocess.Popen, log: Path, seconds: float = 240) -> None:
+def _wait_for(url: str, process: subprocess.Popen, log: Path, seconds: float = 500) -> None:
     begun = time.monotonic()
     while time.monotonic() - begun < seconds:
         assert process.poll() is None, log.read_text()[-3000:]
         try:
-            with urllib.request.urlopen(url, timeout=5):
+            with urllib.request.urlopen(url, timeout=30):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.5)
