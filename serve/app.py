@@ -15,6 +15,7 @@ from ray.serve.schema import LoggingConfig
 from hypersd_ray.config.base import CombinationError, ConfigError
 from hypersd_ray.config.cli import one_line
 from serve.access import key_digests
+from serve.checkers import checker_class
 from serve.denoiser import Denoiser
 from serve.discovery import read_catalog
 from serve.ingress import Ingress
@@ -32,6 +33,7 @@ def build(args: dict[str, Any]) -> Application:
         settings = read_settings(args)
         catalog = read_catalog(settings.model)
         keys = key_digests(settings.ingress)
+        kind = checker_class(settings.safety, catalog.base)
     except (ConfigError, CombinationError) as error:
         raise click.ClickException(str(error)) from None
     if not catalog.loras:
@@ -52,7 +54,20 @@ def build(args: dict[str, Any]) -> Application:
         ray_actor_options={"num_cpus": settings.ingress.cpus},
         logging_config=logs,
     )
-    return ingress.bind(settings, catalog, keys, denoiser.bind(settings, catalog), _checker(settings, catalog, logs))
+    checker, judges = None, False
+    if kind is not None:
+        own = settings.safety
+        checker = (
+            ray_serve.deployment(kind, name="SafetyChecker")
+            .options(
+                num_replicas=own.replicas,
+                ray_actor_options={"num_cpus": own.cpus, "num_gpus": own.gpus},
+                logging_config=logs,
+            )
+            .bind(own, catalog.base)
+        )
+        judges = kind.judges_prompts
+    return ingress.bind(settings, catalog, keys, denoiser.bind(settings, catalog), checker, judges)
 
 
 def read_settings(args: dict[str, Any]) -> Settings:
@@ -92,7 +107,3 @@ def _replicas(own: DenoiserSettings) -> dict[str, Any]:
             "downscale_delay_s": own.downscale_delay_s,
         }
     }
-
-
-def _checker(settings, catalog, logs):
-    return None

@@ -74,7 +74,7 @@ class Generation:
         try:
             body = await read_body(request, self.settings.limits.body_bytes)
             asked = watch.asked = fill_in(parse_body(body), self.settings, self.catalog)
-            self.guard.check_prompt(asked.prompt)
+            await self.guard.check_prompt(asked.prompt)
             if asked.stream:
                 return await self._stream(asked, watch, request_id)
             found = await self.calls.pictures(asked.work(request_id))

@@ -26,9 +26,11 @@ class Ingress:
         keys: tuple[bytes, ...],
         denoiser: DeploymentHandle,
         checker: DeploymentHandle | None = None,
+        judges_prompts: bool = False,
     ):
         self.settings, self.catalog, self.keys = settings, catalog, keys
-        self.calls, self.checker = Calls(denoiser, settings.limits.seconds), checker
+        self.calls = Calls(denoiser, settings.limits.seconds)
+        self.guard = Guard(settings.safety, checker, judges_prompts)
 
     def __serve_build_asgi_app__(self):
         own = self.settings.ingress
@@ -37,7 +39,7 @@ class Ingress:
             self.catalog,
             self.keys,
             self.calls,
-            Guard(self.settings.safety, self.checker),
+            self.guard,
             Links(own.image_folder, own.image_seconds, own.image_bytes),
             IngressMetrics(),
             Status(self.settings.denoiser.min_replicas == 0),

@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, RedirectResponse, Response
 from starlette.exceptions import HTTPException
 
 from serve.access import check_key
@@ -185,6 +185,8 @@ def _add_file(app: FastAPI, path: Path) -> None:
 
     @app.get(route, include_in_schema=False)
     async def file(request: Request) -> Response:
+        if route == "/" and not request.url.path.endswith("/"):  # the page's own addresses begin at its folder
+            return RedirectResponse(f"{request.url.path}/")
         if request.headers.get("if-none-match") == headers["ETag"]:
             return Response(status_code=304, headers=headers)
         return Response(data, media_type=kind, headers=headers)

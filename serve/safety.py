@@ -19,7 +19,17 @@ POLICY_CODE = "content_policy_violation"
 
 
 class Checker(Protocol):
-    """What a deployment for images must do; another one is a class with this method."""
+    """What a checker's deployment must do. It is made as `Class(settings, base)`: the safety settings, the base's folder.
+
+    Attributes:
+        judges_prompts: whether `check_prompt` is to be asked.
+    """
+
+    judges_prompts: bool
+
+    def check_prompt(self, prompt: str) -> bool:
+        """Whether nothing must be drawn of `prompt`."""
+        ...
 
     def check(self, pictures: Sequence[np.ndarray]) -> list[bool]:
         """For each picture, whether it must not be shown."""
@@ -37,15 +47,17 @@ class Stopwatch(Protocol):
 class Guard:
     """Asks before and after the model."""
 
-    def __init__(self, settings: SafetySettings, checker: DeploymentHandle | None):
-        self.checker = checker
+    def __init__(self, settings: SafetySettings, checker: DeploymentHandle | None, judges_prompts: bool = False):
+        self.checker, self.judges_prompts = checker, judges_prompts
         words = "|".join(re.escape(word) for word in settings.blocked_words)
         self._blocked = re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE) if words else None
 
-    def check_prompt(self, prompt: str) -> None:
-        """Raises ApiError 400 for a prompt with a blocked word."""
+    async def check_prompt(self, prompt: str) -> None:
+        """Raises ApiError 400 for a prompt with a blocked word, or one that the checker refuses."""
         if self._blocked is not None and self._blocked.search(prompt):
             raise ApiError(400, "prompt: refused by this server's word list", "prompt", POLICY_CODE)
+        if self.checker is not None and self.judges_prompts and await self.checker.check_prompt.remote(prompt):
+            raise ApiError(400, "prompt: refused by this server's safety checker", "prompt", POLICY_CODE)
 
     async def check_images(self, pictures: Sequence[np.ndarray], watch: Stopwatch) -> None:
         """Raises ApiError 400 when a picture must not be shown."""

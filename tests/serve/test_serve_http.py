@@ -199,7 +199,10 @@ def test_the_strict_application(server):
     assert ask(f"{server.strict}/v1/models")[0] == 401
     assert ask(f"{server.strict}/v1/models", **key)[0] == 200
     assert ask(f"{server.strict}/health")[0] == 200, "health asks for no key"
-    assert ask(f"{server.strict}/")[0] == 404, "no page where it is turned off"
+    status, headers, page = ask(server.strict)
+    assert (status, b'href="page/page.css"' in page) == (200, True), "the page works under a prefix"
+    assert "default-src 'none'" in headers["content-security-policy"]
+    assert ask(f"{server.strict}/page/page.css")[0] == 200
     status, _, content = ask(server.strict, body, **key)
     assert (status, content["error"]["code"]) == (504, "timeout")
     assert ask(server.strict, body | {"stream": True}, **key)[0] == 504

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -175,10 +176,10 @@ def test_keys(monkeypatch):
 def test_blocked_words_are_whole_words():
     guard = Guard(SafetySettings(blocked_words=("gore", "a.b")), None)
     for fine in ("regore", "a forest", "axb", "goreng"):
-        guard.check_prompt(fine)
+        asyncio.run(guard.check_prompt(fine))
     for wrong in ("GORE", "some gore, please", "a.b"):
         with pytest.raises(ApiError) as caught:
-            guard.check_prompt(wrong)
+            asyncio.run(guard.check_prompt(wrong))
         assert caught.value.body.code == "content_policy_violation"
 
 
