@@ -96,11 +96,10 @@ def _replicas(own: DenoiserSettings) -> dict[str, Any]:
     }
     if own.max_replicas is None:
         return options | {"num_replicas": own.replicas}
-    fewest = own.replicas if own.min_replicas is None else own.min_replicas
     return options | {
         "autoscaling_config": {
-            "min_replicas": fewest,
-            "initial_replicas": max(fewest, min(own.replicas, own.max_replicas)),
+            "min_replicas": own.fewest,
+            "initial_replicas": max(own.fewest, min(own.replicas, own.max_replicas)),
             "max_replicas": own.max_replicas,
             "target_ongoing_requests": own.target_ongoing,
             "upscale_delay_s": own.upscale_delay_s,

@@ -26,7 +26,7 @@ logger = logging.getLogger("ray.serve")
 class Denoiser:
     """One replica: one engine, one batch at a time."""
 
-    def __init__(self, settings: Settings, catalog: Catalog):
+    async def __init__(self, settings: Settings, catalog: Catalog):
         transformers.utils.logging.disable_progress_bar()  # bars of a replica end up in other people's consoles
         self.settings, self.catalog = settings, catalog
         self.engine = Engine(settings.model, catalog)
@@ -47,18 +47,23 @@ class Denoiser:
         self._collect = ray_serve.batch(max_batch_size=settings.denoiser.max_batch, batch_wait_timeout_s=wait)(collect)
         self._hot_lora = ray_serve.multiplexed(max_num_models_per_replica=settings.denoiser.hot_loras)(load)
         if settings.denoiser.warm_up:
-            self._warm_up()
+            await self._warm_up()
 
-    def _warm_up(self) -> None:
-        """The first run of each shape is slow on a GPU; and a LoRA that does not fit is found before a request does."""
-        steps = self.settings.model.default_steps
-        name = self.catalog.choose(steps)
-        lora = None if name == NO_LORA else self.engine.load_lora(name)
+    async def _warm_up(self) -> None:
+        """Loads the LoRAs there is room for, and runs each once; the smallest and the greatest batch too.
+
+        So a LoRA that does not fit is found before a request finds it, and every replica has the same LoRAs: Serve
+        sends a LoRA's requests to the replicas that have it, and would leave the others idle.
+        """
+        default = self.catalog.choose(self.settings.model.default_steps)
+        others = [name for name in self.catalog.lora_names if name != default]
+        names = [*others[: self.settings.denoiser.hot_loras - 1], default]
         width, height = map(int, self.catalog.sizes[0].split("x"))
-        for size in {1, self.settings.denoiser.max_batch}:
+        for name in names:
+            lora = None if name == NO_LORA else await self._hot_lora(name)
             key = BatchKey(width, height, 1, 0.0, name, 1.0, guided=False)
-            self.engine.run(key, [Shot("warm-up", seed) for seed in range(size)], lora)
-        self.engine.switch.use(None)
+            for size in {1, self.settings.denoiser.max_batch} if name == default else {1}:
+                self.engine.run(key, [Shot("warm-up", seed) for seed in range(size)], lora)
 
     def check_health(self) -> None:
         """Raises when the device has gone wrong, so that Serve starts another replica."""

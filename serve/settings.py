@@ -91,7 +91,7 @@ class DenoiserSettings(Strict):
     """Requests that a replica holds at once, running or waiting for their turn; None is twice `max_batch`."""
     hot_loras: int = Field(default=4, ge=1)
     """LoRAs that a replica keeps in memory."""
-    replicas: int = Field(default=1, ge=1)
+    replicas: int = Field(default=1, ge=0)
     """Replicas at start, and the number if `max_replicas` is not given."""
     min_replicas: int | None = Field(default=None, ge=0)
     """Fewest replicas under autoscaling; 0 scales to zero."""
@@ -115,16 +115,22 @@ class DenoiserSettings(Strict):
         """`ongoing`, or one batch that runs and one that waits."""
         return self.ongoing or 2 * self.max_batch
 
+    @property
+    def fewest(self) -> int:
+        """Replicas there are at least."""
+        return self.replicas if self.min_replicas is None else self.min_replicas
+
     @model_validator(mode="after")
     def _scaling(self) -> DenoiserSettings:
         if self.max_replicas is None:
+            if self.replicas == 0:
+                raise CombinationError("denoiser.replicas=0 needs denoiser.max_replicas, which turns autoscaling on")
             if self.min_replicas is not None:
                 raise CombinationError("denoiser.min_replicas needs denoiser.max_replicas, which turns autoscaling on")
         else:
-            fewest = self.replicas if self.min_replicas is None else self.min_replicas
-            if fewest > self.max_replicas:
+            if self.fewest > self.max_replicas:
                 raise CombinationError(
-                    f"denoiser.min_replicas={fewest} is above denoiser.max_replicas={self.max_replicas}"
+                    f"denoiser.min_replicas={self.fewest} is above denoiser.max_replicas={self.max_replicas}"
                 )
         return self
 
