@@ -29,8 +29,15 @@ from tests.serve.loras import write_lora
 ROOT = Path(__file__).resolve().parents[2]
 # `serve run CONFIG` but for Ray's dashboard, which takes longer to start than all the rest
 RUN = """
-import sys
+import os, signal, sys, threading, time
 sys.path.insert(0, ".")
+
+def end_with(parent):
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGINT)  # pytest was killed: no cluster may stay behind
+
+threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
 import ray
 ray.init(include_dashboard=False, num_cpus=4, namespace="serve")
 from ray.serve.scripts import cli
