@@ -1,0 +1,155 @@
+"""The embedded model with random LoRAs, as an engine and as a server."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from diffusers import UNet2DConditionModel
+
+from hypersd_ray.embedded import paths
+from serve.discovery import read_catalog
+from serve.engine import Engine
+from serve.settings import Settings
+from tests.helpers.pipelines import build_pipeline
+from tests.serve.loras import write_lora
+
+ROOT = Path(__file__).resolve().parents[2]
+# `serve run CONFIG` but for Ray's dashboard, which takes longer to start than all the rest
+RUN = """
+import os, signal, sys, threading, time
+sys.path.insert(0, ".")
+
+def end_with(parent):
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGINT)  # pytest was killed: no cluster may stay behind
+
+threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+import ray
+ray.init(include_dashboard=False, num_cpus=4, namespace="serve")
+from ray.serve.scripts import cli
+cli(["run", sys.argv[1]])
+"""
+KEY = "a key of the tests"
+
+
+@pytest.fixture(scope="session")
+def lora_folder(tmp_path_factory) -> Path:
+    """k8, k1, and one that keeps guidance."""
+    folder = tmp_path_factory.mktemp("loras")
+    unet = UNet2DConditionModel.from_pretrained(paths.TEACHER / "unet", local_files_only=True)
+    write_lora(folder, "k8", unet, k=8, seed=1)
+    write_lora(folder, "k1", unet, k=1, seed=2)
+    write_lora(folder, "cfg", unet, k=4, seed=3, guidance=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def settings(lora_folder) -> Settings:
+    """The embedded model with these LoRAs."""
+    return Settings.model_validate({"model": {"loras": [str(lora_folder)]}})
+
+
+@pytest.fixture(scope="session")
+def catalog(settings):
+    """What they are."""
+    return read_catalog(settings.model)
+
+
+@pytest.fixture(scope="session")
+def engine(settings, catalog) -> Engine:
+    """One engine; LoRAs may be switched on it."""
+    return Engine(settings.model, catalog)
+
+
+@pytest.fixture(scope="session")
+def sdxl_folder(tmp_path_factory) -> Path:
+    """A tiny SDXL pipeline folder."""
+    return build_pipeline("sdxl", tmp_path_factory.mktemp("pipelines") / "tiny-sdxl")
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running application, and one at /strict: with a key, a word list, no time, and no replica until one is asked for."""
+
+    url: str
+    strict: str
+    log: Path
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def server(lora_folder, tmp_path_factory) -> Iterator[Server]:
+    """The application of dev.yaml in a process and a cluster of its own."""
+    folder, port = tmp_path_factory.mktemp("serve"), free_port()
+    config = yaml.safe_load((ROOT / "serve/config/dev.yaml").read_text())
+    config["http_options"]["port"] = port
+    one = config["applications"][0]
+    one["args"] = {
+        "model": {"loras": [str(lora_folder)]},
+        "limits": {"queued": 4},
+        "denoiser": {"max_batch": 4, "ongoing": 4, "cpus": 0.2},
+        "ingress": {"cpus": 0.1, "image_folder": str(folder / "images")},
+    }
+    strict = {
+        "model": {"loras": []},
+        "limits": {"seconds": 0.001, "body_bytes": 2000},
+        "denoiser": {"cpus": 0.2, "replicas": 0, "min_replicas": 0, "max_replicas": 1, "upscale_delay_s": 3600},
+        "ingress": {"cpus": 0.1, "require_api_key": True, "api_key_env": "HYPERSD_TEST_KEY"},
+        "safety": {"blocked_words": ["gore"]},
+    }
+    config["applications"].append(one | {"name": "strict", "route_prefix": "/strict", "args": strict})
+    path, log = folder / "config.yaml", folder / "log.txt"
+    path.write_text(yaml.safe_dump(config))
+    with tempfile.TemporaryDirectory(prefix="rs", dir="/tmp", ignore_cleanup_errors=True) as ray_folder:
+        environment = os.environ | {
+            "RAY_TMPDIR": ray_folder, "HYPERSD_TEST_KEY": KEY, "RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1",
+        }  # fmt: skip
+        environment.pop("RAY_ADDRESS", None)
+        command = [sys.executable, "-c", RUN, str(path)]
+        with log.open("w") as out:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True
+            )
+        url = f"http://127.0.0.1:{port}"
+        try:
+            for health in (f"{url}/health", f"{url}/strict/health"):
+                _wait_for(health, process, log)
+            yield Server(url, f"{url}/strict", log)
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _wait_for(url: str, process: subprocess.Popen, log: Path, seconds: float = 600) -> None:
+    begun = time.monotonic()
+    while time.monotonic() - begun < seconds:
+        assert process.poll() is None, log.read_text()[-3000:]
+        try:
+            with urllib.request.urlopen(url, timeout=30):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    raise AssertionError(f"{url} is not ready after {seconds} s: {log.read_text()[-3000:]}")

@@ -1,0 +1,29 @@
+"""LoRA files of random tensors, large enough to be seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from hypersd_ray.models.export import LoRAMetadata, save_diffusers_lora
+from hypersd_ray.models.lora import Adapters
+
+RANK = 4
+
+
+def write_lora(
+    folder: Path, name: str, unet: UNet2DConditionModel, k: int, seed: int, guidance: bool = False, family: str = "sd"
+) -> Path:
+    """A LoRA of random tensors for `unet` (which stays as it is), with our metadata."""
+    with torch.device("meta"):
+        shapes = Adapters(UNet2DConditionModel.from_config(unet.config), RANK, 8.0)
+    shapes.add("student", trainable=False)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {n: 0.1 * torch.randn(t.shape, generator=generator) for n, t in shapes.named_tensors("student").items()}
+    metadata = LoRAMetadata(
+        base_model="tiny", family=family, k=k, steps=(k,), scheduler="TCDScheduler", eta=0.0, rank=RANK, alpha=8.0,
+        extra={"guidance": "kept"} if guidance else {},
+    )  # fmt: skip
+    return save_diffusers_lora(tensors, folder / f"{name}.safetensors", metadata)

@@ -1,0 +1,217 @@
+"""Settings, catalogue, request bodies, files, links, keys: the parts that need neither Ray nor a model."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import os
+import time
+
+import click
+import numpy as np
+import pytest
+from PIL import Image
+
+from hypersd_ray.config.base import ConfigError
+from serve import pictures
+from serve.access import check_key, key_digests
+from serve.api import MAX_SEED, GenerationRequest, fill_in, parse_body, request_schema
+from serve.app import build, read_settings
+from serve.catalog import Catalog, LoRAInfo
+from serve.discovery import read_catalog
+from serve.errors import ApiError
+from serve.links import Links
+from serve.safety import Guard
+from serve.settings import IngressSettings, ModelSettings, SafetySettings, Settings
+
+CATALOG = Catalog(
+    id="m", aliases=("dall-e-2",), base="x", family="sd", sizes=("64x64", "128x64"), default_lora="auto",
+    loras=(LoRAInfo(name="k1", path="", k=1, eta=0.3), LoRAInfo(name="k4", path="", k=4), LoRAInfo(name="free", path="", keeps_guidance=True)),
+    controlnets={"edges": "x", "depth": "x"}, created=0,
+)  # fmt: skip
+SETTINGS = Settings()
+PNG = base64.b64encode(pictures.encode(np.full((8, 8, 3), 7, np.uint8), "png", 90, None)).decode()
+
+
+def asked(settings: Settings = SETTINGS, catalog: Catalog = CATALOG, **fields):
+    return fill_in(parse_body(json.dumps({"prompt": "a cat"} | fields).encode()), settings, catalog)
+
+
+def refused(body: bytes | dict, settings: Settings = SETTINGS, catalog: Catalog = CATALOG) -> ApiError:
+    if isinstance(body, dict):
+        body = json.dumps({"prompt": "a cat"} | body).encode()
+    with pytest.raises(ApiError) as caught:
+        fill_in(parse_body(body), settings, catalog)
+    assert 400 <= caught.value.status < 500
+    assert caught.value.body.param in caught.value.body.message or caught.value.body.param == "body"
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": 3}, "prompt"), ({"prompt": ""}, "prompt"), ({"prompt": " \n"}, "prompt"), ({"prompt": None}, "prompt"),
+        ({"prompt": "x" * 2001}, "prompt"), ({"n": "2"}, "n"), ({"n": 0}, "n"), ({"n": 1.5}, "n"), ({"n": True}, "n"),
+        ({"n": 9}, "n"), ({"n": 10**30}, "n"), ({"size": "1024x1024"}, "size"), ({"size": 64}, "size"),
+        ({"seed": -1}, "seed"), ({"seed": MAX_SEED + 1}, "seed"), ({"seed": MAX_SEED, "n": 2}, "seed"),
+        ({"seed": float("nan")}, "seed"), ({"eta": float("nan")}, "eta"), ({"eta": float("inf")}, "eta"), ({"eta": 1.1}, "eta"),
+        ({"num_inference_steps": 9}, "num_inference_steps"), ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"response_format": "gif"}, "response_format"), ({"output_format": "gif"}, "output_format"),
+        ({"stream": "yes"}, "stream"), ({"partial_images": 2}, "partial_images"),
+        ({"stream": True, "partial_images": 8}, "partial_images"), ({"stream": True, "response_format": "url"}, "response_format"),
+        ({"output_compression": 50}, "output_compression"), ({"style": "vivid"}, "style"), ({"quality": "hd"}, "quality"),
+        ({"background": "transparent"}, "background"), ({"moderation": "low"}, "moderation"), ({"mask": "x"}, "mask"),
+        ({"stepz": 4}, "stepz"), ({"model": "dall-e-9"}, "model"), ({"model": "m:nope"}, "model"), ({"lora": "nope"}, "lora"),
+        ({"lora": 4}, "lora"), ({"lora": {"name": 4}}, "lora.name"), ({"lora": {"name": "k1", "scale": 9}}, "lora.scale"),
+        ({"lora": {"name": "k1", "weight": 1}}, "lora.weight"), ({"lora": {"scale": 1}}, "lora.name"),
+        ({"lora": "k1", "model": "m:k4"}, "lora"), ({"guidance_scale": 3}, "guidance_scale"),
+        ({"guidance_scale": 0.5, "lora": "free"}, "guidance_scale"), ({"guidance_scale": 99, "lora": "free"}, "guidance_scale"),
+        ({"negative_prompt": "dog"}, "negative_prompt"), ({"negative_prompt": "dog", "lora": "free"}, "negative_prompt"),
+        ({"control_image": "!!!", "control": "edges"}, "control_image"), ({"control_image": "QUJD", "control": "edges"}, "control_image"),
+        ({"control_image": PNG}, "control"), ({"control_image": PNG, "control": "pose"}, "control"), ({"control_scale": 1.0}, "control_scale"),
+        ({"control": "edges"}, "control"), ({"control_image": PNG[:56], "control": "edges"}, "control_image"),
+    ],
+)  # fmt: skip
+def test_a_wrong_field_is_named(fields, param):
+    assert refused(fields).body.param == param
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"{", b"[]", b"null", b'"x"', b'{"prompt": "\xff"}', b'{"prompt": "\\ud800"}', b"[" * 100_000,
+        b'{"prompt": ' * 50_000, b'{"prompt": "a"} trailing', b'{"n": ' + b"9" * 5000 + b"}", b"\x00",
+    ],
+)  # fmt: skip
+def test_what_is_no_json_is_called_so(body):
+    assert refused(body).body.param == "body"
+
+
+def test_nothing_of_a_request_is_lost():
+    work = asked(
+        n=3, seed=7, size="128x64", num_inference_steps=2, eta=0.5, lora={"name": "free", "scale": 0.5},
+        negative_prompt="dog", guidance_scale=3.0, control_image=f"data:image/png;base64,{PNG}", control="edges", control_scale=0.7,
+    ).work("id")  # fmt: skip
+    key = work.key
+    assert (key.width, key.height, key.steps, key.eta) == (128, 64, 2, 0.5)
+    assert (key.lora, key.lora_scale, key.guided, key.control) == ("free", 0.5, True, "edges")
+    assert [shot.seed for shot in work.shots] == [7, 8, 9]
+    shot = work.shots[0]
+    assert (shot.prompt, shot.negative_prompt, shot.guidance, shot.control_scale) == ("a cat", "dog", 3.0, 0.7)
+    assert shot.control.shape == (64, 128, 3)
+    assert (shot.control == 7).all()
+
+
+def test_defaults_and_neutral_values():
+    plain = asked()
+    assert (plain.n, plain.size, plain.key.steps, plain.key.lora, plain.output_format) == (1, "64x64", 4, "k4", "png")
+    assert asked(seed=None, n=None, size="auto", quality="auto", background="opaque", user="u").size == "64x64"
+    assert asked(model="dall-e-2").key == plain.key
+    assert len({asked().seed for _ in range(20)}) > 10
+    # made for that many steps, else the one for the fewest; its own eta
+    assert (asked(num_inference_steps=8).key.lora, asked(num_inference_steps=8).key.eta) == ("k1", 0.3)
+    assert asked(model="m:free").key.lora == "free"
+    assert asked(lora="none", guidance_scale=5.0).key.guided
+
+
+@pytest.mark.parametrize(("steps", "count", "shown"), [(8, 3, [2, 4, 6]), (8, 7, [1, 2, 3, 4, 5, 6, 7]), (4, 7, [1, 2, 3]), (1, 3, []), (2, 1, [1]), (8, 0, [])])  # fmt: skip
+def test_previews_are_spread_over_the_steps(steps, count, shown):
+    assert asked(stream=True, partial_images=count, num_inference_steps=steps).show_after() == shown
+
+
+def test_every_field_is_described():
+    schema = request_schema(Settings(), CATALOG)
+    assert set(schema["properties"]) == set(GenerationRequest.model_fields)
+    assert all(field.get("description") for field in schema["properties"].values())
+    assert schema["properties"]["n"]["anyOf"][0]["maximum"] == Settings().limits.images
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+def test_a_file_knows_how_it_was_made(kind):
+    parameters = {"prompt": "ein Käse 🧀\0", "seed": 3, "num_inference_steps": 4, "lora": {"name": "k4", "scale": 1.0}}
+    data = pictures.encode(np.zeros((8, 8, 3), np.uint8), kind, 90, parameters)
+    assert pictures.read_parameters(data) == parameters
+    image = Image.open(io.BytesIO(data))
+    assert image.format == kind.upper()
+    if kind == "png":
+        assert "Steps: 4, Seed: 3" in image.text["parameters"]
+        assert "ein Käse 🧀" in image.text["parameters"]
+
+
+def test_links_cannot_be_guessed_and_end(tmp_path):
+    links = Links(str(tmp_path / "a"), seconds=100, max_bytes=2500)
+    names = [links.put(bytes(1000), "png") for _ in range(2)]
+    assert links.get(names[0]) == bytes(1000)
+    assert len(names[0]) == 36
+    for bad in ("../a", "x.png", names[0][:-4], "%2e%2e", f"{'a' * 32}.exe"):
+        assert links.get(bad) is None
+    os.utime(tmp_path / "a" / names[0], (time.time() - 5, time.time() - 5))
+    third = links.put(bytes(1000), "webp")
+    assert [links.get(n) is None for n in (*names, third)] == [True, False, False], "the oldest makes room"
+    os.utime(tmp_path / "a" / third, (0, 0))
+    assert links.get(third) is None
+    links.sweep()
+    assert len(list((tmp_path / "a").iterdir())) == 1
+
+
+def test_keys(monkeypatch):
+    settings = IngressSettings(require_api_key=True)
+    monkeypatch.delenv("HYPERSD_API_KEY", raising=False)
+    with pytest.raises(ConfigError, match="HYPERSD_API_KEY is empty"):
+        key_digests(settings)
+    monkeypatch.setenv("HYPERSD_API_KEY", "one, two")
+    digests = key_digests(settings)
+    assert all(b"one" not in digest for digest in digests)
+    for good in ("Bearer one", "bearer two"):
+        check_key(good, digests)
+    for bad in (None, "", "one", "Bearer three", "Basic one", "Bearer "):
+        with pytest.raises(ApiError) as caught:
+            check_key(bad, digests)
+        assert caught.value.status == 401
+    check_key(None, ())
+
+
+def test_blocked_words_are_whole_words():
+    guard = Guard(SafetySettings(blocked_words=("gore", "a.b")), None)
+    for fine in ("regore", "a forest", "axb", "goreng"):
+        asyncio.run(guard.check_prompt(fine))
+    for wrong in ("GORE", "some gore, please", "a.b"):
+        with pytest.raises(ApiError) as caught:
+            asyncio.run(guard.check_prompt(wrong))
+        assert caught.value.body.code == "content_policy_violation"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"model.nope": 1}, "model.nope"), ({"denoiser.max_batch": "0"}, "denoiser.max_batch"), ({"nope": 1}, "nope"),
+        ({"model.base": "/nowhere"}, "/nowhere"), ({"model.loras": ["/nowhere.safetensors"]}, "/nowhere.safetensors"),
+        ({"model.sizes": ["33x32"], "model.loras": []}, "multiples of 8"), ({"model.sizes": ["big"]}, "WIDTHxHEIGHT"),
+        ({"model.default_lora": "zz", "model.loras": []}, "zz"), ({"denoiser.min_replicas": 0}, "denoiser.max_replicas"),
+        ({"denoiser.min_replicas": 3, "denoiser.max_replicas": 2}, "min_replicas=3"), ({"model.default_steps": 8, "limits.steps": 4}, "limits.steps=4"),
+        ({"model.controlnets": {"a": "/nowhere"}}, "/nowhere"), ({"ingress.require_api_key": True}, "HYPERSD_API_KEY"),
+    ],
+)  # fmt: skip
+def test_a_wrong_setting_is_one_line(args, words, monkeypatch):
+    monkeypatch.delenv("HYPERSD_API_KEY", raising=False)
+    with pytest.raises(click.ClickException) as caught:
+        build(args)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_from_the_command_line(lora_folder):
+    settings = read_settings({"model.loras": f"[{lora_folder}]", "denoiser.max_batch": "16", "ingress.page": "false"})
+    assert (settings.denoiser.max_batch, settings.denoiser.max_ongoing, settings.ingress.page) == (16, 32, False)
+    catalog = read_catalog(settings.model)
+    assert catalog.lora_names == ("cfg", "k1", "k8")
+    assert [lora.keeps_guidance for lora in catalog.loras] == [True, False, False]
+    assert (catalog.choose(8), catalog.choose(4), catalog.choose(2)) == ("k8", "cfg", "k1")
+
+
+def test_a_folder_without_loras_is_served_bare(tmp_path):
+    catalog = read_catalog(ModelSettings(loras=(str(tmp_path),)))
+    assert catalog.choose(4) == "none"
+    assert asked(catalog=catalog, guidance_scale=3.0).key.lora == "none"
