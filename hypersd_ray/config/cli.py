@@ -116,6 +116,8 @@ def _unboxed(text: str, kind: type[Any]) -> str:
         if not rule:
             body.append(line)
     message = " ".join(" ".join(body).split())
+    if message.startswith("Missing from"):
+        return f"these options are required: {', '.join(line.split()[0] for line in body if line.startswith('--'))}"
     if unknown := re.match(r"Unrecognized options: (\S+?)(?:,|$)", message):
         return _unknown_option(unknown[1], kind)
     if wrong := re.match(r"Error parsing (\S+): \d+ validation errors? for \w+ (\S+) (.*?) \[type=", message):
@@ -201,7 +203,8 @@ def run_job(main: Callable[[], Any]) -> None:
         code = _complain(getattr(error, "cause", None) or error, 2)  # out of a Ray task it is wrapped
     except KeyboardInterrupt:
         code = _complain("interrupted; the same command goes on where it was", 130)
-    sys.exit(code)
+    if code:
+        sys.exit(code)
 
 
 def _complain(what: object, code: int) -> int:

@@ -123,8 +123,11 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         (("jobs/tscd.py", "tiny", "--data.shards", "/nowhere/*.tar"), "data.shards: nothing matches /nowhere/*.tar"),
         (("jobs/tscd.py", "tiny", "--run.loggers", "wandb"), "pip install 'hypersd-ray[wandb]'"),
         (("jobs/precompute.py", "--model", "x", "--out", "y", "--data.shards", "/nowhere"), "/nowhere does not exist"),
-        (("jobs/precompute.py", "--model", "x", "--out", "y"), "--data.shards"),
-        (("jobs/precompute.py", "--modle", "x", "--data.shards", "x"), "--modle"),
+        (("jobs/precompute.py", "--model", "x", "--out", "y"), "these options are required: --data.shards"),
+        (
+            ("jobs/precompute.py", "--model", "x", "--out", "y", "--data.shards", "x", "--outt", "y"),
+            "did you mean --out?",
+        ),
     ],
     ids=["shards", "logger", "precompute's shards", "precompute's need", "precompute's option"],
 )

@@ -150,12 +150,14 @@ def test_command_prints_the_table_and_writes_json(config, make_lora, monkeypatch
         (["--sampler", "ddim", "--eta", "0.3"], "--sampler ddim, whose eta is another thing"),
     ],
 )
-def test_error_lines(arguments, line, monkeypatch, tmp_path):
+def test_error_lines(arguments, line, monkeypatch, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, *(str(tmp_path / "empty.txt") if a == "EMPTY" else a for a in arguments))
-    assert line in str(stopped.value)
-    assert "\n" not in str(stopped.value)
+    said = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2
+    assert line in said
+    assert "\n" not in said
 
 
 def test_a_lora_of_another_base_is_refused_in_one_line(config, make_lora):

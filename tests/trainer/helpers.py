@@ -45,10 +45,66 @@ def metrics(config: TSCDConfig) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def has_checkpoint(config: TSCDConfig) -> bool:
-    """Ray Train's controller knows of a checkpoint, and the run is not near its end."""
+PAUSE, CHECKPOINT = 10, "checkpoint_00000009"
+"""Where `paused` stops a run (with a checkpoint every 3 steps), and the checkpoint before that."""
+
+
+def paused(marker: Path) -> Callable[[dict[str, Any]], None]:
+    """The trainer's loop, that stops at step PAUSE for as long as it takes to be killed; only the first time.
+
+    Who kills must not race with a run that is fast on one machine and slow on another.
+    """
+    path, at = str(marker), PAUSE
+
+    def loop_with_a_pause(arguments: dict[str, Any]) -> None:
+        import time
+        from pathlib import Path
+
+        from hypersd_ray.trainer import loop
+
+        inner = loop.Worker._after_step
+
+        def after_step(worker: Any, metrics: Any) -> None:
+            inner(worker, metrics)
+            progress = worker.distiller.progress
+            here = worker.clock.global_step(progress.stage, progress.step) == at
+            if here and worker.rank == 0 and not Path(path).exists():
+                Path(path).touch()
+                while True:
+                    time.sleep(0.1)
+
+        loop.Worker._after_step = after_step  # type: ignore[method-assign]
+        loop.train_loop(arguments)
+
+    return loop_with_a_pause
+
+
+def is_paused(config: TSCDConfig, marker: Path) -> bool:
+    """It stands still, and Ray Train's controller knows of the checkpoint before."""
     snapshot = folder_of(config) / "checkpoint_manager_snapshot.json"
-    return snapshot.exists() and "checkpoint_0" in snapshot.read_text()
+    return marker.exists() and snapshot.exists() and CHECKPOINT in snapshot.read_text()
+
+
+def drive(config_file: str, marker: str) -> None:
+    """What a driver of another process does: `train`, with the pause."""
+    from hypersd_ray.trainer import run
+
+    run.train_loop = paused(Path(marker))
+    run.train(TSCDConfig.model_validate(yaml.safe_load(Path(config_file).read_text())))
+
+
+def driver(config: TSCDConfig, path: Path, marker: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
+    """`drive` as a process."""
+    write_config(config, path)
+    code = f"from tests.trainer.helpers import drive; drive({str(path)!r}, {str(marker)!r})"
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 500.0, process: subprocess.Popen | None = None) -> Any:

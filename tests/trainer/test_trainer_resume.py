@@ -10,8 +10,20 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
+from hypersd_ray.trainer import run
 from hypersd_ray.trainer.run import train
-from tests.trainer.helpers import folder_of, has_checkpoint, job, kill, metrics, resumed_at, train_workers, wait_for
+from tests.trainer.helpers import (
+    driver,
+    folder_of,
+    is_paused,
+    job,
+    kill,
+    metrics,
+    paused,
+    resumed_at,
+    train_workers,
+    wait_for,
+)
 
 pytestmark = pytest.mark.cluster
 
@@ -97,37 +109,44 @@ def test_the_logs_hold_scalars_and_sample_grids(cluster, unbroken):
     assert [e.step for e in events.Images("samples/teacher25_student8421")] == [20, 30]  # the end of each stage
 
 
-def test_a_killed_worker_changes_nothing(cluster, make_config, unbroken):
-    config, killed = make_config("worker-killed"), []
+def train_and_kill(config, marker: Path, monkeypatch):
+    """Train until step 10, kill the last of its workers, let Ray start them again; -> (Result, all their ids)."""
+    workers: list[int] = []
 
     def assassin():
-        wait_for(lambda: has_checkpoint(config) and len(metrics(config)) < 26)
-        killed.extend(train_workers())
-        for pid in killed:
-            kill(pid)
+        wait_for(lambda: is_paused(config, marker))
+        workers.extend(train_workers())
+        kill(workers[-1])
 
+    monkeypatch.setattr(run, "train_loop", paused(marker))
     thread = threading.Thread(target=assassin)
     thread.start()
     result = train(config)
     thread.join()
-    assert len(killed) == 1
-    assert len(resumed_at(config)) == 1, "it must have gone on after the kill"
-    assert resumed_at(config)[0] > 1, "from a checkpoint, not from the beginning"
+    assert resumed_at(config) == [10], "once, from the checkpoint at step 9"
+    return result, workers
+
+
+def test_a_killed_worker_changes_nothing(cluster, make_config, unbroken, tmp_path, monkeypatch):
+    config = make_config("worker-killed")
+    result, workers = train_and_kill(config, tmp_path / "paused", monkeypatch)
+    assert len(workers) == 1
     assert_same(loras(config), loras(unbroken(1)[0]))
     assert result.metrics["skipped"] == 0
 
 
 def test_a_killed_driver_started_again_changes_nothing(cluster, make_config, unbroken, tmp_path):
     config = make_config("driver-killed")
-    first = job(config, tmp_path / "config.yaml", cluster)
-    wait_for(lambda: has_checkpoint(config) and len(metrics(config)) < 26, process=first)
+    marker = tmp_path / "paused"
+    first = driver(config, tmp_path / "config.yaml", marker, cluster)
+    wait_for(lambda: is_paused(config, marker), process=first)
     kill(first.pid)
     first.communicate()
     assert not (folder_of(config) / "lora" / "tscd-k1.safetensors").exists()
     second = job(config, tmp_path / "config.yaml", cluster)
     said, complaints = second.communicate(timeout=550)
     assert second.returncode == 0, complaints
-    assert resumed_at(config)[0] > 1
+    assert resumed_at(config) == [10]
     assert_same(loras(config), loras(unbroken(1)[0]))
     # the last lines: where everything is
     for line in ("LoRA ", "picture ", "config ", "logs ", "Use it:"):
@@ -142,8 +161,6 @@ def test_a_killed_driver_started_again_changes_nothing(cluster, make_config, unb
 
 
 def test_two_workers_stay_equal_and_resume(cluster, make_config, unbroken, monkeypatch, tmp_path):
-    from hypersd_ray.trainer import run
-
     def dumping(arguments):
         """The loop, and each rank's own weights after it."""
         import torch
@@ -167,18 +184,9 @@ def test_two_workers_stay_equal_and_resume(cluster, make_config, unbroken, monke
     assert all(torch.equal(tensor, ranks[1][name]) for name, tensor in ranks[0].items())
     assert [row["step"] for row in metrics(whole)] == list(range(1, 31))
 
-    config, killed = make_config("two-workers-killed", run={"workers": 2}), []
-
-    def assassin():
-        wait_for(lambda: has_checkpoint(config) and len(metrics(config)) < 26)
-        killed.append(train_workers()[-1])
-        kill(killed[0])
-
-    thread = threading.Thread(target=assassin)
-    thread.start()
-    train(config)
-    thread.join()
-    assert resumed_at(config)[0] > 1
+    config = make_config("two-workers-killed", run={"workers": 2})
+    _, workers = train_and_kill(config, tmp_path / "paused", monkeypatch)
+    assert len(workers) == 2
     assert_same(loras(config), loras(whole), tolerance=1e-5)
     # Other shares of the data: these are other weights than one worker's.
     with pytest.raises(AssertionError):
