@@ -173,6 +173,15 @@ def find_pairs(config: TSCDConfig) -> PairSource | None:
     return PairSource(urls, made["seed"])
 
 
+def absolute_paths(config: TSCDConfig) -> TSCDConfig:
+    """`config` with its local folders as they are from here: workers run in other directories."""
+    run = config.run.model_copy(update={"out": storage.out_folder(config.run)})
+    updates: dict[str, Any] = {"run": run, "teacher": storage.absolute(config.teacher)}
+    if isinstance(config, OneStepConfig):
+        updates["init"] = storage.absolute(config.init)
+    return config.model_copy(update=updates)
+
+
 def train(config: TSCDConfig) -> Result:
     """Run `config` from its beginning or from where the run of that name stands.
 
@@ -180,8 +189,7 @@ def train(config: TSCDConfig) -> Result:
         ConfigError, ValueError: something a user can mend, before anything started.
         RunError: the run started and cannot go on.
     """
-    if not storage.is_url(config.teacher):
-        config = config.model_copy(update={"teacher": storage.absolute(config.teacher)})  # workers change directory
+    config = absolute_paths(config)
     check(config)
     connect()
     check_resources(config)
