@@ -189,14 +189,14 @@ class Asked(BaseModel):
         steps, count = self.key.steps, min(self.partial_images, self.key.steps - 1)
         return [round((i + 1) * steps / (count + 1)) for i in range(count)]
 
-    def work(self, request_id: str) -> Work:
+    def work(self) -> Work:
         """What the denoiser gets."""
         show = frozenset(self.show_after())
         shots = tuple(
             Shot(self.prompt, self.seed + i, self.negative_prompt, self.guidance, show, self.control_image, self.control_scale)
             for i in range(self.n)
         )  # fmt: skip
-        return Work(request_id, self.key, shots)
+        return Work(self.key, shots)
 
 
 def parse_body(body: bytes) -> GenerationRequest:

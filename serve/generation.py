@@ -64,20 +64,20 @@ class Generation:
         self.settings, self.catalog, self.calls, self.guard = settings, catalog, calls, guard
         self.links, self.metrics, self._in_flight = links, metrics, 0
 
-    async def answer(self, request: Request, request_id: str) -> Response:
+    async def answer(self, request: Request) -> Response:
         """What the client gets.
 
         Raises:
             ApiError: for everything that is not a success.
         """
-        watch = _Watch(self, request_id)
+        watch = _Watch(self)
         try:
             body = await read_body(request, self.settings.limits.body_bytes)
             asked = watch.asked = fill_in(parse_body(body), self.settings, self.catalog)
             await self.guard.check_prompt(asked.prompt)
             if asked.stream:
-                return await self._stream(asked, watch, request_id)
-            found = await self.calls.pictures(asked.work(request_id))
+                return await self._stream(asked, watch)
+            found = await self.calls.pictures(asked.work())
             await self.guard.check_images([picture.pixels for picture in found], watch)
             response = await self._response(asked, found, request, watch)
         except BaseException as error:
@@ -106,9 +106,9 @@ class Generation:
         )  # fmt: skip
         return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
 
-    async def _stream(self, asked: Asked, watch: _Watch, request_id: str) -> Response:
+    async def _stream(self, asked: Asked, watch: _Watch) -> Response:
         """Server-sent events; what goes wrong before the first one is an answer of its own."""
-        events = self.calls.events(asked.work(request_id))
+        events = self.calls.events(asked.work())
         first = await anext(events)
 
         async def lines() -> AsyncIterator[str]:
@@ -185,8 +185,8 @@ def _sse(event: str, content: dict[str, Any]) -> str:
 class _Watch:
     """Time, metrics and the log line of one request."""
 
-    def __init__(self, generation: Generation, request_id: str):
-        self.generation, self.request_id = generation, request_id
+    def __init__(self, generation: Generation):
+        self.generation = generation
         self.asked: Asked | None = None
         self.seconds: dict[str, float] = {}
         self.images = 0
@@ -232,7 +232,7 @@ class _Watch:
             status, code = 500, "internal"
         metrics.requests.inc(1, {"status": str(status), "code": code})
         timings = self.timings()
-        fields: dict[str, Any] = {"status": status, "code": code, "seconds": timings, "api_request_id": self.request_id}
+        fields: dict[str, Any] = {"status": status, "code": code, "seconds": timings}
         if asked is not None:
             tags = {"lora": asked.key.lora, "steps": str(asked.key.steps)}
             if error is None:
@@ -247,6 +247,7 @@ class _Watch:
                 "stream": asked.stream,
                 "user": user,
             }
+        # Serve adds the request's id (X-Request-ID), the application and the replica
         logger.info("images %s %s", status, code, extra=fields)
 
     def _flight(self, change: int) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,6 @@ POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 """The page asks nobody but this server for anything."""
-_REQUEST_ID = re.compile(r"^[\w.-]{1,128}$")
 EVENT = {
     "type": "object",
     "description": "One server-sent event; `data` is the JSON of OpenAI's event of that name, or of an error.",
@@ -114,9 +111,7 @@ def _add_images(app: FastAPI, generation: Generation, links: Links, guarded: lis
     )
     async def generate(request: Request) -> Response:
         """Draw images of a prompt."""
-        given = request.headers.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.match(given) else uuid.uuid4().hex
-        return await generation.answer(request, request_id)
+        return await generation.answer(request)
 
     @app.get(
         "/images/{name}",

@@ -47,7 +47,6 @@ class Shot:
 class Work:
     """One request: images of one key."""
 
-    request_id: str
     key: BatchKey
     shots: tuple[Shot, ...]
 

@@ -186,6 +186,7 @@ function reset(card) {
   card.querySelector("progress").value = 0;
   card.querySelector(".empty").textContent = "waiting";
   card.querySelector(".times").replaceChildren();
+  card.querySelector(".with").textContent = "";
   card.querySelector(".download").hidden = true;
 }
 
@@ -208,8 +209,8 @@ function done(card, event, asked, roundTrip) {
   const { text = 0, denoise = 0, decode = 0 } = event.timings;
   const strong = document.createElement("b");
   strong.textContent = time(1000 * (text + denoise + decode));
-  card.querySelector(".times").replaceChildren(strong, ` model, ${time(roundTrip)} in all`);
-  if (event.lora.name !== "none") card.querySelector(".times").append(document.createElement("br"), event.lora.name);
+  card.querySelector(".times").replaceChildren(strong, " model", document.createElement("br"), `${time(roundTrip)} in all`);
+  card.querySelector(".with").textContent = event.lora.name === "none" ? "" : event.lora.name;
   const link = card.querySelector(".download");
   link.href = card.querySelector("img").src;
   link.download = `${asked.prompt.toLowerCase().replace(/[^a-z0-9]+/g, "-").slice(0, 40)}-${event.seed}-${event.num_inference_steps}.${event.output_format}`;
@@ -265,7 +266,8 @@ const THEMES = { "": "Colours: auto", light: "Colours: light", dark: "Colours: d
 
 function setTheme(theme) {
   if (theme) document.documentElement.dataset.theme = theme; else delete document.documentElement.dataset.theme;
-  $("theme").textContent = THEMES[theme];
+  $("theme").title = THEMES[theme];
+  $("theme").setAttribute("aria-label", THEMES[theme]);
   stored.set("hypersd.theme", theme);
 }
 

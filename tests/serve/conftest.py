@@ -40,6 +40,7 @@ def end_with(parent):
 threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
 import ray
 ray.init(include_dashboard=False, num_cpus=4, namespace="serve")
+print("metrics", ray.nodes()[0]["NodeManagerAddress"], ray.nodes()[0]["MetricsExportPort"], flush=True)
 from ray.serve.scripts import cli
 cli(["run", sys.argv[1]])
 """
@@ -88,6 +89,7 @@ class Server:
     url: str
     strict: str
     log: Path
+    ray_folder: Path
 
 
 def free_port() -> int:
@@ -134,7 +136,7 @@ def server(lora_folder, tmp_path_factory) -> Iterator[Server]:
         try:
             for health in (f"{url}/health", f"{url}/strict/health"):
                 _wait_for(health, process, log)
-            yield Server(url, f"{url}/strict", log)
+            yield Server(url, f"{url}/strict", log, Path(ray_folder))
         finally:
             process.send_signal(signal.SIGINT)
             try:

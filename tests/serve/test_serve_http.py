@@ -8,6 +8,7 @@ import contextlib
 import http.client
 import io
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import pytest
 from PIL import Image
 
 from serve.pictures import read_parameters
-from tests.serve.conftest import KEY
+from tests.serve.conftest import KEY, ROOT
 
 pytestmark = pytest.mark.cluster
 PROMPT = "a noto penguin on a yellow background"
@@ -266,6 +267,38 @@ def test_health_and_description(server):
     assert {"400", "404", "413", "415", "429", "503", "504"} <= set(
         document["paths"]["/v1/images/generations"]["post"]["responses"]
     )
+
+
+def test_metrics_are_those_of_the_dashboard(server):
+    assert ask(server.url, {"prompt": PROMPT, "n": 2, "lora": "k8"})[0] == 200
+    host, port = re.search(r"metrics (\S+) (\d+)", server.log.read_text()).groups()
+    drawn = set(re.findall(r"ray_hypersd_\w+", (ROOT / "serve/config/grafana.json").read_text()))
+    # a counter is there from its first count on, and these count what has not happened
+    drawn -= {"ray_hypersd_clients_gone_total", "ray_hypersd_images_abandoned_total"}
+    assert len(drawn) > 8
+    end, text = time.monotonic() + 60, ""
+    while time.monotonic() < end:  # Ray exports every few seconds
+        text = ask(f"http://{host}:{port}/metrics")[2].decode()
+        if all(name in text for name in drawn):
+            break
+        time.sleep(1)
+    assert [name for name in drawn if name not in text] == []
+    images = [
+        line for line in text.splitlines() if line.startswith("ray_hypersd_images_total{") and 'lora="k8"' in line
+    ]
+    assert sum(float(line.split()[-1]) for line in images) >= 2
+
+
+def test_log_lines_are_json_with_a_request_id(server):
+    ask(server.url, {"prompt": PROMPT, "user": "secret name"}, **{"X-Request-ID": "find-me"})
+    found = []
+    for path in server.ray_folder.glob("ray/session_2*/logs/serve/replica_images_Ingress*.log"):
+        found += [json.loads(line) for line in path.read_text().splitlines() if "find-me" in line]
+    one = next(line for line in found if line["message"].startswith("images "))
+    assert (one["request_id"], one["status"], one["n"]) == ("find-me", 200, 1)
+    assert one["seconds"]["denoise"] > 0
+    assert "secret name" not in json.dumps(found)
+    assert PROMPT not in json.dumps(found)
 
 
 def test_schemathesis_finds_nothing(server):

@@ -93,7 +93,7 @@ def test_nothing_of_a_request_is_lost():
     work = asked(
         n=3, seed=7, size="128x64", num_inference_steps=2, eta=0.5, lora={"name": "free", "scale": 0.5},
         negative_prompt="dog", guidance_scale=3.0, control_image=f"data:image/png;base64,{PNG}", control="edges", control_scale=0.7,
-    ).work("id")  # fmt: skip
+    ).work()  # fmt: skip
     key = work.key
     assert (key.width, key.height, key.steps, key.eta) == (128, 64, 2, 0.5)
     assert (key.lora, key.lora_scale, key.guided, key.control) == ("free", 0.5, True, "edges")
