@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -30,7 +31,7 @@ Model = Literal["embedded", "wide"]
 
 @dataclass(frozen=True)
 class Server:
-    """A running application; `session` is the number of its process group's session, which its replicas share."""
+    """A running application."""
 
     url: str
     process: subprocess.Popen
@@ -120,8 +121,9 @@ def running(args: dict[str, Any], folder: Path, seconds: float = 600) -> Iterato
         command = [str(Path(sys.executable).parent / "serve"), "run", str(path)]
         with log.open("w") as out:
             process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True
-            )
+                command, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )  # fmt: skip
         try:
             url = f"http://127.0.0.1:{port}"
             _wait(url, process, log, seconds)
@@ -132,6 +134,12 @@ def running(args: dict[str, Any], folder: Path, seconds: float = 600) -> Iterato
                 process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def _end_with_parent() -> None:
+    """In the child: SIGINT when this process is killed, so that no cluster stays behind. Linux only."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGINT)  # PR_SET_PDEATHSIG
 
 
 def _wait(url: str, process: subprocess.Popen, log: Path, seconds: float) -> None:
