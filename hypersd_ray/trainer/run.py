@@ -69,7 +69,12 @@ def connect() -> None:
         bool(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", ""))
         and "working_dir" in os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"]
     )
-    ray.init(logging_level="WARNING", runtime_env=None if inherited else {"working_dir": str(ROOT)})
+    # What the workers print stays in Ray's logs here too, among it Ray's own tracebacks of what the run survives.
+    ray.init(
+        logging_level="ERROR",
+        log_to_driver=os.environ.get("RAY_LOG_TO_DRIVER") == "1",
+        runtime_env=None if inherited else {"working_dir": str(ROOT)},
+    )
 
 
 def check(config: TSCDConfig) -> None:
