@@ -27,7 +27,7 @@ def read_catalog(settings: ModelSettings) -> Catalog:
     try:
         info = read_base(folder)
     except ValueError as error:
-        raise ConfigError(f"model.base={settings.base}: {error}") from None
+        raise ConfigError(f"model.base={settings.base}: {str(error).replace('--teacher', 'it')}") from None
     loras = tuple(_lora(path, settings, info.family) for path in _lora_files(settings.loras))
     names = [lora.name for lora in loras]
     for name in names:
