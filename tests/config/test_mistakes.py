@@ -96,17 +96,21 @@ def test_help_is_no_mistake(capsys):
 
 @pytest.mark.parametrize(
     ("raised", "code"),
-    [(ConfigError("a\nb"), 2), (ValueError("a b"), 2), (RunError("a b"), 1), (None, 0)],
+    [(ConfigError("a\nb"), 2), (ValueError("a b"), 2), (RunError("a b"), 1)],
 )
 def test_exit_codes(raised, code, capsys):
     def main():
-        if raised is not None:
-            raise raised
+        raise raised
 
     with pytest.raises(SystemExit) as stopped:
         run_job(main)
-    assert (stopped.value.code or 0) == code
-    assert capsys.readouterr().err == ("error: a b\n" if raised else "")
+    assert stopped.value.code == code
+    assert capsys.readouterr().err == "error: a b\n"
+
+
+def test_a_job_that_ends_well_says_nothing(capsys):
+    run_job(lambda: None)
+    assert capsys.readouterr().err == ""
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import ray
 import torch
 from diffusers import UNet2DConditionModel
 
@@ -32,16 +31,14 @@ METADATA = LoRAMetadata(
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a teacher and a LoRA, and a small Ray."""
+def place(cluster, tmp_path_factory):
+    """A folder with a teacher and a LoRA, beside a running Ray."""
     folder = tmp_path_factory.mktemp("onestep")
     build_pipeline("sd", folder / "teacher", micro=True)
     adapters = Adapters(micro_unet(), 4, 4.0)
     adapters.add("student", trainable=False)
     save_diffusers_lora(randomize(adapters, "student", size=0.02), folder / "lora.safetensors", METADATA)
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield folder
-    ray.shutdown()
+    return folder
 
 
 @pytest.fixture(scope="module")
