@@ -12,13 +12,16 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
+from hypersd_ray.config.feedback import FeedbackConfig
 from hypersd_ray.config.onestep import OneStepConfig
 from hypersd_ray.config.tscd import TSCDConfig
+from hypersd_ray.models.checkpoint import load_unet, read_base
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import load_encoders
-from hypersd_ray.models.export import read_lora
-from hypersd_ray.models.roles import STUDENT
-from hypersd_ray.trainer.kinds import KINDS, build_roles, initial_lora, kind_of
+from hypersd_ray.models.export import merge_lora, read_lora
+from hypersd_ray.models.roles import STUDENT, TEACHER, Plain
+from hypersd_ray.trainer.kinds import onestep, tscd
+from hypersd_ray.trainer.kinds.tscd import build_roles
 from hypersd_ray.trainer.loop import square_time_ids
 from hypersd_ray.training import samples
 
@@ -44,14 +47,36 @@ def sample_rows(
         for n in TEACHER_STEPS
     }
     if lora is not None:
-        samplings = sorted(KINDS[kind_of(config)].samplings(config))
+        samplings = sorted((onestep if isinstance(config, OneStepConfig) else tscd).samplings(config))
         rows |= {
             f"student {n}": samples.student_samples(roles, STUDENT, x_T, cond, n, times=times) for n, times in samplings
         }
     if isinstance(config, OneStepConfig) and not config.full_unet:
-        roles.load(STUDENT, initial_lora(config))
+        roles.load(STUDENT, onestep.initial_lora(config))
         rows |= {f"before {n}": samples.student_samples(roles, STUDENT, x_T, cond, n) for n in (1, 2)}
     return {name: encoders.decode(latents).cpu() for name, latents in rows.items()}
+
+
+@torch.no_grad()
+def feedback_rows(
+    config: FeedbackConfig, loras: dict[str, Path], prompts: Sequence[str], steps: Sequence[int], device: str = "cpu"
+) -> dict[str, torch.Tensor]:
+    """Pictures uint8 (B, 3, H, W) of several LoRAs from the same noise, by row name ("before 1", "after 1", ...)."""
+    info, encoders = read_base(config.teacher), load_encoders(config.teacher, device=device)
+    embeds = encoders.encode_prompts(list(prompts))
+    ids = square_time_ids(config, len(prompts), device) if encoders.is_sdxl else None
+    cond, rows = Conditioning(embeds.prompt_embeds, embeds.pooled, ids), {}
+    for name, path in loras.items():
+        unet = load_unet(info, torch.float32, device)
+        tensors, metadata = read_lora(path)
+        rank = next(t.shape[0] for n, t in tensors.items() if n.endswith("lora_A.weight"))
+        merge_lora(unet, tensors, metadata.alpha if metadata else float(rank))
+        roles = Plain(unet, info.schedule, info.parameterization)
+        shape = (unet.config.in_channels, *[unet.config.sample_size] * 2)
+        x_T = samples.start_noise(config.run.seed, prompts, shape).to(device)
+        for n in steps:
+            rows[f"{name} {n}"] = encoders.decode(samples.student_samples(roles, TEACHER, x_T, cond, n)).cpu()
+    return {name: rows[name] for name in sorted(rows, key=lambda name: int(name.split()[-1]))}
 
 
 def draw_grid(rows: dict[str, torch.Tensor], prompts: Sequence[str], path: Path, title: str) -> None:

@@ -33,7 +33,7 @@ def draw(config: OneStepConfig, folder: str) -> list[str]:
     """Loss curves, and of a LoRA a sample grid, written into the run's folder; returns what to print."""
     from evaluation.pictures import draw_curves, draw_grid, sample_rows
     from hypersd_ray.trainer import storage
-    from hypersd_ray.trainer.kinds import onestep_name
+    from hypersd_ray.trainer.kinds.onestep import onestep_name
 
     prompts, made_pictures = config.run.prompts, ["curves.png"]
     with tempfile.TemporaryDirectory() as temporary:
@@ -60,7 +60,7 @@ def report(config: OneStepConfig, result, pictures: list[str]) -> None:
     """The last lines of the job."""
     from hypersd_ray.models.cards import unet_usage
     from hypersd_ray.models.export import usage
-    from hypersd_ray.trainer.kinds import onestep_card, onestep_metadata, onestep_name
+    from hypersd_ray.trainer.kinds.onestep import onestep_card, onestep_metadata, onestep_name
 
     lora, unet = (
         f"{result.folder}/{part}"

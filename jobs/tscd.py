@@ -73,7 +73,7 @@ def report(config: TSCDConfig, result, pictures: list[str]) -> None:
     print(f"logs     tensorboard --logdir {result.folder}/tensorboard")
     if not config.full_unet:
         from hypersd_ray.models.export import usage
-        from hypersd_ray.trainer.kinds import lora_metadata
+        from hypersd_ray.trainer.kinds.tscd import lora_metadata
 
         path = f"{result.folder}/lora/tscd-k{k}.safetensors"
         print("\nUse it:\n" + usage(path, lora_metadata(config, k), base=config.teacher))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -147,6 +149,30 @@ class FeedbackConfig(Strict):
     def stages(self) -> int:
         """One."""
         return 1
+
+    @property
+    def stage_steps(self) -> tuple[int, ...]:
+        """All in one stage."""
+        return (self.steps,)
+
+    @property
+    def stage_k(self) -> tuple[int | None, ...]:
+        """No segments."""
+        return (None,)
+
+    def located(self, locate: Callable[[str], str]) -> Self:
+        """The same with `locate` applied to each path that workers or actors read."""
+
+        def moved(model: Any, *fields: str) -> Any:
+            values = {name: getattr(model, name) for name in fields}
+            return model.model_copy(update={name: locate(value) for name, value in values.items() if value})
+
+        structure = moved(self.structure, "annotations")
+        updates = {
+            "rewards": tuple(moved(r, "checkpoint", "tower", "tokenizer") for r in self.rewards),
+            "structure": structure.model_copy(update={"model": moved(structure.model, "checkpoint")}),
+        }
+        return moved(self, "teacher", "tscd").model_copy(update=updates)
 
     @model_validator(mode="after")
     def _fits(self) -> FeedbackConfig:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -91,6 +92,10 @@ class OneStepConfig(TSCDConfig):
     def consistency_rows(self, rows: int) -> int:
         """How many of a micro-batch's rows go on with consistency; at least one on each side where both are asked for."""
         return min(max(1, round(self.share * rows)), rows - 1) if self.share > 0 else 0
+
+    def located(self, locate: Callable[[str], str]) -> Self:
+        """The same with `locate` applied to each path that workers read."""
+        return super().located(locate).model_copy(update={"init": locate(self.init)})
 
     @model_validator(mode="after")
     def _one_stage(self) -> OneStepConfig:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -226,3 +227,17 @@ class TSCDConfig(Strict):
     def stages(self) -> int:
         """How many."""
         return len(self.distill.k_list)
+
+    @property
+    def stage_steps(self) -> tuple[int, ...]:
+        """Optimiser steps of each stage."""
+        return self.distill.steps_list
+
+    @property
+    def stage_k(self) -> tuple[int | None, ...]:
+        """Segments of each stage."""
+        return self.distill.k_list
+
+    def located(self, locate: Callable[[str], str]) -> Self:
+        """The same with `locate` applied to each path that workers read."""
+        return self.model_copy(update={"teacher": locate(self.teacher)})

@@ -99,10 +99,13 @@ def load_encoders(
         ).to(device)
         for i in two
     ]
-    autoencoder = None
-    if vae:
-        autoencoder = load_component(AutoencoderKL, info.path / "vae", torch_dtype=torch.float32).to(device)
+    autoencoder = load_vae(info.path, device) if vae else None
     return Encoders(tokenizers, text_encoders, autoencoder, info.zero_null_prompt, device)
+
+
+def load_vae(model_path: str | Path, device: str = "cpu") -> AutoencoderKL:
+    """The autoencoder of a pipeline folder, float32. Raises ValueError: weights are missing."""
+    return load_component(AutoencoderKL, Path(model_path) / "vae", torch_dtype=torch.float32).to(device)
 
 
 def _load_tokenizer(folder: Path) -> CLIPTokenizer:

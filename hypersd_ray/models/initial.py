@@ -13,10 +13,13 @@ from hypersd_ray.models.export import read_lora
 from hypersd_ray.models.lora import Adapters
 
 
-def fitting_lora(path: Path, info: BaseInfo, rank: int | None = None, alpha: float | None = None) -> dict[str, Tensor]:
+def fitting_lora(
+    path: Path, info: BaseInfo, rank: int | None = None, alpha: float | None = None, name: str = "init"
+) -> dict[str, Tensor]:
     """The tensors of the LoRA at `path`, scaled so that they are right at `alpha` (None: alpha = rank).
 
-    `rank` is the run's; None accepts any (a LoRA that is merged into a full UNet). No weight of the base is loaded.
+    `rank` is the run's; None accepts any (a LoRA that is merged into a UNet). `name` is the setting that names the file.
+    No weight of the base is loaded.
 
     Raises:
         ValueError: of another family, another rank or another base; one line that names the file and the setting.
@@ -24,12 +27,12 @@ def fitting_lora(path: Path, info: BaseInfo, rank: int | None = None, alpha: flo
     tensors, metadata = read_lora(path)
     if metadata is not None and metadata.family != info.family:
         raise ValueError(
-            f"init={path} is a LoRA for {metadata.family} ({metadata.base_model}), teacher={info.path} is {info.family}: "
+            f"{name}={path} is a LoRA for {metadata.family} ({metadata.base_model}), teacher={info.path} is {info.family}: "
             "give a LoRA that was distilled from this teacher"
         )
-    found = next(t.shape[0] for name, t in tensors.items() if name.endswith("lora_A.weight"))
+    found = next(t.shape[0] for n, t in tensors.items() if n.endswith("lora_A.weight"))
     if rank is not None and found != rank:
-        raise ValueError(f"init={path} has rank {found}, lora.rank is {rank}: set lora.rank to {found}")
+        raise ValueError(f"{name}={path} has rank {found}, lora.rank is {rank}: set lora.rank to {found}")
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(info.unet_config)
     adapters = Adapters(unet, found, found)
@@ -37,6 +40,6 @@ def fitting_lora(path: Path, info: BaseInfo, rank: int | None = None, alpha: flo
     try:
         adapters.load("init", tensors)  # onto the meta device: names and shapes are held together, nothing is copied
     except ValueError as error:
-        raise ValueError(f"init={path}: {error}") from None
+        raise ValueError(f"{name}={path}: {error}") from None
     scale = (found if metadata is None else metadata.alpha) / (found if alpha is None else alpha)
     return {n: t * scale if scale != 1 and n.endswith("lora_B.weight") else t for n, t in tensors.items()}

@@ -13,8 +13,8 @@ import numpy as np
 from ray.util.metrics import Gauge
 from torch import Tensor
 
-from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.trainer import storage
+from hypersd_ray.trainer.kinds import AnyConfig
 
 
 class Logger(Protocol):
@@ -87,7 +87,7 @@ class TensorBoard:
 class WeightsAndBiases:
     """A wandb run of the same name, resumed when the run is."""
 
-    def __init__(self, config: TSCDConfig):
+    def __init__(self, config: AnyConfig):
         import wandb
 
         self.wandb = wandb
@@ -109,7 +109,7 @@ class WeightsAndBiases:
 class MLflow:
     """An MLflow run of the same name; the tracking server comes from MLFLOW_TRACKING_URI."""
 
-    def __init__(self, config: TSCDConfig):
+    def __init__(self, config: AnyConfig):
         import mlflow
 
         self.mlflow = mlflow
@@ -159,7 +159,7 @@ class Prometheus:
 class Loggers:
     """All destinations of a run as one."""
 
-    def __init__(self, config: TSCDConfig, step: int = 0):
+    def __init__(self, config: AnyConfig, step: int = 0):
         """`step` steps are done already, in an earlier process."""
         folder = storage.run_folder(config.run)
         makers: dict[str, Any] = {

@@ -15,23 +15,24 @@ from typing import Any
 import ray.train
 import torch
 
+from hypersd_ray.actors.placement import Handles
 from hypersd_ray.config.base import CombinationError, RunError
 from hypersd_ray.config.onestep import OneStepConfig
-from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.data.plan import StreamPosition
 from hypersd_ray.data.stream import LatentStream
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import load_encoders
-from hypersd_ray.models.roles import STUDENT
 from hypersd_ray.trainer import storage
-from hypersd_ray.trainer.kinds import KINDS
+from hypersd_ray.trainer.kinds import KINDS, AnyConfig
+from hypersd_ray.trainer.kinds.base import Place, Training, distillation_batch
 from hypersd_ray.trainer.logs import Loggers
 from hypersd_ray.trainer.progress import Snapshot
 from hypersd_ray.training import samples
 from hypersd_ray.training.checkpoint import load_checkpoint, load_position, save_checkpoint, save_position
-from hypersd_ray.training.distiller import Distiller
 from hypersd_ray.training.onestep import Pairs
-from hypersd_ray.training.tscd import Batch
+
+QUIET = {"grad_norm", "dropped", "watch", "hacking", "saturation", "diversity"}
+"""What is logged and is not in the progress line."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class LoopArguments:
     board: ray.actor.ActorHandle
     reject_log: ray.actor.ActorHandle | None = None
     pairs: PairSource | None = None
+    evaluators: Handles | None = None
 
 
 def train_loop(arguments: dict[str, Any]) -> None:
@@ -83,13 +85,14 @@ def _train(given: LoopArguments) -> None:
     if device.type == "cpu":
         # Ray gives a worker one OpenMP thread per reserved CPU; nobody else computes while it steps.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
-    Worker(config, given, kind.build(config, device, context.get_world_rank()), device).run()
+    place = Place(device, context.get_world_rank(), given.evaluators)
+    Worker(config, given, kind.build(config, place), device).run()
 
 
 class Worker:
     """One worker's share of a run."""
 
-    def __init__(self, config: TSCDConfig, given: LoopArguments, distiller: Distiller, device: torch.device):
+    def __init__(self, config: AnyConfig, given: LoopArguments, distiller: Training, device: torch.device):
         context = ray.train.get_context()
         self.config, self.board, self.distiller, self.device = config, given.board, distiller, device
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
@@ -153,21 +156,14 @@ class Worker:
         while True:
             self.clock.wait_begins()
             rows, self.position = next(self.stream)
-            batches: tuple = (Batch(*self._on_device(rows)),)
+            batches: tuple = (self.kind.batch(rows, self.device),)
             if self.pairs is not None:
                 rows, self.pairs_position = next(self.pairs)
-                x0, cond = self._on_device(rows)
-                noise = samples.start_noise(self.pair_seed, rows["key"], tuple(x0.shape[1:]))
-                batches += (Pairs(noise.to(self.device), x0, cond),)
+                ends = distillation_batch(rows, self.device)
+                noise = samples.start_noise(self.pair_seed, rows["key"], tuple(ends.x0.shape[1:]))
+                batches += (Pairs(noise.to(self.device), ends.x0, ends.cond),)
             self.clock.wait_ends()
             yield batches
-
-    def _on_device(self, rows: dict[str, Any]) -> tuple[torch.Tensor, Conditioning]:
-        parts = [
-            rows[name].to(self.device, torch.float32) if name in rows else None
-            for name in ("prompt_embeds", "pooled", "time_ids")
-        ]
-        return rows["latents"].to(self.device, torch.float32), Conditioning(*parts)
 
     def _check(self, metrics: dict[str, torch.Tensor]) -> None:
         limit, progress = self.config.run.max_bad_steps, self.distiller.progress
@@ -195,12 +191,12 @@ class Worker:
         progress, c = self.distiller.progress, self.config
         values = {name: float(value) for name, value in metrics.items()}
         rates = self.clock.rates(progress.stage, progress.step)
-        k = c.distill.k_list[progress.stage]
+        k = c.stage_k[progress.stage]
         self.loggers.scalars(
             self.clock.global_step(progress.stage, progress.step),
-            values | rates | {"skipped": progress.skipped, "k": k},
+            values | rates | {"skipped": progress.skipped} | ({} if k is None else {"k": k}),
         )
-        losses = {name: value for name, value in values.items() if name != "grad_norm"}
+        losses = {name: value for name, value in values.items() if name.split("/")[0] not in QUIET}
         snapshot = Snapshot(
             progress.stage, c.stages, k, progress.step, self.distiller.steps, losses,
             rates["images_per_s"], rates["data_wait"], rates["seconds_left"],
@@ -208,7 +204,7 @@ class Worker:
         self.board.post.remote(snapshot)
 
     def _grid(self) -> None:
-        """Teacher at 25 steps over the student at its own numbers of steps, in the logs."""
+        """Samples of the run's prompts, in the logs."""
         if self.rank != 0:
             return
         self.clock.pause()
@@ -222,27 +218,20 @@ class Worker:
             embeds.pooled,
             square_time_ids(self.config, len(prompts), self.device) if encoders.is_sdxl else None,
         )
-        omega = (self.config.distill.omega_min + self.config.distill.omega_max) / 2
-        rows = [samples.teacher_samples(roles, x_T, cond, self.distiller.null, 25, omega)]
-        samplings = self.kind.samplings(self.config)
-        rows += [samples.student_samples(roles, STUDENT, x_T, cond, steps, times=times) for steps, times in samplings]
+        name, rows = self.kind.grid(self.config, self.distiller, x_T, cond)
         picture = samples.tile([encoders.decode(row).cpu() for row in rows])
         progress = self.distiller.progress
-        self.loggers.picture(
-            self.clock.global_step(progress.stage, progress.step),
-            f"samples/teacher25_student{''.join(str(steps) for steps, _ in samplings)}",
-            picture,
-        )
+        self.loggers.picture(self.clock.global_step(progress.stage, progress.step), f"samples/{name}", picture)
         self.clock.go_on()
 
     def _export(self) -> None:
-        """The stage's LoRA (or UNet) is a product: usable as it is."""
+        """What a stage leaves is a product: usable as it is."""
         if self.rank != 0:
             return
         self.clock.pause()
         with tempfile.TemporaryDirectory() as temporary:
             made = Path(temporary)
-            self.kind.export(self.config, self.distiller.roles, self.distiller.progress.stage, made)
+            self.kind.export(self.config, self.distiller, self.distiller.progress.stage, made)
             for path in sorted(p for p in made.rglob("*") if p.is_file()):
                 storage.put(path, f"{self.folder}/{path.relative_to(made).as_posix()}")
         self.clock.go_on()
@@ -270,7 +259,7 @@ class Worker:
         self.clock.go_on()
 
 
-def square_time_ids(config: TSCDConfig, batch: int, device: torch.device | str) -> torch.Tensor:
+def square_time_ids(config: AnyConfig, batch: int, device: torch.device | str) -> torch.Tensor:
     """SDXL's size conditioning of an uncropped square picture at the run's resolution, (B, 6)."""
     side = float(config.data.resolution)
     return torch.tensor([[side, side, 0, 0, side, side]], device=device).repeat(batch, 1)
@@ -285,7 +274,7 @@ class Stopwatch:
 
     WARMUP = 5
 
-    def __init__(self, config: TSCDConfig):
+    def __init__(self, config: AnyConfig):
         self.config, self.steps_done, self.waited, self.total = config, 0, 0.0, 0.0
         self.recent: deque[tuple[float, float]] = deque(maxlen=50)
         self.wait = 0.0
@@ -318,12 +307,12 @@ class Stopwatch:
 
     def global_step(self, stage: int, step: int) -> int:
         """Steps since the run's beginning, over all stages."""
-        return sum(self.config.distill.steps_list[:stage]) + step
+        return sum(self.config.stage_steps[:stage]) + step
 
     def rates(self, stage: int, step: int) -> dict[str, float]:
         """images_per_s, data_wait (share) and seconds_left."""
         seconds = sum(s for s, _ in self.recent) / len(self.recent) if self.recent else 0.0
-        left = sum(self.config.distill.steps_list) - self.global_step(stage, step)
+        left = sum(self.config.stage_steps) - self.global_step(stage, step)
         wait = sum(w for _, w in self.recent)
         return {
             "images_per_s": self.config.optim.batch / seconds if seconds else 0.0,

@@ -19,7 +19,7 @@ class Snapshot:
 
     stage: int
     stages: int
-    k: int
+    k: int | None
     step: int
     steps: int
     losses: dict[str, float]
@@ -31,8 +31,9 @@ class Snapshot:
     def text(self) -> str:
         """For a log line."""
         losses = " ".join(f"{name} {value:.4f}" for name, value in self.losses.items())
+        stage = "" if self.k is None else f"stage {self.stage + 1}/{self.stages} k={self.k} "
         return (
-            f"stage {self.stage + 1}/{self.stages} k={self.k} step {self.step}/{self.steps}  {losses}  "
+            f"{stage}step {self.step}/{self.steps}  {losses}  "
             f"{self.images_per_s:.0f} images/s  data wait {self.data_wait:.1%}  {clock(self.seconds_left)} left"
         )
 

@@ -7,6 +7,8 @@ import importlib.util
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,26 +20,22 @@ import yaml
 from ray.train import CheckpointConfig, FailureConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
+from hypersd_ray.actors.placement import Handles, start_evaluators, stop_evaluators
 from hypersd_ray.config.base import CombinationError, ConfigError, RunError
+from hypersd_ray.config.feedback import FeedbackConfig
 from hypersd_ray.config.onestep import OneStepConfig
-from hypersd_ray.config.tscd import RunConfig, TSCDConfig
+from hypersd_ray.config.tscd import RunConfig
 from hypersd_ray.data.precompute import resolve, validate
 from hypersd_ray.data.rejects import start_reject_log
 from hypersd_ray.data.sources import find_shards
 from hypersd_ray.models.checkpoint import read_base
 from hypersd_ray.trainer import storage
-from hypersd_ray.trainer.kinds import KINDS, kind_of
+from hypersd_ray.trainer.kinds import KINDS, AnyConfig, kind_of
 from hypersd_ray.trainer.loop import LoopArguments, PairSource, train_loop
 from hypersd_ray.trainer.pairs import pair_folder
 from hypersd_ray.trainer.progress import watching
 
 ROOT = Path(__file__).parents[2]
-SAME_RUN = (
-    "teacher", "full_unet", "lora", "distill", "adversarial", "run.seed",
-    "data.shards", "data.resolution", "data.shards_per_window", "data.shuffle_rows",
-)  # fmt: skip
-"""Fields that a resumed run must share with the run it resumes: without them its weights, its randomness or its place
-in the data mean something else."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ def connect() -> None:
     )
 
 
-def check(config: TSCDConfig) -> None:
+def check(config: AnyConfig) -> None:
     """All that can be known to be wrong before a cluster starts.
 
     Raises:
@@ -102,7 +100,7 @@ def check(config: TSCDConfig) -> None:
         resolve(config.data, config.teacher, folder)  # makes nothing here, so it needs no Ray
 
 
-def check_same_run(config: TSCDConfig, folder: str) -> None:
+def check_same_run(config: AnyConfig, folder: str) -> None:
     """A run that goes on must be the one that is in its folder.
 
     Raises:
@@ -114,7 +112,7 @@ def check_same_run(config: TSCDConfig, folder: str) -> None:
     kind = KINDS[kind_of(config)]
     try:
         values = yaml.safe_load(storage.read_text(path))
-        there = {name: values[name] for name in ("teacher", "init") if name in values}
+        there = {name: values[name] for name in ("teacher", "init", "tscd") if name in values}
         moved = {name: getattr(config, name) for name in there if hasattr(config, name)}  # to another place, say
         saved = kind.config.model_validate(values | moved)
     except pydantic.ValidationError:
@@ -122,7 +120,7 @@ def check_same_run(config: TSCDConfig, folder: str) -> None:
     except (ValueError, KeyError, TypeError, CombinationError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path} cannot be read ({reason:.160}): set run.name to start another run") from None
-    for field in (*SAME_RUN, *kind.same_run):
+    for field in kind.same_run:
         ours, theirs = (functools.reduce(getattr, field.split("."), one) for one in (config, saved))
         theirs = there.get(field, theirs)
         if _in_checkout(ours) != _in_checkout(theirs):
@@ -147,7 +145,7 @@ def _difference(ours: Any, theirs: Any) -> str:
     return f"it is {ours!s:.120}, there {theirs!s:.120}"
 
 
-def check_resources(config: TSCDConfig) -> None:
+def check_resources(config: AnyConfig) -> None:
     """The workers must fit on the cluster, or on what its autoscaler may add.
 
     Raises:
@@ -166,7 +164,7 @@ def check_resources(config: TSCDConfig) -> None:
             )
 
 
-def find_pairs(config: TSCDConfig) -> PairSource | None:
+def find_pairs(config: AnyConfig) -> PairSource | None:
     """What a one-step run regresses on; None when it does not.
 
     Raises:
@@ -178,16 +176,32 @@ def find_pairs(config: TSCDConfig) -> PairSource | None:
     return PairSource(urls, made["seed"])
 
 
-def absolute_paths(config: TSCDConfig) -> TSCDConfig:
+def absolute_paths(config: AnyConfig) -> AnyConfig:
     """`config` with its local folders as they are from here: workers run in other directories."""
     run = config.run.model_copy(update={"out": storage.out_folder(config.run)})
-    updates: dict[str, Any] = {"run": run, "teacher": storage.absolute(config.teacher)}
-    if isinstance(config, OneStepConfig):
-        updates["init"] = storage.absolute(config.init)
-    return config.model_copy(update=updates)
+    return config.located(storage.absolute).model_copy(update={"run": run})
 
 
-def train(config: TSCDConfig) -> Result:
+@contextmanager
+def shared_models(config: AnyConfig) -> Iterator[Handles | None]:
+    """The actors of the run's reward and perception models for as long as the block lasts; None where it has none.
+
+    Raises:
+        ConfigError, ValueError: one cannot be placed or loaded; one line.
+    """
+    models = KINDS[kind_of(config)].models(config)
+    if not models:
+        yield None
+        return
+    assert isinstance(config, FeedbackConfig)
+    handles = start_evaluators(models, config.placement, config.run.name)
+    try:
+        yield handles
+    finally:
+        stop_evaluators(handles)
+
+
+def train(config: AnyConfig) -> Result:
     """Run `config` from its beginning or from where the run of that name stands.
 
     Raises:
@@ -204,10 +218,10 @@ def train(config: TSCDConfig) -> Result:
     data = config.data.model_copy(update={"format": sources.format})
     pairs = find_pairs(config)
     reject_log = None if sources.format == "latents" else start_reject_log(data, f"{folder}/rejects.jsonl")
-    with watching() as board:
+    with shared_models(config) as evaluators, watching() as board:
         arguments = LoopArguments(
             kind_of(config), config.model_copy(update={"data": data}).model_dump(), tuple(sources.urls), board,
-            reject_log, pairs,
+            reject_log, pairs, evaluators,
         )  # fmt: skip
         try:
             result = _trainer(config.run, arguments).fit()

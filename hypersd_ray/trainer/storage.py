@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
@@ -63,3 +66,21 @@ def get(path: str, local: Path) -> None:
     """Copy a file to a local place."""
     fs, plain = fsspec.core.url_to_fs(path)
     fs.get(plain, str(local))
+
+
+@contextmanager
+def local_copy(path: str, field: str) -> Iterator[Path]:
+    """A file where it is, or a copy of it for as long as the block lasts where it is at a URL.
+
+    Raises:
+        ValueError: it is not there; `field` is the setting that names it.
+    """
+    if not exists(path):
+        raise ValueError(f"{field}={path} does not exist: name the LoRA that jobs/tscd.py made")
+    if not is_url(path):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        local = Path(temporary) / path.rsplit("/", 1)[-1]
+        get(path, local)
+        yield local

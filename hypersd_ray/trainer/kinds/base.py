@@ -1,0 +1,102 @@
+"""What differs between the kinds of training that run in the same loop: configuration, state, and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypersd_ray.config.feedback import FeedbackConfig
+from hypersd_ray.config.rewards import PerceptionConfig, RewardConfig
+from hypersd_ray.config.tscd import TSCDConfig
+from hypersd_ray.models.conditioning import Conditioning
+from hypersd_ray.models.export import LoRAMetadata, save_diffusers_lora, save_kohya_lora
+from hypersd_ray.models.roles import STUDENT, Roles
+from hypersd_ray.training import samples
+from hypersd_ray.training.distiller import Distiller
+from hypersd_ray.training.feedback import Feedback, FeedbackBatch
+from hypersd_ray.training.tscd import Batch
+
+AnyConfig = TSCDConfig | FeedbackConfig
+"""A run's configuration."""
+Training = Distiller | Feedback
+"""A worker's state: `step`, `next_stage`, `progress`, `tensors`, `load`."""
+Sampling = tuple[int, Sequence[int] | None]
+"""Steps, and the times they run at where these are not the training edges."""
+
+COMMON_SAME_RUN = (
+    "teacher", "lora", "run.seed", "data.shards", "data.resolution", "data.shards_per_window", "data.shuffle_rows",
+)  # fmt: skip
+"""Fields that a resumed run must share with the run it resumes: without them its weights, its randomness or its place
+in the data mean something else."""
+DISTILL_SAME_RUN = (*COMMON_SAME_RUN, "full_unet", "distill", "adversarial")
+"""Those of a distillation."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker stands: its device, its rank, and the shared models' actors where the run has some."""
+
+    device: torch.device
+    rank: int
+    evaluators: Any = None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of training.
+
+    Attributes:
+        config: its configuration's class.
+        same_run: fields that a resumed run must share with the run it resumes.
+        check: finds out before anything starts what cannot work; raises ValueError or ConfigError.
+        build: (config, Place) -> the training state of one worker.
+        batch: (rows of a stream, device) -> what `step` takes first.
+        export: (config, state, stage, folder) writes the products of a stage into an empty folder.
+        grid: (config, state, x_T, cond) -> name and rows of latents of a sample grid.
+        models: config -> the models that shared actors hold for all workers.
+    """
+
+    config: type[AnyConfig]
+    same_run: tuple[str, ...]
+    check: Callable[[Any], Any]
+    build: Callable[[Any, Place], Any]
+    batch: Callable[[dict[str, Any], torch.device], Any]
+    export: Callable[[Any, Any, int, Path], None]
+    grid: Callable[[Any, Any, Tensor, Conditioning], tuple[str, list[Tensor]]]
+    models: Callable[[Any], Sequence[RewardConfig | PerceptionConfig]] = lambda config: ()
+
+
+def distillation_batch(rows: dict[str, Any], device: torch.device) -> Batch:
+    """Latents and their conditioning."""
+    made = FeedbackBatch.from_rows(rows, device)
+    return Batch(made.x0, made.cond)
+
+
+def distillation_grid(samplings: Callable[[Any], Sequence[Sampling]]) -> Callable:
+    """Teacher at 25 steps over the student at its own numbers of steps."""
+
+    def grid(config: TSCDConfig, state: Distiller, x_T: Tensor, cond: Conditioning) -> tuple[str, list[Tensor]]:
+        omega = (config.distill.omega_min + config.distill.omega_max) / 2
+        chosen = samplings(config)
+        rows = [samples.teacher_samples(state.roles, x_T, cond, state.null, 25, omega)]
+        rows += [samples.student_samples(state.roles, STUDENT, x_T, cond, n, times=times) for n, times in chosen]
+        return f"teacher25_student{''.join(str(n) for n, _ in chosen)}", rows
+
+    return grid
+
+
+def save_loras(tensors: dict[str, Tensor], folder: Path, name: str, metadata: LoRAMetadata) -> None:
+    """`folder`/lora/`name`.safetensors in diffusers' layout, and in Kohya's beside it."""
+    tensors = {name: p.detach().cpu() for name, p in tensors.items()}
+    for layout, save in (("", save_diffusers_lora), ("-kohya", save_kohya_lora)):
+        save(tensors, folder / "lora" / f"{name}{layout}.safetensors", metadata)
+
+
+def student_tensors(roles: Roles) -> dict[str, Tensor]:
+    """The student's LoRA."""
+    return dict(roles.named_tensors(STUDENT))

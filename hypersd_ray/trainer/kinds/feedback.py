@@ -1,0 +1,130 @@
+"""Feedback learning as a kind of run: a feedback LoRA, and its merge with the TSCD LoRA it was trained above."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from hypersd_ray.actors.client import RemoteBackend
+from hypersd_ray.config.base import ConfigError
+from hypersd_ray.config.feedback import FeedbackConfig
+from hypersd_ray.models.checkpoint import read_base
+from hypersd_ray.models.conditioning import Conditioning
+from hypersd_ray.models.encoders import load_vae
+from hypersd_ray.models.export import LoRAMetadata, read_lora
+from hypersd_ray.models.initial import fitting_lora
+from hypersd_ray.models.merge import Part, concatenate_loras
+from hypersd_ray.models.perception.coco import CocoAnnotations, crop_square
+from hypersd_ray.models.perception.protocol import Instances
+from hypersd_ray.models.roles import STUDENT, TEACHER
+from hypersd_ray.models.scoring import Backend, RewardClient, local_backend
+from hypersd_ray.trainer import storage
+from hypersd_ray.trainer.kinds.base import COMMON_SAME_RUN, Kind, Place, save_loras, student_tensors
+from hypersd_ray.training import samples
+from hypersd_ray.training.feedback import Annotations, Feedback, FeedbackBatch, build_roles
+
+FEEDBACK, MERGED = "feedback", "feedback-merged"
+"""The products' names: the feedback LoRA alone, and the exact merge of the TSCD LoRA with it."""
+
+
+def check(config: FeedbackConfig) -> None:
+    """The LoRA fits the base, and every file that a model is read from is there.
+
+    Raises:
+        ValueError, ConfigError: one line.
+    """
+    with storage.local_copy(config.tscd, "tscd") as path:
+        fitting_lora(path, read_base(config.teacher), name="tscd")
+    for field, path in _files(config).items():
+        if not storage.exists(path):
+            raise ConfigError(f"{field}={path} does not exist")
+    if config.structure.weight and config.structure.annotations:
+        CocoAnnotations(config.structure.annotations)
+
+
+def _files(config: FeedbackConfig) -> dict[str, str]:
+    """Field -> file, of all that are read."""
+    named = {f"rewards.{r.name}": r for r in config.rewards}
+    files = {
+        f"{prefix}.{field}": getattr(reward, field)
+        for prefix, reward in named.items()
+        for field in ("checkpoint", "tower", "tokenizer")
+    }
+    if config.structure.weight:
+        structure = config.structure
+        files |= {
+            "structure.model.checkpoint": structure.model.checkpoint,
+            "structure.annotations": structure.annotations,
+        }
+    return {field: path for field, path in files.items() if path}
+
+
+def build(config: FeedbackConfig, place: Place) -> Feedback:
+    """The TSCD model with a fresh feedback LoRA, and a way to the judges."""
+    with storage.local_copy(config.tscd, "tscd") as tscd:
+        roles = build_roles(config.model_copy(update={"tscd": str(tscd)}), place.device)
+    vae = load_vae(config.teacher, str(place.device)).eval().requires_grad_(False)
+    backend: Backend = (
+        local_backend(config.models, place.device, config.placement.precision)
+        if place.evaluators is None
+        else RemoteBackend(place.evaluators, place.rank)
+    )
+    return Feedback(config, roles, vae, RewardClient(backend), read_annotations(config), place.rank)
+
+
+def read_annotations(config: FeedbackConfig) -> Annotations | None:
+    """Each picture's objects at the training resolution, by its key in the shards."""
+    if not config.structure.weight or not config.structure.annotations:
+        return None
+    coco, resolution = CocoAnnotations(config.structure.annotations), config.data.resolution
+
+    def annotation(key: str) -> Instances | None:
+        return crop_square(coco.instances(key), resolution) if key in coco else None
+
+    return annotation
+
+
+def tscd_metadata(config: FeedbackConfig, found: LoRAMetadata | None, rank: int) -> LoRAMetadata:
+    """What the TSCD LoRA says of itself; what the run knows of it where its file says nothing."""
+    info, steps = read_base(config.teacher), tuple(sorted(config.refl.steps))
+    return found or LoRAMetadata(info.path.name, info.family, 1, steps, "TCDScheduler", 0.0, rank, float(rank))
+
+
+def export(config: FeedbackConfig, state: Feedback, stage: int, folder: Path) -> None:
+    """The feedback LoRA, and the exact merge with the TSCD LoRA, each in both layouts."""
+    with storage.local_copy(config.tscd, "tscd") as path:
+        tensors, found = read_lora(path)
+    rank = len(next(t for name, t in tensors.items() if name.endswith("lora_A.weight")))
+    tscd = tscd_metadata(config, found, rank)
+    feedback = {name: p.detach().cpu() for name, p in student_tensors(state.roles).items()}
+    alpha, recipe = config.lora.effective_alpha, config.run.name
+    alone = replace(tscd, rank=config.lora.rank, alpha=alpha, recipe=recipe, extra={"above": Path(config.tscd).name})
+    save_loras(feedback, folder, FEEDBACK, alone)
+    merged = concatenate_loras(
+        [Part(tensors, tscd.alpha, 1.0, "tscd"), Part(feedback, alpha, config.merge_weight, "feedback")]
+    )
+    said = {"merged": f"{Path(config.tscd).name} + {config.merge_weight:g} x {recipe}"}
+    save_loras(
+        merged.tensors, folder, MERGED, replace(tscd, rank=merged.rank, alpha=merged.alpha, recipe=recipe, extra=said)
+    )
+
+
+def grid(config: FeedbackConfig, state: Feedback, x_T: Tensor, cond: Conditioning) -> tuple[str, list[Tensor]]:
+    """The TSCD model, which the bare base is here, over the same with feedback, at the trained numbers of steps."""
+    steps = sorted(config.refl.steps)
+    rows = [samples.student_samples(state.roles, role, x_T, cond, n) for n in steps for role in (TEACHER, STUDENT)]
+    return "steps" + "".join(map(str, steps)) + "_tscd_feedback", rows
+
+
+KIND = Kind(
+    FeedbackConfig,
+    (*COMMON_SAME_RUN, "tscd", "steps", "rewards", "refl", "structure", "drift"),
+    check,
+    build,
+    FeedbackBatch.from_rows,
+    export,
+    grid,
+    lambda config: config.models if config.placement.where == "actors" else (),
+)

@@ -1,0 +1,106 @@
+"""One-step enhancement as a kind of run: a LoRA for 1 to 8 steps, or a model for the single step alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hypersd_ray.config.onestep import OneStepConfig
+from hypersd_ray.models.cards import UNetCard, save_unet_with_card
+from hypersd_ray.models.checkpoint import load_unet, read_base
+from hypersd_ray.models.export import TIMESTEP, LoRAMetadata, merge_lora
+from hypersd_ray.models.initial import fitting_lora
+from hypersd_ray.models.roles import EMA, STUDENT
+from hypersd_ray.trainer import storage
+from hypersd_ray.trainer.kinds.base import (
+    DISTILL_SAME_RUN,
+    Kind,
+    Place,
+    Sampling,
+    distillation_batch,
+    distillation_grid,
+    save_loras,
+    student_tensors,
+)
+from hypersd_ray.trainer.kinds.tscd import build_roles
+from hypersd_ray.training.onestep import OneStep
+
+
+def initial_lora(config: OneStepConfig) -> dict[str, Tensor]:
+    """The LoRA that the run starts from, right at the run's alpha.
+
+    Raises:
+        ValueError: it does not fit the teacher or lora.rank; one line.
+    """
+    info = read_base(config.teacher)
+    rank, alpha = (None, None) if config.full_unet else (config.lora.rank, config.lora.effective_alpha)
+    with storage.local_copy(config.init, "init") as path:
+        return fitting_lora(path, info, rank, alpha)
+
+
+def build(config: OneStepConfig, place: Place) -> OneStep:
+    """One-step enhancement from a TSCD LoRA, merged into the student's UNet where that is trained in full."""
+    roles, null = build_roles(config, place.device)
+    tensors = initial_lora(config)
+    if config.full_unet:
+        with roles.playing(STUDENT) as unet:
+            merge_lora(unet, tensors, alpha=next(t.shape[0] for n, t in tensors.items() if n.endswith("lora_A.weight")))
+    else:
+        roles.load(STUDENT, tensors)
+    roles.copy(STUDENT, EMA)
+    return OneStep(config, roles, null, place.rank)
+
+
+def onestep_name(config: OneStepConfig) -> str:
+    """The products' name: `onestep-unified`, or `onestep-t800` for a model of the single step alone."""
+    return f"onestep-{'unified' if config.mode == 'unified' else f't{config.t_input - 1}'}"
+
+
+def onestep_metadata(config: OneStepConfig) -> LoRAMetadata:
+    """What the LoRA of a one-step run says of itself."""
+    info, unified = read_base(config.teacher), config.mode == "unified"
+    return LoRAMetadata(
+        base_model=info.path.name, family=info.family, k=1, steps=tuple(range(1, 9)) if unified else (1,),
+        scheduler="TCDScheduler" if unified else "LCMScheduler", eta=0.0, rank=config.lora.rank,
+        alpha=config.lora.effective_alpha, recipe=config.run.name,
+        extra={} if unified else {TIMESTEP: str(config.t_input - 1)},
+    )  # fmt: skip
+
+
+def onestep_card(config: OneStepConfig) -> UNetCard:
+    """What the card of the run's UNet says."""
+    timestep = None if config.mode == "unified" else config.t_input - 1
+    return UNetCard(config.teacher, read_base(config.teacher), timestep, config.run.name)
+
+
+def export(config: OneStepConfig, state: OneStep, stage: int, folder: Path) -> None:
+    """The LoRA in both layouts; where the single step is all it can, the merged UNet too. In full training the UNet."""
+    name, where = onestep_name(config), f"{storage.run_folder(config.run)}/unet-{onestep_name(config)}"
+    if config.full_unet:
+        with state.roles.playing(STUDENT) as unet:
+            save_unet_with_card(unet, folder / f"unet-{name}", where, onestep_card(config))
+        return
+    tensors = student_tensors(state.roles)
+    save_loras(tensors, folder, name, onestep_metadata(config))
+    if config.mode == "dedicated":
+        unet = load_unet(read_base(config.teacher), torch.float32, "cpu")
+        merge_lora(unet, {n: p.detach().cpu() for n, p in tensors.items()}, config.lora.effective_alpha)
+        save_unet_with_card(unet, folder / f"unet-{name}", where, onestep_card(config))
+
+
+def samplings(config: OneStepConfig) -> list[Sampling]:
+    """The single step where that is all the run trains."""
+    return [(n, None) for n in (8, 4, 2, 1)] if config.mode == "unified" else [(1, (config.t_input, 0))]
+
+
+KIND = Kind(
+    OneStepConfig,
+    (*DISTILL_SAME_RUN, "init", "mode", "timestep", "consistency_share", "dmd", "regression"),
+    initial_lora,
+    build,
+    distillation_batch,
+    export,
+    distillation_grid(samplings),
+)

@@ -1,0 +1,84 @@
+"""Teach a distilled LoRA what people like and what objects look like: reward models and SOLO, as shared Ray actors.
+
+python jobs/feedback.py tiny --lora runs/tiny-minutes/lora/tscd-k1.safetensors                  # minutes on a CPU
+python jobs/feedback.py tiny --lora LORA --learn reward                                         # without structure
+python jobs/feedback.py sd15 --teacher PATH --lora LORA --models FOLDER --data.shards 's3://...'
+ray job submit --working-dir . -- python jobs/feedback.py tiny --lora LORA                      # on a cluster
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
+
+from hypersd_ray.config.cli import parse, run_job
+from hypersd_ray.config.feedback import FeedbackConfig
+from hypersd_ray.recipes import FEEDBACK_RECIPES
+
+
+def main() -> None:
+    """Train, draw, and say where everything is."""
+    config = parse(FEEDBACK_RECIPES, FeedbackConfig, __doc__)
+    from hypersd_ray.trainer import run  # Ray and torch come after the configuration is known to be right
+
+    result = run.train(config)
+    pictures = draw(config, result.folder)
+    report(config, result, pictures)
+
+
+def draw(config: FeedbackConfig, folder: str) -> list[str]:
+    """The model before and after from the same noise, and the curves, in the run's folder; returns what to print."""
+    from evaluation.pictures import draw_curves, draw_grid, feedback_rows
+    from hypersd_ray.trainer import storage
+    from hypersd_ray.trainer.kinds.feedback import MERGED
+
+    prompts, steps = config.run.prompts, sorted(config.refl.steps)
+    with tempfile.TemporaryDirectory() as temporary:
+        made = Path(temporary)
+        (made / "metrics.jsonl").write_text(storage.read_text(f"{folder}/metrics.jsonl"))
+        draw_curves(made / "metrics.jsonl", made / "curves.png")
+        with (
+            storage.local_copy(config.tscd, "tscd") as before,
+            storage.local_copy(f"{folder}/lora/{MERGED}.safetensors", "run") as after,
+        ):
+            rows = feedback_rows(config, {"before": before, "after": after}, prompts, steps)
+        draw_grid(rows, prompts, made / "grid.png", "same noise, the TSCD model before feedback and after")
+        for name in ("grid.png", "curves.png"):
+            storage.put(made / name, f"{folder}/{name}")
+    return [f"{folder}/grid.png", f"{folder}/curves.png"]
+
+
+def report(config: FeedbackConfig, result, pictures: list[str]) -> None:
+    """The last lines of the job."""
+    from hypersd_ray.models.export import read_lora, usage
+    from hypersd_ray.trainer import storage
+    from hypersd_ray.trainer.kinds.feedback import FEEDBACK, MERGED
+
+    metrics = result.metrics
+    if result.was_finished:
+        print(f"\nRun {config.run.name} was finished before, nothing was trained: set run.name to start another")
+    print(
+        f"\nRun {config.run.name}: {metrics.get('skipped', 0)} steps skipped, trainer waited for data {metrics.get('data_wait_share', 0):.2%} of the time"
+    )
+    dropped = {name.split("/")[1]: int(n) for name, n in metrics.items() if name.startswith("dropped/") and n}
+    if dropped:
+        print(f"samples left out because their score was NaN or infinite: {dropped}")
+    if metrics.get("hacking"):
+        print("warning: at the end the trained rewards rose while the held-out ones fell; look at the pictures")
+    merged = f"{result.folder}/lora/{MERGED}.safetensors"
+    print(f"LoRA     {merged} (TSCD and feedback in one; in Kohya's layout beside it)")
+    print(f"LoRA     {result.folder}/lora/{FEEDBACK}.safetensors (feedback alone; jobs/export.py merges it otherwise)")
+    for path in pictures:
+        print(f"picture  {path}")
+    print(f"config   {result.folder}/config.yaml")
+    print(f"logs     tensorboard --logdir {result.folder}/tensorboard")
+    with storage.local_copy(merged, "run") as path:
+        metadata = read_lora(path)[1]
+    print("\nUse it:\n" + usage(merged, metadata, base=config.teacher))
+
+
+if __name__ == "__main__":
+    run_job(main)
