@@ -31,8 +31,10 @@ class PretrainConfig:
     """Folder with train-*.tar shards."""
     out: Path
     """Folder for the states and the finished pipeline."""
-    vae_steps: int = 3500
-    unet_steps: int = 9000
+    vae_steps: tuple[int, ...] = (3500, 7000)
+    """Batches of each cycle of the learning rate."""
+    unet_steps: tuple[int, ...] = (9500, 7000)
+    """Likewise, of 64."""
     seed: int = 0
 
 

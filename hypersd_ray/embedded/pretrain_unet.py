@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from hypersd_ray.embedded.pictures import to_unit
+from hypersd_ray.embedded.training import Cycles
 
 SCHEDULER = dict(
     num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
@@ -55,7 +57,7 @@ class Pretraining:
         tokens: torch.Tensor,
         empty: torch.Tensor,
         text: CLIPTextModel,
-        steps: int,
+        steps: Sequence[int],
         batch: int,
         lr: float,
     ):
@@ -64,9 +66,7 @@ class Pretraining:
         self.latents, self.tokens, self.empty, self.batch = latents, tokens, empty, batch
         self.parameters = [*self.unet.parameters(), *self.text.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=1e-3)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, max_lr=lr, total_steps=steps, pct_start=0.05
-        )
+        self.schedule = Cycles(self.optimizer, steps, lr, warm=0.05)
         self.alphas_cumprod = DDIMScheduler(**SCHEDULER).alphas_cumprod
 
     def step(self, generator: torch.Generator) -> float:
@@ -125,9 +125,9 @@ def save_pipeline(
 
 def train_unet(
     vae: AutoencoderKL, tokenizer: CLIPTokenizer, text: CLIPTextModel, images: torch.Tensor, captions: list[str],
-    out: Path, steps: int, batch: int = 64, lr: float = 1e-3, seed: int = 0,
+    out: Path, steps: Sequence[int], batch: int = 64, lr: float = 1e-3, seed: int = 0,
 ) -> None:  # fmt: skip
-    """Train for `steps` batches, resuming from `out/unet_state.pt`; saves the pipeline to `out/teacher` every 1000 steps."""
+    """Train for cycles of `steps` batches, resuming from `out/unet_state.pt`; saves the pipeline to `out/teacher` every 1000 steps."""
     torch.manual_seed(seed)
     pad = dict(padding="max_length", truncation=True, return_tensors="pt")
     run = Pretraining(
@@ -141,16 +141,16 @@ def train_unet(
     )
     state_path = out / "unet_state.pt"
     first = run.load(state_path) if state_path.exists() else 0
-    begun, total = time.monotonic(), 0.0
-    for step in range(first, steps):
+    begun, total, last = time.monotonic(), 0.0, sum(steps)
+    for step in range(first, last):
         total += run.step(torch.Generator().manual_seed(seed * 1_000_003 + step))
         run.average(step)
         if (step + 1) % 100 == 0:
             print(
-                f"unet step {step + 1}/{steps} loss {total / 100:.4f} {(time.monotonic() - begun) / (step + 1 - first):.3f} s/step",
+                f"unet step {step + 1}/{last} loss {total / 100:.4f} {(time.monotonic() - begun) / (step + 1 - first):.3f} s/step",
                 flush=True,
             )
             total = 0.0
-        if (step + 1) % 1000 == 0 or step + 1 == steps:
+        if (step + 1) % 1000 == 0 or step + 1 == last:
             run.save(state_path, step + 1)
             save_pipeline(out / "teacher", vae, run.averages[0].eval(), run.averages[1].eval(), tokenizer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from hypersd_ray.embedded.pictures import to_unit
+from hypersd_ray.embedded.training import train
 
 
 def make_vae() -> AutoencoderKL:
@@ -41,55 +42,27 @@ def vae_loss(vae: AutoencoderKL, x: torch.Tensor, generator: torch.Generator, kl
 def train_vae(
     images: torch.Tensor,
     out: Path,
-    steps: int,
+    steps: Sequence[int],
     batch: int = 32,
     lr: float = 2e-3,
     kl_weight: float = 1e-5,
     seed: int = 0,
 ) -> AutoencoderKL:
-    """Train for `steps` batches of `images` (N, 3, H, W) uint8, resuming from `out/vae_state.pt`; saves to `out/vae`.
+    """Train for cycles of `steps` batches of `images` (N, 3, H, W) uint8, resuming from `out/vae_state.pt`; saves to `out/vae`.
 
     The scaling factor is set so that latents have unit variance, as Stable Diffusion's is.
     """
     torch.manual_seed(seed)
     vae = make_vae()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.1)
-    first, state_path = 0, out / "vae_state.pt"
-    if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
-        vae.load_state_dict(state["vae"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        first = state["step"]
-    begun = time.monotonic()
-    for step in range(first, steps):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+    def loss(generator: torch.Generator) -> torch.Tensor:
         index = torch.randint(len(images), (batch,), generator=generator)
         x = to_unit(images[index])
         if torch.rand((), generator=generator) < 0.5:
             x = x.flip(-1)
-        loss = vae_loss(vae, x, generator, kl_weight)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if (step + 1) % 100 == 0:
-            print(
-                f"vae step {step + 1}/{steps} loss {loss.item():.4f} {(time.monotonic() - begun) / (step + 1 - first):.3f} s/step",
-                flush=True,
-            )
-        if (step + 1) % 500 == 0 or step + 1 == steps:
-            torch.save(
-                {
-                    "vae": vae.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "schedule": schedule.state_dict(),
-                    "step": step + 1,
-                },
-                state_path,
-            )
+        return vae_loss(vae, x, generator, kl_weight)
+
+    train("vae", vae, loss, steps, lr, out, seed, weight_decay=1e-4)
     vae.eval()
     with torch.no_grad():
         held = to_unit(images[:512])

@@ -9,7 +9,7 @@ from torch import nn
 from hypersd_ray.config.rewards import PerceptionConfig, RewardConfig
 from hypersd_ray.embedded import paths, pretrain_clip, pretrain_solo
 from hypersd_ray.embedded.pictures import load_pictures
-from hypersd_ray.embedded.training import train
+from hypersd_ray.embedded.training import Cycles, train
 from hypersd_ray.models.evaluators import load_evaluator
 
 
@@ -44,8 +44,29 @@ def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path):
     resumed = line(tmp_path / "b", 200)
     assert torch.equal(straight.weight, resumed.weight)
     assert straight.weight.item() == pytest.approx(2, abs=0.1)
-    with pytest.raises(ValueError, match="of a training of 200 steps, this one has 300"):
+    with pytest.raises(ValueError, match=r"of cycles of \[200\] steps, these have \[300\]; use another --out"):
         line(tmp_path / "b", 300)
+
+
+def test_a_cycle_that_is_added_later_is_as_one_that_was_planned(tmp_path):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    straight = line(tmp_path / "a", (120, 130))
+    line(tmp_path / "b", 120)
+    with pytest.raises(KeyboardInterrupt):
+        line(tmp_path / "b", (120, 130), stop=110)
+    assert torch.equal(straight.weight, line(tmp_path / "b", (120, 130)).weight)
+
+
+def test_each_cycle_rises_to_the_peak_and_falls():
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=0.1)
+    cycles, rates = Cycles(optimizer, (20, 40), 0.1), []
+    for _ in range(60):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        cycles.step()
+    peaks = [i for i in range(1, 59) if rates[i - 1] < rates[i] > rates[i + 1]]
+    assert peaks == [1, 23] and rates[1] == pytest.approx(0.1) == pytest.approx(rates[23])
+    assert rates[19] < 1e-5 > rates[59] and rates[20] == pytest.approx(0.004)
 
 
 class Fixed(nn.Module):
