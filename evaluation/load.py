@@ -189,7 +189,8 @@ def bare(config: Bare) -> None:
     key = BatchKey(width, height, config.steps, 0.0, name, 1.0, False)
 
     def seconds_of(batch: int) -> list[float]:
-        taken, end = [], time.monotonic() + config.seconds
+        taken: list[float] = []
+        end = time.monotonic() + config.seconds
         while time.monotonic() < end or len(taken) < 5:
             begun = time.monotonic()
             engine.run(key, [Shot(PROMPT, len(taken) * batch + i) for i in range(batch)], lora)
@@ -327,7 +328,7 @@ Command = (
 
 def main() -> None:
     """Measure, print, write the JSON file."""
-    config = tyro.cli(Command, description=__doc__)  # type: ignore[arg-type]
+    config = tyro.cli(Command, description=__doc__)
     if isinstance(config, Bare):
         bare(config)
         return

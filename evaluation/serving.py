@@ -54,13 +54,15 @@ class Server:
 
 def descendants(root: int) -> dict[int, str]:
     """Process id -> command line of every process that `root` started, or their children."""
-    parents, titles = {}, {}
+    parents: dict[int, int] = {}
+    titles: dict[int, str] = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             with suppress(OSError):  # it may have ended
                 parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
                 titles[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-    found, edge = {}, {root}
+    found: dict[int, str] = {}
+    edge = {root}
     while edge:
         edge = {pid for pid, parent in parents.items() if parent in edge}
         found |= {pid: titles[pid] for pid in edge}

@@ -157,7 +157,7 @@ class LCMScript:
         if settings.cast_teacher:
             self.teacher.to(self.dtype)
         lora = LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=list(LCM_TARGETS), lora_dropout=0.0)
-        self.student = get_peft_model(student.train(), lora)  # type: ignore[arg-type]
+        self.student = get_peft_model(student.train(), lora)
         self.parameters = list(self.student.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=1e-2)
         acp = DDIMScheduler(**SCHEDULER).alphas_cumprod.to(device)
@@ -282,7 +282,7 @@ def _allocated_peak(step: Callable[[], Tensor]) -> int:
     del tensors
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         step()
-    results = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    results = profiler.profiler.kineto_results.events()
     events = sorted((e.start_ns(), e.nbytes()) for e in results if e.name() == "[memory]")
     return held + max(accumulate(change for _, change in events))
 

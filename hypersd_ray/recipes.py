@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from hypersd_ray.config.data import DataConfig, EncoderPool
@@ -206,6 +207,14 @@ def feedback_sdxl(teacher: str, lora: str, models: str, shards: str = "data/*.ta
     )
 
 
-RECIPES = {"tiny": tiny, "sd15": sd15, "sdxl": sdxl}
-ONESTEP_RECIPES = {"tiny": onestep_tiny, "sd15": onestep_sd15, "sdxl": onestep_sdxl}
-FEEDBACK_RECIPES = {"tiny": feedback_tiny, "sd15": feedback_sd15, "sdxl": feedback_sdxl}
+RECIPES: dict[str, Callable[..., TSCDConfig]] = {"tiny": tiny, "sd15": sd15, "sdxl": sdxl}
+ONESTEP_RECIPES: dict[str, Callable[..., OneStepConfig]] = {
+    "tiny": onestep_tiny,
+    "sd15": onestep_sd15,
+    "sdxl": onestep_sdxl,
+}
+FEEDBACK_RECIPES: dict[str, Callable[..., FeedbackConfig]] = {
+    "tiny": feedback_tiny,
+    "sd15": feedback_sd15,
+    "sdxl": feedback_sdxl,
+}

@@ -75,8 +75,9 @@ def report(config: FeedbackConfig, result, pictures: list[str]) -> None:
         print(f"picture  {path}")
     print(f"config   {result.folder}/config.yaml")
     print(f"logs     tensorboard --logdir {result.folder}/tensorboard")
-    with storage.local_copy(merged, "run") as path:
-        metadata = read_lora(path)[1]
+    with storage.local_copy(merged, "run") as file:
+        metadata = read_lora(file)[1]
+    assert metadata is not None  # the run wrote it
     print("\nUse it:\n" + usage(merged, metadata, base=config.teacher))
 
 

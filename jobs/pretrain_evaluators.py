@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
 
@@ -22,6 +22,11 @@ from pydantic import Field
 from hypersd_ray.config.base import Strict
 from hypersd_ray.config.cli import run_job
 from hypersd_ray.embedded import paths
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Pictures = tuple[Tensor, list[str]]
 
 
 class EvaluatorsConfig(Strict):
@@ -62,7 +67,7 @@ def main() -> None:
         print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in report[name].items()), flush=True)
 
 
-def clip(config: EvaluatorsConfig, train_set, held_out) -> dict[str, float]:
+def clip(config: EvaluatorsConfig, train_set: Pictures, held_out: Pictures) -> dict[str, float]:
     """CLIP score's model, and the tower of the aesthetic head."""
     from hypersd_ray.embedded.pretrain_clip import retrieval, train_clip
 
@@ -70,7 +75,7 @@ def clip(config: EvaluatorsConfig, train_set, held_out) -> dict[str, float]:
     return retrieval(tower, *held_out)
 
 
-def aesthetic(config: EvaluatorsConfig, train_set, held_out) -> dict[str, float]:
+def aesthetic(config: EvaluatorsConfig, train_set: Pictures, held_out: Pictures) -> dict[str, float]:
     """The head."""
     from hypersd_ray.embedded.pretrain_clip import rating_error, train_aesthetic
     from hypersd_ray.models.rewards.clip import load_tower
@@ -78,7 +83,7 @@ def aesthetic(config: EvaluatorsConfig, train_set, held_out) -> dict[str, float]
     if not (config.out / "clip").is_dir():
         raise ValueError(f"{config.out}/clip does not exist: train it first (--what clip aesthetic)")
     tower = load_tower("", config.out / "clip")
-    images, captions = (part[: config.aesthetic_pictures] for part in train_set)
+    images, captions = train_set[0][: config.aesthetic_pictures], train_set[1][: config.aesthetic_pictures]
     head = train_aesthetic(
         tower, images, captions, config.teacher, config.out, config.out / "aesthetic.safetensors",
         config.aesthetic_steps, seed=config.seed,
@@ -86,7 +91,7 @@ def aesthetic(config: EvaluatorsConfig, train_set, held_out) -> dict[str, float]
     return rating_error(tower, head, *held_out, config.teacher)
 
 
-def solo(config: EvaluatorsConfig, train_set, held_out) -> dict[str, float]:
+def solo(config: EvaluatorsConfig, train_set: Pictures, held_out: Pictures) -> dict[str, float]:
     """Instance segmentation."""
     from hypersd_ray.embedded.pretrain_solo import average_precision, read_annotations, train_solo
     from hypersd_ray.models.perception.coco import CocoAnnotations

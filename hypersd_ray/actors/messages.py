@@ -42,8 +42,8 @@ def join(answers: Sequence[Answer]) -> Answer:
     gradient = answers[0].direction is not None
     return Answer(
         np.concatenate([a.values for a in answers]),
-        np.concatenate([a.direction for a in answers]) if gradient else None,  # type: ignore[misc]
-        np.concatenate([a.scale for a in answers]) if gradient else None,  # type: ignore[misc]
+        np.concatenate([a.direction for a in answers]) if gradient else None,
+        np.concatenate([a.scale for a in answers]) if gradient else None,
     )
 
 

@@ -216,7 +216,7 @@ class _Folder:
             for table in () if first is None else itertools.chain([first], groups):
                 writer.write_table(table, row_group_size=len(table))
                 rows += len(table)
-            counts: dict[str, Any] = ray.get(log.shard.remote(url))  # type: ignore[assignment]
+            counts: dict[str, Any] = ray.get(log.shard.remote(url))
             shapes = {f.name: list(f.type.shape) for f in schema if hasattr(f.type, "shape")}
             footer = {"file": path.rpartition("/")[2], "rows": rows, **counts, "columns": shapes}
             writer.add_key_value_metadata({_FOOTER: json.dumps(footer).encode()})

@@ -92,7 +92,7 @@ def check(log: ray.actor.ActorHandle) -> None:
 
     The actor only says so: an exception raised there would reach the user inside Ray's traceback.
     """
-    verdict: str | None = ray.get(log.verdict.remote())  # type: ignore[assignment]
+    verdict: str | None = ray.get(log.verdict.remote())
     if verdict is not None:
         raise TooManyRejectsError(verdict)
 

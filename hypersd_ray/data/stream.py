@@ -174,7 +174,7 @@ class LatentStream:
     def _no_rows(self, epoch: int) -> str:
         shards = f"{len(self.urls)} shards"
         if self.reject_log is not None:
-            summary: dict[str, Any] = ray.get(self.reject_log.summary.remote())  # type: ignore[assignment]
+            summary: dict[str, Any] = ray.get(self.reject_log.summary.remote())
             shards += f" (rejected: {summary['rejects']})"
         return (
             f"data.shards: epoch {epoch} has no row for rank {self.rank} of {self.world_size} in {shards}, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import open_clip
 import torch
@@ -36,7 +36,7 @@ def clip_config(vocabulary: int) -> dict[str, Any]:
     }
 
 
-def contrastive_loss(clip: nn.Module, images: Tensor, ids: Tensor) -> Tensor:
+def contrastive_loss(clip: open_clip.CLIP, images: Tensor, ids: Tensor) -> Tensor:
     """CLIP's symmetric cross entropy; equal captions in a batch count as right for each other."""
     image, text = clip.encode_image(images, normalize=True), clip.encode_text(ids, normalize=True)
     logits = clip.logit_scale.exp().clamp(max=100) * image @ text.T
@@ -159,7 +159,7 @@ def train_aesthetic(
     embeddings, scores = _rated(tower, images, captions, teacher, seed)
     torch.manual_seed(seed)
     head = HeadV2(WIDTH)
-    nn.init.constant_(head.layers[-1].bias, float(scores.mean()))
+    nn.init.constant_(cast(nn.Linear, head.layers[-1]).bias, float(scores.mean()))
 
     def loss(generator: torch.Generator) -> Tensor:
         index = torch.randint(len(scores), (256,), generator=generator)

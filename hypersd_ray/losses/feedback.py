@@ -8,6 +8,7 @@ Shapes
 """
 
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +60,12 @@ def loss_percep(instance: Tensor, valid: Tensor | None = None) -> Tensor:
 
 
 # Eq. 17, with weights and the regulariser
+@overload
+def loss_feedback(
+    aes: Tensor | float, percep: Tensor | float, drift: Tensor, w_aes: float, w_percep: float, w_drift: float
+) -> Tensor: ...
+@overload
+def loss_feedback(aes: float, percep: float, drift: float, w_aes: float, w_percep: float, w_drift: float) -> float: ...
 def loss_feedback(
     aes: Tensor | float, percep: Tensor | float, drift: Tensor | float, w_aes: float, w_percep: float, w_drift: float
 ) -> Tensor | float:

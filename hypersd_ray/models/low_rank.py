@@ -36,7 +36,7 @@ def low_rank(
         before: None is the identity.
         through: those leaves that `before` uses and that get a gradient; any other it uses gets none.
     """
-    return _LowRank.apply(x, a, b, layer, scale, before, *through)  # type: ignore[no-any-return]
+    return _LowRank.apply(x, a, b, layer, scale, before, *through)
 
 
 def merged(layer: Layer, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -105,9 +105,7 @@ def _convolution_backward(
     stride, padding, dilation = ((1, 1), (0, 0), (1, 1))
     if layer is not None:
         stride, padding, dilation = layer.stride, layer.padding, layer.dilation  # type: ignore[assignment]
-    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
-        g, z, weight, None, stride, padding, dilation, False, (0, 0), 1, wanted
-    )
+    return torch.ops.aten.convolution_backward(g, z, weight, None, stride, padding, dilation, False, (0, 0), 1, wanted)
 
 
 class _LowRank(torch.autograd.Function):

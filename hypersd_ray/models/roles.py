@@ -76,7 +76,8 @@ class Roles:
         def call(x_t: Tensor, t: Tensor) -> Prediction:
             out = self.predict(role, x_t.repeat(2, 1, 1, 1), t.repeat(2), both)
             # x0 and eps are affine in the network's output, so guiding both is guiding the output.
-            return Prediction(guide(*out.x0.chunk(2), omega), guide(*out.eps.chunk(2), omega))
+            (x0, x0_null), (eps, eps_null) = out.x0.chunk(2), out.eps.chunk(2)
+            return Prediction(guide(x0, x0_null, omega), guide(eps, eps_null, omega))
 
         return call
 
@@ -172,7 +173,7 @@ class FullRoles(Roles):
 
     def __init__(self, unet: UNet2DConditionModel, schedule: Schedule, parameterization: Parameterization):
         super().__init__(unet, schedule, parameterization)
-        self.networks: dict[str, nn.Module] = {TEACHER: unet.requires_grad_(False)}
+        self.networks: dict[str, UNet2DConditionModel] = {TEACHER: unet.requires_grad_(False)}
         self.add(STUDENT)
         self.networks[STUDENT].requires_grad_(True)
         self.add(EMA)
@@ -206,7 +207,7 @@ class FullRoles(Roles):
 
     def checkpoint_activations(self) -> None:
         for role in (TEACHER, STUDENT):  # gradients reach an adversarial student through the teacher's features
-            self.networks[role].enable_gradient_checkpointing()  # type: ignore[operator]
+            self.networks[role].enable_gradient_checkpointing()
 
 
 class _Autocast(AbstractContextManager):

@@ -38,14 +38,14 @@ class _Score(torch.autograd.Function):
     """forward asks for scores and their gradients in one call, backward multiplies."""
 
     @staticmethod
-    def forward(ctx, images: Tensor, call: Callable[[Tensor], Sequence[Scored]]) -> Tensor:  # type: ignore[override]
+    def forward(ctx, images: Tensor, call: Callable[[Tensor], Sequence[Scored]]) -> Tensor:
         scored = call(images.detach())
         ctx.save_for_backward(*[s.gradient.to(images) for s in scored])  # type: ignore[union-attr]
         return torch.stack([s.values for s in scored])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, d_values: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx, d_values: Tensor) -> tuple[Tensor, None]:
         total = None
         for row, gradient in zip(d_values, ctx.saved_tensors, strict=True):
             part = row.to(gradient).view(-1, 1, 1, 1) * gradient

@@ -13,8 +13,12 @@ import numpy as np
 from ray.util.metrics import Gauge
 from torch import Tensor
 
+from hypersd_ray.config.preference import PreferenceConfig
 from hypersd_ray.trainer import storage
 from hypersd_ray.trainer.kinds import AnyConfig
+
+LoggedConfig = AnyConfig | PreferenceConfig
+"""Of a run that has logs."""
 
 
 class Logger(Protocol):
@@ -87,7 +91,7 @@ class TensorBoard:
 class WeightsAndBiases:
     """A wandb run of the same name, resumed when the run is."""
 
-    def __init__(self, config: AnyConfig):
+    def __init__(self, config: LoggedConfig):
         import wandb
 
         self.wandb = wandb
@@ -109,7 +113,7 @@ class WeightsAndBiases:
 class MLflow:
     """An MLflow run of the same name; the tracking server comes from MLFLOW_TRACKING_URI."""
 
-    def __init__(self, config: AnyConfig):
+    def __init__(self, config: LoggedConfig):
         import mlflow
 
         self.mlflow = mlflow
@@ -159,7 +163,7 @@ class Prometheus:
 class Loggers:
     """All destinations of a run as one."""
 
-    def __init__(self, config: AnyConfig, step: int = 0):
+    def __init__(self, config: LoggedConfig, step: int = 0):
         """`step` steps are done already, in an earlier process."""
         folder = storage.run_folder(config.run)
         makers: dict[str, Any] = {

@@ -24,12 +24,13 @@ from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import load_encoders
 from hypersd_ray.trainer import storage
 from hypersd_ray.trainer.kinds import KINDS, AnyConfig
-from hypersd_ray.trainer.kinds.base import Place, Training, distillation_batch
+from hypersd_ray.trainer.kinds.base import Place, distillation_batch
 from hypersd_ray.trainer.logs import Loggers
 from hypersd_ray.trainer.progress import Snapshot
 from hypersd_ray.training import samples
 from hypersd_ray.training.checkpoint import load_checkpoint, load_position, save_checkpoint, save_position
 from hypersd_ray.training.onestep import Pairs
+from hypersd_ray.training.protocol import Training
 
 QUIET = {"grad_norm", "dropped", "watch", "hacking", "saturation", "diversity"}
 """What is logged and is not in the progress line."""
@@ -177,7 +178,7 @@ class Worker:
         progress, run = self.distiller.progress, self.config.run
         self.clock.step()
         ends = progress.step == self.distiller.steps
-        if self.rank == 0 and (ends or progress.step % run.log_every == 0):
+        if ends or progress.step % run.log_every == 0:
             self._log(metrics)
         if ends or (run.grids_every and progress.step % run.grids_every == 0):
             self._grid()
@@ -188,6 +189,8 @@ class Worker:
             self._report(metrics)
 
     def _log(self, metrics: dict[str, torch.Tensor]) -> None:
+        if self.loggers is None:  # not rank 0
+            return
         progress, c = self.distiller.progress, self.config
         values = {name: float(value) for name, value in metrics.items()}
         rates = self.clock.rates(progress.stage, progress.step)
@@ -205,7 +208,7 @@ class Worker:
 
     def _grid(self) -> None:
         """Samples of the run's prompts, in the logs."""
-        if self.rank != 0:
+        if self.loggers is None:  # not rank 0
             return
         self.clock.pause()
         roles, prompts = self.distiller.roles, self.config.run.prompts

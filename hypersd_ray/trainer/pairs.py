@@ -80,12 +80,11 @@ class TeacherODE:
         self.null = load_encoders(self.config.teacher, vae=False).null_conditioning().to(self.device)
 
     def __call__(self, batch: Columns) -> Columns:
-        cond = Conditioning(
-            *(
-                torch.from_numpy(np.array(batch[name], dtype=np.float32)).to(self.device) if name in batch else None
-                for name in ("prompt_embeds", "pooled", "time_ids")
-            )
-        )
+        def part(name: str) -> torch.Tensor:
+            return torch.from_numpy(np.array(batch[name], dtype=np.float32)).to(self.device)
+
+        pooled, time_ids = (part(name) if name in batch else None for name in ("pooled", "time_ids"))
+        cond = Conditioning(part("prompt_embeds"), pooled, time_ids)
         keys, shape = [str(key) for key in batch["key"]], tuple(np.asarray(batch["latents"]).shape[1:])
         x_T = samples.start_noise(self.config.seed, keys, shape).to(self.device)
         x0 = samples.teacher_samples(self.roles, x_T, cond, self.null, self.config.steps, self.config.omega)

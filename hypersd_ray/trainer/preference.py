@@ -105,7 +105,7 @@ class Fitting:
         self.stream = PairStream(
             config.pairs, config.optim.batch // self.world, self.rank, self.world, config.run.seed, position
         )
-        self.loggers = Loggers(config) if self.rank == 0 else None  # type: ignore[arg-type]
+        self.loggers = Loggers(config) if self.rank == 0 else None
         self.measured: dict[str, float] = {}
 
     def _resume(self) -> Position:
@@ -113,7 +113,7 @@ class Fitting:
         if checkpoint is None:
             return Position()
         with checkpoint.as_directory() as folder:
-            load_checkpoint(Path(folder), self.training)  # type: ignore[arg-type]
+            load_checkpoint(Path(folder), self.training)
             saved = json.loads((Path(folder) / POSITION).read_text())
         # every rank has done as many batches; with another number of workers the epoch begins anew
         return Position(**saved["position"]) if saved["world"] == self.world else Position(saved["position"]["epoch"])
@@ -166,6 +166,6 @@ class Fitting:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             if self.rank == 0:
-                save_checkpoint(folder, self.training)  # type: ignore[arg-type]
+                save_checkpoint(folder, self.training)
                 (folder / POSITION).write_text(json.dumps({"position": asdict(position), "world": self.world}))
             ray.train.report(metrics | self.measured, checkpoint=ray.train.Checkpoint.from_directory(temporary))

@@ -101,7 +101,7 @@ def _watch(board: ray.actor.ActorHandle, stop: threading.Event, line_every_s: fl
 @contextmanager
 def watching(line_every_s: float = 10.0) -> Iterator[ray.actor.ActorHandle]:
     """A board that is shown to the user for as long as the block lasts."""
-    board, stop = ProgressBoard.remote(), threading.Event()
+    board, stop = ProgressBoard.remote(), threading.Event()  # type: ignore[attr-defined]
     thread = threading.Thread(target=_watch, args=(board, stop, line_every_s), daemon=True)
     thread.start()
     try:

@@ -12,16 +12,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from hypersd_ray.training.distiller import Distiller
+from hypersd_ray.training.protocol import Checkpointed
 
 WEIGHTS, MOMENTS, MANIFEST = "weights.safetensors", "optimizers.pt", "manifest.json"
 
 
-def save_checkpoint(folder: Path, distiller: Distiller) -> None:
+def save_checkpoint(folder: Path, training: Checkpointed) -> None:
     """Write the weights, moments and manifest of a run into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = distiller.optimizer_state()
-    save_file({name: t.contiguous().cpu() for name, t in distiller.tensors().items()}, folder / WEIGHTS)
+    state = training.optimizer_state()
+    save_file({name: t.contiguous().cpu() for name, t in training.tensors().items()}, folder / WEIGHTS)
     torch.save(state, folder / MOMENTS)
     files = {
         name: {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in (WEIGHTS, MOMENTS)
@@ -50,7 +50,7 @@ def load_position(folder: Path, rank: int, world_size: int) -> dict | None:
         raise ValueError(f"{path} is not JSON: {error}; the checkpoint is damaged") from None
 
 
-def load_checkpoint(folder: Path, distiller: Distiller) -> None:
+def load_checkpoint(folder: Path, training: Checkpointed) -> None:
     """Bring a run's state back.
 
     Raises:
@@ -63,7 +63,7 @@ def load_checkpoint(folder: Path, distiller: Distiller) -> None:
                 raise ValueError(f"{name} has {found} bytes, {written['size']} were written: it is truncated")
             if _sha256(folder / name) != written["sha256"]:
                 raise ValueError(f"{name} is damaged: its SHA-256 is not the one that was written")
-        distiller.load(load_file(folder / WEIGHTS), torch.load(folder / MOMENTS, weights_only=True))
+        training.load(load_file(folder / WEIGHTS), torch.load(folder / MOMENTS, weights_only=True))
     except Exception as error:  # what the readers raise at a damaged file is of every kind
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder} is not a whole checkpoint of this run: {reason}") from error

@@ -131,7 +131,8 @@ class Distiller:
         heads = [] if self.discriminator is None else list(self.discriminator.parameters())
         average_gradients(parameters + heads)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.optim.clip)
-        finite = bool(torch.isfinite(norm)) and all(bool(torch.isfinite(p.grad).all()) for p in heads)
+        gradients = [p.grad for p in heads if p.grad is not None]
+        finite = bool(torch.isfinite(norm)) and all(bool(torch.isfinite(g).all()) for g in gradients)
         if finite:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.config.optim, progress.step, self.steps)
@@ -188,6 +189,6 @@ class Distiller:
         for role in self._role_names():
             self.roles.load(role, grouped.get(role, {}))
         self.optimizer.load_state_dict(state["student"])
-        if self.discriminator is not None:
+        if self.discriminator is not None and self.d_optimizer is not None:
             self.discriminator.load_state_dict(grouped.get("discriminator", {}))
             self.d_optimizer.load_state_dict(state["discriminator"])

@@ -50,12 +50,13 @@ class FeedbackBatch:
     @classmethod
     def from_rows(cls, rows: dict[str, Any], device: torch.device | str) -> FeedbackBatch:
         """From a `LatentStream` batch."""
-        parts = [
-            rows[name].to(device, torch.float32) if name in rows else None
-            for name in ("prompt_embeds", "pooled", "time_ids")
-        ]
-        latents = rows["latents"].to(device, torch.float32)
-        return cls(latents, Conditioning(*parts), tuple(rows["caption"]), tuple(rows["key"]))
+
+        def part(name: str) -> Tensor:
+            return rows[name].to(device, torch.float32)
+
+        pooled, time_ids = (part(name) if name in rows else None for name in ("pooled", "time_ids"))
+        cond = Conditioning(part("prompt_embeds"), pooled, time_ids)
+        return cls(part("latents"), cond, tuple(rows["caption"]), tuple(rows["key"]))
 
     def chunks(self, parts: int) -> list[FeedbackBatch]:
         """`parts` equal micro-batches."""
@@ -198,16 +199,16 @@ class Feedback:
 
     def _backward(self, micro: FeedbackBatch, generator: torch.Generator, parts: int, watch: bool) -> dict[str, Tensor]:
         """Accumulate the gradients of one micro-batch. Each branch goes backward by itself: one graph at a time."""
-        c, metrics = self.config, {}
-        total: Tensor = torch.zeros((), device=micro.x0.device)
+        c, total = self.config, torch.zeros((), device=micro.x0.device)
+        metrics: dict[str, Tensor] = {}
         if c.refl.weight:
             made = denoise_from_noise(self.roles, c, micro.cond, tuple(micro.x0.shape), generator)
             images = decode(self.vae, made.x0, c.decode_batch)
             aes, scores = self._aes(images, micro.captions)
             drift = loss_drift(made.x0, made.reference)
             loss = loss_feedback(aes, 0.0, drift, c.refl.weight, 0.0, c.drift)
-            (loss / parts).backward()  # type: ignore[union-attr]
-            total = total + loss.detach()  # type: ignore[union-attr]
+            (loss / parts).backward()
+            total = total + loss.detach()
             metrics |= {"aes": aes.detach(), "drift": drift.detach()} | scores
             metrics |= {"saturation": saturation(images.detach()), "diversity": diversity(images.detach())}
             if watch and self.progress.step % c.watch.every == 0:
@@ -217,8 +218,8 @@ class Feedback:
             percep = self._percep(decode(self.vae, made.x0, c.decode_batch), micro)
             drift = loss_drift(made.x0, made.reference)
             loss = loss_feedback(0.0, percep, drift, 0.0, c.structure.weight, c.drift)
-            (loss / parts).backward()  # type: ignore[union-attr]
-            total = total + loss.detach()  # type: ignore[union-attr]
+            (loss / parts).backward()
+            total = total + loss.detach()
             metrics |= {"percep": percep.detach(), "drift_structure": drift.detach()}
         return metrics | {"loss": total}
 

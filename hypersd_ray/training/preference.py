@@ -24,9 +24,17 @@ from hypersd_ray.training.randomness import seed_of
 class Pairs(Protocol):
     """What a batch of preferences has."""
 
-    chosen: Tensor
-    rejected: Tensor
-    prompts: Sequence[str]
+    @property
+    def chosen(self) -> Tensor:
+        """Preferred pictures."""
+
+    @property
+    def rejected(self) -> Tensor:
+        """The others."""
+
+    @property
+    def prompts(self) -> Sequence[str]:
+        """What both were made for."""
 
     def chunks(self, parts: int) -> Sequence[Pairs]:
         """Equal micro-batches."""
@@ -47,7 +55,7 @@ def freeze_bottom(model: ImageReward, share: float) -> list[nn.Parameter]:
 def scores_of_pairs(model: RewardModel, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """r(c, x_w), r(c, x_l): one call for both, so that both see the same dropout schedule."""
     both = model(torch.cat([pairs.chosen, pairs.rejected]), [*pairs.prompts, *pairs.prompts])
-    return both.chunk(2)  # type: ignore[return-value]
+    return both.chunk(2)
 
 
 @torch.no_grad()

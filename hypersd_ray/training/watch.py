@@ -29,7 +29,7 @@ class HackingWatch:
     def measure(self, trained: Mapping[str, float], held_out: Mapping[str, float]) -> bool:
         """Take in one measurement; true when it makes the alarm begin."""
         before = dict(self.means)
-        for name, value in (trained | held_out).items():  # type: ignore[operator]
+        for name, value in {**trained, **held_out}.items():
             old = self.means.get(name, value)
             self.means[name] = self.smoothing * old + (1 - self.smoothing) * value
         if not held_out or not before:

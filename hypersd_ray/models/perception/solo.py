@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,11 @@ class SOLOConfig:
 
 class ResNet(nn.Module):
     """torchvision's ResNet without its classifier, of any width; (B, 3, H, W) -> features at strides 4, 8, 16, 32."""
+
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
 
     def __init__(self, blocks: Sequence[int], width: int):
         super().__init__()
@@ -163,8 +169,9 @@ class SOLOHead(nn.Module):
         Only the rows of the 1x1 convolution at `cells` (n,) are multiplied: the same numbers without the S^2 - n maps
         that a loss would throw away (about 450 MB a picture at 800 px).
         """
-        conv = self.conv_mask_list[level]
+        conv = cast(nn.Conv2d, self.conv_mask_list[level])
         weight, bias = conv.weight.flatten(1), conv.bias
+        assert bias is not None
         if cells is not None:
             weight, bias = weight[cells], bias[cells]
         return torch.addmm(bias[:, None], weight, features.flatten(1)).view(-1, *features.shape[-2:])

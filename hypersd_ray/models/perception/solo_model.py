@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -104,7 +105,7 @@ def load_solo(checkpoint: str | Path, short_side: int = 0) -> SOLO:
     if path.is_dir():
         try:
             stored = json.loads((path / "config.json").read_text())
-            tuples = {k: tuple(map(_tuple, v)) if isinstance(v, list) else v for k, v in stored.items()}
+            tuples: dict[str, Any] = {k: tuple(map(_tuple, v)) if isinstance(v, list) else v for k, v in stored.items()}
             config = SOLOConfig(**tuples)
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{path}/config.json cannot be read: {error}") from None

@@ -59,10 +59,10 @@ def load_head(path: str | Path, version: int, width: int) -> nn.Module:
     tensors = read_tensors(path)
     head: nn.Module = head_v1(width)
     if version == 2:
-        sizes = tuple(
+        a, b, c, d = (
             len(tensors[f"layers.{i}.bias"]) if f"layers.{i}.bias" in tensors else default
             for i, default in ((0, 1024), (2, 128), (4, 64), (6, 16))
         )
-        head = HeadV2(width, sizes)  # type: ignore[arg-type]
+        head = HeadV2(width, (a, b, c, d))
     load_weights(head, tensors, path)
     return head.eval().requires_grad_(False)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from hypersd_ray.models.checkpoint import load_component
-from hypersd_ray.models.rewards.preprocess import Preprocess
+from hypersd_ray.models.rewards.preprocess import Fit, Preprocess
 from hypersd_ray.models.rewards.protocol import RewardModel, check_images
 from hypersd_ray.models.rewards.weights import load_weights, read_tensors
 
@@ -28,11 +28,11 @@ OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")
 class ClipTower(nn.Module):
     """An open_clip model with its tokenizer: normalised embeddings of images and prompts, (B, D) float32."""
 
-    def __init__(self, clip: nn.Module, tokenize, fit: str = "crop"):
+    def __init__(self, clip: open_clip.CLIP, tokenize, fit: Fit = "crop"):
         super().__init__()
         self.clip, self.tokenize = clip, tokenize
         size = clip.visual.image_size
-        self.preprocess = Preprocess(size[0] if isinstance(size, tuple) else size, fit)  # type: ignore[arg-type]
+        self.preprocess = Preprocess(size[0] if isinstance(size, tuple) else size, fit)
 
     def image_embedding(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, D) of norm 1."""
@@ -45,7 +45,7 @@ class ClipTower(nn.Module):
         return F.normalize(self.clip.encode_text(ids).float(), dim=-1)
 
 
-def load_tower(architecture: str, checkpoint: str | Path, fit: str = "crop") -> ClipTower:
+def load_tower(architecture: str, checkpoint: str | Path, fit: Fit = "crop") -> ClipTower:
     """A tower from a checkpoint file in open_clip's layout, or from a folder with `open_clip_config.json`.
 
     Args:
@@ -69,7 +69,7 @@ def load_tower(architecture: str, checkpoint: str | Path, fit: str = "crop") -> 
     return ClipTower(clip.eval().requires_grad_(False), tokenize, fit)
 
 
-def make_clip(architecture: str) -> nn.Module:
+def make_clip(architecture: str) -> open_clip.CLIP:
     """An open_clip model of that name with random weights. Raises ValueError for an unknown name."""
     if open_clip.get_model_config(architecture) is None:
         raise ValueError(f"architecture={architecture!r} is not one of open_clip's (open_clip.list_models())")

@@ -22,6 +22,9 @@ from torch import Tensor
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+Fit = Literal["crop", "pad"]
+"""What of a picture that is not square: see `Preprocess`."""
+
 
 @dataclass(frozen=True)
 class Preprocess:
@@ -32,7 +35,7 @@ class Preprocess:
     """
 
     size: int = 224
-    fit: Literal["crop", "pad"] = "crop"
+    fit: Fit = "crop"
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
 

@@ -18,13 +18,12 @@ from hypersd_ray.models.export import LoRAMetadata, save_diffusers_lora, save_ko
 from hypersd_ray.models.roles import STUDENT, Roles
 from hypersd_ray.training import samples
 from hypersd_ray.training.distiller import Distiller
-from hypersd_ray.training.feedback import Feedback, FeedbackBatch
+from hypersd_ray.training.feedback import FeedbackBatch
+from hypersd_ray.training.protocol import Training
 from hypersd_ray.training.tscd import Batch
 
 AnyConfig = TSCDConfig | FeedbackConfig
 """A run's configuration."""
-Training = Distiller | Feedback
-"""A worker's state: `step`, `next_stage`, `progress`, `tensors`, `load`."""
 Sampling = tuple[int, Sequence[int] | None]
 """Steps, and the times they run at where these are not the training edges."""
 
@@ -64,7 +63,7 @@ class Kind:
     config: type[AnyConfig]
     same_run: tuple[str, ...]
     check: Callable[[Any], Any]
-    build: Callable[[Any, Place], Any]
+    build: Callable[[Any, Place], Training]
     batch: Callable[[dict[str, Any], torch.device], Any]
     export: Callable[[Any, Any, int, Path], None]
     grid: Callable[[Any, Any, Tensor, Conditioning], tuple[str, list[Tensor]]]

@@ -37,9 +37,9 @@ def check(config: FeedbackConfig) -> None:
     """
     with storage.local_copy(config.tscd, "tscd") as path:
         fitting_lora(path, read_base(config.teacher), name="tscd")
-    for field, path in _files(config).items():
-        if not storage.exists(path):
-            raise ConfigError(f"{field}={path} does not exist")
+    for field, file in _files(config).items():
+        if not storage.exists(file):
+            raise ConfigError(f"{field}={file} does not exist")
     if config.structure.weight and config.structure.annotations:
         CocoAnnotations(config.structure.annotations)
 
