@@ -70,7 +70,7 @@ def catalog(settings):
     return read_catalog(settings.model)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def engine(settings, catalog) -> Engine:
     """One engine; LoRAs may be switched on it."""
     return Engine(settings.model, catalog)
@@ -99,7 +99,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(lora_folder, tmp_path_factory) -> Iterator[Server]:
     """The application of dev.yaml in a process and a cluster of its own."""
     folder, port = tmp_path_factory.mktemp("serve"), free_port()
