@@ -144,7 +144,7 @@ def evaluate(config: RewardsConfig, log: Callable[[str], None] = lambda _: None)
     check_sampling(config.sampling)
     prompts, loras = read_prompts(config.sampling), check_loras((config.baseline, *config.loras))
     judges, subject = Judges(config, prompts), Subject(config.sampling, prompts)
-    conventions = {name: model.convention for name, model in judges.rewards.items()}
+    conventions: dict[str, str] = {name: model.convention for name, model in judges.rewards.items()}
     report = Report(config.model_dump(mode="json"), conventions, loras)
     before: dict[int, tuple] = {}
     seed = config.sampling.seed
