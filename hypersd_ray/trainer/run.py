@@ -58,6 +58,8 @@ def connect() -> None:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         # Else two at a time, and a warning when eight wait: Ray Train and Ray Data need a dozen to start.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
+        # Ray's workers are at nice 15: one busy program on one of two cores would then stop a training that uses both.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         # At least 4 logical CPUs: a reader, an encoder and a worker must be able to stand side by side.
         ray.init(
             num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, logging_level="ERROR", log_to_driver=False
