@@ -193,8 +193,8 @@ class ShardMaker:
     def _encoded(self, picture: Any) -> bytes:
         data = io.BytesIO()
         kind = {"png": "PNG", "webp": "WEBP", "jpg": "JPEG"}[self.config.image_format]
-        options: dict[str, Any] = {"webp": {"lossless": True}, "jpg": {"quality": 95}}.get(self.config.image_format, {})
-        picture.save(data, kind, **options)
+        options: dict[str, dict[str, Any]] = {"webp": {"lossless": True}, "jpg": {"quality": 95}}
+        picture.save(data, kind, **options.get(self.config.image_format, {}))
         return data.getvalue()
 
     @staticmethod
