@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from hypersd_ray.config.base import CombinationError, Strict
 from hypersd_ray.config.data import DataConfig
+from hypersd_ray.config.zero import ZeroConfig
 from hypersd_ray.diffusion.segments import TEndRule, check_grid
 from hypersd_ray.losses.adversarial import AdversarialKind
 from hypersd_ray.losses.schedule import LossWeights, loss_weights
@@ -204,6 +205,8 @@ class TSCDConfig(Strict):
     """The student's adapter."""
     full_unet: bool = False
     """Train a full copy of the UNet in place of a LoRA."""
+    zero: ZeroConfig = ZeroConfig()
+    """How the full UNet's training is shared out over the workers."""
     optim: OptimConfig = OptimConfig()
     """The optimiser."""
     run: RunConfig = RunConfig()
@@ -220,6 +223,15 @@ class TSCDConfig(Strict):
         if "://" not in self.teacher and not Path(self.teacher).is_dir():
             raise CombinationError(
                 f"teacher={self.teacher!r} is not a folder: name one in diffusers' layout (model_index.json, unet/, vae/, ...)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _zero_has_something_to_share(self) -> TSCDConfig:
+        if self.zero.stage and not self.full_unet:
+            raise CombinationError(
+                f"zero.stage={self.zero.stage} without full_unet: a LoRA's moments are small, it needs no ZeRO; "
+                "leave zero.stage out or set full_unet"
             )
         return self
 
