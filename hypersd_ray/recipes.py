@@ -26,10 +26,22 @@ TINY_PROMPTS = (
 )
 
 
-def tiny(budget: Literal["minutes", "full"] = "minutes") -> TSCDConfig:
+def keeping_guidance(config: TSCDConfig) -> TSCDConfig:
+    """The same run with the teacher unguided and a tenth of the captions emptied, at k = 8 alone: guidance and negative
+    prompts work when the LoRA samples (the paper's limitation, Sec. 6)."""
+    d = config.distill
+    update = {
+        "k_list": d.k_list[:1], "n_list": d.n_list[:1], "steps_list": (sum(d.steps_list),),
+        "omega_min": 1.0, "omega_max": 1.0, "empty_prompts": 0.1,
+    }  # fmt: skip
+    run = config.run.model_copy(update={"name": f"{config.run.name}-keep-cfg"})
+    return config.model_copy(update={"distill": d.model_copy(update=update), "run": run})
+
+
+def tiny(budget: Literal["minutes", "full"] = "minutes", keep_cfg: bool = False) -> TSCDConfig:
     """The embedded model, on a CPU: "minutes" is a first look, "full" the recipe of the committed LoRAs (half an hour on two free cores)."""
     full = budget == "full"
-    return TSCDConfig(
+    config = TSCDConfig(
         teacher=str(paths.TEACHER),
         data=DataConfig(
             shards=str(paths.DATA / "train-*.tar"),
@@ -48,11 +60,12 @@ def tiny(budget: Literal["minutes", "full"] = "minutes") -> TSCDConfig:
         optim=OptimConfig(lr=1e-3, schedule="cosine", warmup=20, batch=32),
         run=RunConfig(name=f"tiny-{budget}", checkpoint_every=200, log_every=10, prompts=TINY_PROMPTS),
     )
+    return keeping_guidance(config) if keep_cfg else config
 
 
-def sd15(teacher: str, shards: str = "data/*.tar") -> TSCDConfig:
+def sd15(teacher: str, shards: str = "data/*.tar", keep_cfg: bool = False) -> TSCDConfig:
     """Stable Diffusion 1.5 at 512 px with the paper's settings (batch 512, lr 1e-6, k = 8, 4, 2, 1) on 8 GPUs."""
-    return TSCDConfig(
+    config = TSCDConfig(
         teacher=teacher,
         data=DataConfig(
             shards=shards, resolution=512, encoder=EncoderPool(num_gpus=0.25, max_size=4, dtype="bfloat16")
@@ -61,11 +74,12 @@ def sd15(teacher: str, shards: str = "data/*.tar") -> TSCDConfig:
         optim=OptimConfig(lr=1e-6, batch=512, accumulation=4),
         run=RunConfig(name="sd15", workers=8, gpus_per_worker=1, precision="bf16"),
     )
+    return keeping_guidance(config) if keep_cfg else config
 
 
-def sdxl(teacher: str, shards: str = "data/*.tar") -> TSCDConfig:
+def sdxl(teacher: str, shards: str = "data/*.tar", keep_cfg: bool = False) -> TSCDConfig:
     """SDXL at 1024 px with the paper's settings on 32 GPUs."""
-    return TSCDConfig(
+    config = TSCDConfig(
         teacher=teacher,
         data=DataConfig(
             shards=shards,
@@ -76,6 +90,7 @@ def sdxl(teacher: str, shards: str = "data/*.tar") -> TSCDConfig:
         optim=OptimConfig(lr=1e-6, batch=512, accumulation=4),
         run=RunConfig(name="sdxl", workers=32, gpus_per_worker=1, precision="bf16"),
     )
+    return keeping_guidance(config) if keep_cfg else config
 
 
 def onestep_tiny(init: str, mode: Mode = "unified", budget: Literal["minutes", "full"] = "minutes") -> OneStepConfig:

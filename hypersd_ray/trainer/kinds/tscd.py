@@ -10,7 +10,7 @@ from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.models.checkpoint import load_unet, read_base
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import load_encoders
-from hypersd_ray.models.export import LoRAMetadata, save_unet
+from hypersd_ray.models.export import GUIDANCE, KEPT, LoRAMetadata, save_unet
 from hypersd_ray.models.roles import STUDENT, FullRoles, LoRARoles, Roles
 from hypersd_ray.trainer.kinds.base import (
     DISTILL_SAME_RUN,
@@ -62,7 +62,8 @@ def lora_metadata(config: TSCDConfig, k: int) -> LoRAMetadata:
     steps = (k, *(s for s in (1, 2, 4, 8) if s != k))
     return LoRAMetadata(
         base_model=info.path.name, family=info.family, k=k, steps=steps, scheduler="TCDScheduler", eta=0.0,
-        rank=config.lora.rank, alpha=config.lora.effective_alpha, recipe=config.run.name, extra={},
+        rank=config.lora.rank, alpha=config.lora.effective_alpha, recipe=config.run.name,
+        extra={GUIDANCE: KEPT} if config.distill.keeps_guidance else {},
     )  # fmt: skip
 
 
