@@ -31,5 +31,7 @@ class ZeroConfig(Strict):
         if self.stage == 0 and self.offload:
             raise CombinationError("zero.offload needs zero.stage=1, 2 or 3 (zero.stage=0 is off)")
         if self.stage < 3 and self.teacher:
-            raise CombinationError(f"zero.teacher needs zero.stage=3, it is {self.stage}: only there weights are shared")
+            raise CombinationError(
+                f"zero.teacher needs zero.stage=3, it is {self.stage}: only there weights are shared"
+            )
         return self

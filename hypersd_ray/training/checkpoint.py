@@ -1,32 +1,40 @@
-"""A checkpoint folder: weights as safetensors, moments as a `weights_only` file, and a manifest that is written last.
+"""A checkpoint folder: each part of a state as safetensors, what is no tensor in a manifest that is written last.
 
-Rank 0 writes the weights (they are the same on every worker); every rank writes its own data position.
+Parts are whole whatever the weights were shared out over, so any number of workers goes on from them. Rank 0 writes them;
+every rank writes its own data position.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from hypersd_ray.training.protocol import Checkpointed
 
-WEIGHTS, MOMENTS, MANIFEST = "weights.safetensors", "optimizers.pt", "manifest.json"
+MANIFEST = "manifest.json"
 
 
-def save_checkpoint(folder: Path, training: Checkpointed) -> None:
-    """Write the weights, moments and manifest of a run into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    state = training.optimizer_state()
-    save_file({name: t.contiguous().cpu() for name, t in training.tensors().items()}, folder / WEIGHTS)
-    torch.save(state, folder / MOMENTS)
-    files = {
-        name: {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in (WEIGHTS, MOMENTS)
-    }
-    (folder / MANIFEST).write_text(json.dumps({"files": files, "progress": state["progress"]}))
+def _file_name(part: str) -> str:
+    return f"{part}.safetensors"
+
+
+def save_checkpoint(folder: Path, training: Checkpointed, rank: int = 0) -> None:
+    """Write a run's parts and manifest into `folder`. All ranks call it, for shares are gathered; rank 0 writes."""
+    files = {}
+    for part, tensors in training.parts():
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / _file_name(part)
+            save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, path)
+            files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+    if rank == 0:
+        (folder / MANIFEST).write_text(json.dumps({"files": files, "notes": training.notes()}))
 
 
 def save_position(folder: Path, rank: int, world_size: int, position: dict) -> None:
@@ -51,22 +59,57 @@ def load_position(folder: Path, rank: int, world_size: int) -> dict | None:
 
 
 def load_checkpoint(folder: Path, training: Checkpointed) -> None:
-    """Bring a run's state back.
+    """Bring a run's state back; all ranks call it.
 
     Raises:
         ValueError: the folder is incomplete or damaged, or of another configuration; one line says which.
     """
     try:
-        for name, written in json.loads((folder / MANIFEST).read_text())["files"].items():
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name, written in manifest["files"].items():
             found = (folder / name).stat().st_size
             if found != written["size"]:
                 raise ValueError(f"{name} has {found} bytes, {written['size']} were written: it is truncated")
             if _sha256(folder / name) != written["sha256"]:
                 raise ValueError(f"{name} is damaged: its SHA-256 is not the one that was written")
-        training.load(load_file(folder / WEIGHTS), torch.load(folder / MOMENTS, weights_only=True))
+        training.load(Parts(folder, manifest["files"]), manifest["notes"])
     except Exception as error:  # what the readers raise at a damaged file is of every kind
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder} is not a whole checkpoint of this run: {reason}") from error
+
+
+class Parts:
+    """What a training state is loaded from."""
+
+    def __init__(self, folder: Path, files: Mapping[str, object]):
+        self.folder, self.files = folder, files
+
+    def __call__(self, part: str) -> Mapping[str, Tensor]:
+        """Its tensors by name. Raises LookupError when there is no such part."""
+        if _file_name(part) not in self.files:
+            raise LookupError(f"{_file_name(part)} is missing, it is of another configuration")
+        return Stored(self.folder / _file_name(part))
+
+
+class Stored(Mapping[str, Tensor]):
+    """A safetensors file of which a tensor is read when it is asked for."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.file = safe_open(path, framework="pt")
+        self.names = dict.fromkeys(self.file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.file.get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def _position_name(rank: int, world_size: int) -> str:

@@ -92,8 +92,10 @@ def tscd_metadata(config: FeedbackConfig, found: LoRAMetadata | None, rank: int)
     return found or LoRAMetadata(info.path.name, info.family, 1, steps, "TCDScheduler", 0.0, rank, float(rank))
 
 
-def export(config: FeedbackConfig, state: Feedback, stage: int, folder: Path) -> None:
+def export(config: FeedbackConfig, state: Feedback, stage: int, folder: Path | None) -> None:
     """The feedback LoRA, and the exact merge with the TSCD LoRA, each in both layouts."""
+    if folder is None:
+        return
     with storage.local_copy(config.tscd, "tscd") as path:
         tensors, found = read_lora(path)
     rank = len(next(t for name, t in tensors.items() if name.endswith("lora_A.weight")))
