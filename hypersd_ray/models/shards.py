@@ -16,12 +16,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from hypersd_ray.config.tscd import OptimConfig
 from hypersd_ray.config.zero import ZeroConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+GATHERED_AT_ONCE = [ResnetBlock2D, BasicTransformerBlock]
+"""Stage 3 gathers such a block's weights in one message, where it would send one for each of a dozen layers."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,10 @@ def deepspeed_config(zero: ZeroConfig, dtype: torch.dtype, device: torch.device,
 def initialize(network: nn.Module, config: dict[str, Any], device: torch.device, optimizer: Any = None) -> Any:
     """DeepSpeed's engine for `network` in the process group that there is."""
     assert dist.is_initialized(), "ZeRO shares out over a process group; Ray Train makes it"
-    here = SimpleNamespace(device_rank=device.index or 0)
-    return load_deepspeed(device).initialize(args=here, model=network, optimizer=optimizer, config=config)[0]
+    here, deepspeed = SimpleNamespace(device_rank=device.index or 0), load_deepspeed(device)
+    if config["zero_optimization"]["stage"] == 3:
+        deepspeed.utils.set_z3_leaf_modules(network, GATHERED_AT_ONCE)
+    return deepspeed.initialize(args=here, model=network, optimizer=optimizer, config=config)[0]
 
 
 class Trained:
@@ -218,10 +224,9 @@ class Followed:
         self.trained, device = trained, trained.device
         if trained.zero.stage == 3:
             self.flat = None
-            network.requires_grad_(False).to(trained.dtype)
             self.network = partitioned(network, trained.zero, trained.dtype, device)
             return
-        self.network = network.requires_grad_(False).to(device, trained.dtype)
+        self.network = placed(network.requires_grad_(False), device, trained.dtype)
         weights = getattr(trained.sharded, "bit16_groups_flat", None) or trained.sharded.bf16_groups_flat
         self.flat = torch.zeros_like(weights[0])
         begin = weights[0].storage_offset()
@@ -241,11 +246,16 @@ class Followed:
             p.ds_tensor.data.copy_(flats[piece.flat].narrow(0, piece.offset, share))
 
 
+def placed(network: nn.Module, device: torch.device, dtype: torch.dtype) -> Any:
+    """`network.to`, without diffusers' doubts about it: nothing in these networks must stay in float32."""
+    return nn.Module.to(network, device, dtype)
+
+
 def partitioned(network: nn.Module, zero: ZeroConfig, dtype: torch.dtype, device: torch.device) -> Any:
     """A frozen network of which every worker holds a share, gathered layer by layer where it is called."""
     config = deepspeed_config(zero.model_copy(update={"offload": False}), dtype, device)
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # what is kept whole would go stale
-    return initialize(network, config, device)
+    return initialize(network.requires_grad_(False), config, device)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from hypersd_ray.config.zero import ZeroConfig
 from hypersd_ray.diffusion.parameterization import Parameterization
 from hypersd_ray.diffusion.schedule import Schedule
 from hypersd_ray.models.roles import EMA, STUDENT, TEACHER, Roles, check_fit
-from hypersd_ray.models.shards import Followed, Trained, collect, partitioned, scatter
+from hypersd_ray.models.shards import Followed, Trained, collect, partitioned, placed, scatter
 
 
 class ZeroRoles(Roles):
@@ -42,7 +42,7 @@ class ZeroRoles(Roles):
         zero: ZeroConfig,
     ):  # fmt: skip
         self.base, self.optim, self.zero, self.checkpointing = base, optim, zero, False
-        teacher = base().requires_grad_(False).to(device, dtype)
+        teacher = placed(base().requires_grad_(False), device, dtype)
         super().__init__(teacher, schedule, parameterization)
         self.teacher: Any = partitioned(teacher, zero, dtype, device) if zero.teacher else teacher
         self.trained: dict[str, Trained] = {STUDENT: Trained(student, optim, zero, dtype, device)}
