@@ -7,8 +7,10 @@ what is done to a flat is done to the network, and no parameter is ever whole in
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -88,7 +90,8 @@ def initialize(network: nn.Module, config: dict[str, Any], device: torch.device,
     here, deepspeed = SimpleNamespace(device_rank=device.index or 0), load_deepspeed(device)
     if config["zero_optimization"]["stage"] == 3:
         deepspeed.utils.set_z3_leaf_modules(network, GATHERED_AT_ONCE)
-    return deepspeed.initialize(args=here, model=network, optimizer=optimizer, config=config)[0]
+    with redirect_stdout(io.StringIO()):  # where it reports the memory in use
+        return deepspeed.initialize(args=here, model=network, optimizer=optimizer, config=config)[0]
 
 
 class Trained:
@@ -150,6 +153,10 @@ class Trained:
             group["lr"] = lr
         self.base.held = hold
         self.engine.step()
+        if not self.engine.was_step_applied():
+            # Under offload it keeps a gradient that has a NaN, and adds the next ones to it.
+            for group in getattr(self.sharded, "averaged_gradients", {}) if self.zero.stage < 3 else ():
+                self.sharded.averaged_gradients[group] = None
         self.base.held = self.pending = False
         norm = float("nan") if hold else float(self.engine.get_global_grad_norm())
         return torch.tensor(norm, device=self.device)
