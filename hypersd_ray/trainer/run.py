@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -17,6 +18,7 @@ import pydantic
 import ray
 import ray.train
 import yaml
+from packaging.version import Version
 from ray.train import CheckpointConfig, FailureConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
@@ -24,7 +26,7 @@ from hypersd_ray.actors.placement import Handles, start_evaluators, stop_evaluat
 from hypersd_ray.config.base import CombinationError, ConfigError, RunError
 from hypersd_ray.config.feedback import FeedbackConfig
 from hypersd_ray.config.onestep import OneStepConfig
-from hypersd_ray.config.tscd import RunConfig
+from hypersd_ray.config.tscd import RunConfig, TSCDConfig
 from hypersd_ray.data.precompute import resolve, validate
 from hypersd_ray.data.rejects import start_reject_log
 from hypersd_ray.data.sources import find_shards
@@ -36,6 +38,8 @@ from hypersd_ray.trainer.pairs import pair_folder
 from hypersd_ray.trainer.progress import watching
 
 ROOT = Path(__file__).parents[2]
+OLDEST_DEEPSPEED = "0.19.8"
+"""With which gradient accumulation can be left to the caller."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ def check(config: AnyConfig) -> None:
     kind = KINDS[kind_of(config)]
     if config.run.precision == "bf16" and config.run.gpus_per_worker == 0:
         raise ConfigError("run.precision=bf16 with run.gpus_per_worker=0: bf16 is for GPUs; set run.precision=fp32")
+    check_deepspeed(config)
     kind.check(config)
     find_pairs(config)
     for name in {"wandb", "mlflow"} & set(config.run.loggers):
@@ -100,6 +105,22 @@ def check(config: AnyConfig) -> None:
         validate(config.data, config.teacher, config.data.cache_dir or f"{folder}/latents")
     else:
         resolve(config.data, config.teacher, folder)  # makes nothing here, so it needs no Ray
+
+
+def check_deepspeed(config: AnyConfig) -> None:
+    """What ZeRO needs is installed.
+
+    Raises:
+        ConfigError: what is missing, and the command that installs it.
+    """
+    if not isinstance(config, TSCDConfig) or config.zero.stage == 0:
+        return
+    found = importlib.metadata.version("deepspeed") if importlib.util.find_spec("deepspeed") else "not there"
+    if found == "not there" or Version(found) < Version(OLDEST_DEEPSPEED):
+        raise ConfigError(
+            f"zero.stage={config.zero.stage} needs DeepSpeed {OLDEST_DEEPSPEED} or newer, it is {found}: "
+            "pip install 'hypersd-ray[zero]', or set zero.stage=0"
+        )
 
 
 def check_same_run(config: AnyConfig, folder: str) -> None:

@@ -75,7 +75,11 @@ def training_of(
     common: dict[str, Any] = {"full_unet": True, "zero": {"bucket": BUCKET} | zero, "run": {"workers": world}}
     if kind == "tscd":
         config = make_config(
-            folder, **common, optim=optim, distill={"teacher": "previous", "steps_list": (3, 6)}, adversarial=ADVERSARIAL
+            folder,
+            **common,
+            optim=optim,
+            distill={"teacher": "previous", "steps_list": (3, 6)},
+            adversarial=ADVERSARIAL,
         )
         return Distiller(config, roles_of(config, dtype), Conditioning(torch.full((1, MAX_TOKENS, 32), 0.3)), rank)
     settings = onestep_parts.config(
