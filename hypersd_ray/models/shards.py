@@ -79,6 +79,10 @@ def deepspeed_config(zero: ZeroConfig, dtype: torch.dtype, device: torch.device,
             "reduce_bucket_size": zero.bucket,
             "allgather_bucket_size": zero.bucket // 2 * 2 or 2,
             "stage3_prefetch_bucket_size": min(zero.bucket, 50_000_000),
+            "stage3_param_persistence_threshold": min(zero.bucket // 2000, 100_000),
+            # What is fetched ahead, or kept from a forward pass for its backward pass, stays where none follows.
+            "stage3_max_live_parameters": zero.bucket,
+            "stage3_max_reuse_distance": zero.bucket,
         }
         | ({"offload_optimizer": pinned} if zero.offload else {}),
     }
