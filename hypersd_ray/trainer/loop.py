@@ -31,7 +31,7 @@ from hypersd_ray.training import samples
 from hypersd_ray.training.checkpoint import load_checkpoint, load_position, save_checkpoint, save_position
 from hypersd_ray.training.onestep import Pairs
 
-QUIET = {"grad_norm", "dropped", "watch", "hacking", "saturation", "diversity"}
+QUIET = {"grad_norm", "dropped", "watch", "hacking", "saturation", "diversity", "reward_seconds"}
 """What is logged and is not in the progress line."""
 
 

@@ -68,7 +68,9 @@ def test_the_dockerfile_has_only_instructions_that_there_are():
     assert instructions()[0][0] == "FROM"
     (base,) = arguments("FROM")
     python = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
-    assert re.fullmatch(r"python:3\.\d+-slim-\w+", base) and base.split("-")[0].split(":")[1] in python.replace(">=", "")
+    assert re.fullmatch(r"python:3\.\d+-slim-\w+", base) and base.split("-")[0].split(":")[1] in python.replace(
+        ">=", ""
+    )
 
 
 def test_it_ends_as_another_user_than_root():

@@ -100,7 +100,11 @@ POD = (*GROUP, "template", "spec")
         ("raycluster", _set("metadata", "lables", value={}), "lables"),
         ("rayjob", _set("spec", "entryPoint", value="x"), "entryPoint"),
         ("rayjob", _set("spec", "deletionStrategy", "deletionRules", 0, "policy", value="DeleteAll"), "DeleteCluster"),
-        ("rayjob", _set("spec", "deletionStrategy", "deletionRules", 0, "policy", value="DeleteWorkers"), "does not go"),
+        (
+            "rayjob",
+            _set("spec", "deletionStrategy", "deletionRules", 0, "policy", value="DeleteWorkers"),
+            "does not go",
+        ),
         ("rayjob", _set("spec", "deletionStrategy", "deletionRules", 0, "condition", value={}), "exactly one of"),
         ("rayjob", _set("spec", "shutdownAfterJobFinishes", value=True), "deletionRules with"),
         ("rayservice", _set("spec", "serveConfig", value=""), "serveConfig"),
