@@ -201,6 +201,12 @@ def test_pods_run_without_root_and_hold_no_secret(name):
         assert ("nvidia.com/gpu" in limits) == ("nvidia.com/gpu" in tolerated)
 
 
+@pytest.mark.parametrize("name", ["raycluster", "rayjob"])
+def test_jobs_wait_for_nodes(name):
+    head = spec_of(name).headGroupSpec.template["spec"]["containers"][0]
+    assert {"name": "RAY_AUTOSCALING", "value": "1"} in head["env"]
+
+
 def test_kubernetes_own_schema_is_strict():
     (claim,) = documents("storage")
     with pytest.raises(ValueError, match="accessMode"):

@@ -123,6 +123,12 @@ def test_an_empty_cluster_is_the_head_alone_and_nothing_runs_on_it(name):
         validate_node_label_syntax(node_type.get("labels", {}))
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_jobs_wait_for_nodes_only_where_nodes_may_come(name):
+    """trainer/run.py and actors/placement.py read the head's RAY_AUTOSCALING."""
+    assert ("RAY_AUTOSCALING=1" in load(name)["head_start_ray_commands"][-1]) == (name in CLOUDS)
+
+
 @pytest.mark.parametrize("name", CLOUDS)
 def test_the_recipes_find_their_nodes(name, tmp_path, feedback):
     config = load(name)
