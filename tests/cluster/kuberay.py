@@ -1,9 +1,10 @@
 """The fields of KubeRay's objects, for holding our files against: an unknown field or a wrong type is an error.
 
-Written down here from the API reference of KubeRay 1.7 (names, types, enumerations and what its operator refuses), and
-not the custom resource definitions themselves. What Kubernetes defines (pod templates, services, metadata) is held
-against Kubernetes' own schemas, which `kubernetes-validate` ships, strictly. A field that KubeRay has and this file has
-not is a line to add.
+Written down here, in our own words, from what KubeRay says of its fields (names, types, enumerations, what its operator
+refuses): RayCluster as of 1.6 with 1.7's `priority` and `secretName`, RayJob as of 1.5 with 1.6's deletion conditions,
+RayService as of 1.5. These are not its custom resource definitions, and a field of KubeRay's that is missing here is a
+line to add. What Kubernetes defines (pod templates, services, metadata, claims) is held against Kubernetes' own schemas,
+which `kubernetes-validate` ships, strictly.
 """
 
 from __future__ import annotations
