@@ -40,7 +40,7 @@ class EvaluatorsConfig(Strict):
     """Its tokenizer is CLIP's too; what it denoises badly teaches the aesthetic head."""
     what: tuple[Literal["clip", "aesthetic", "solo"], ...] = ("clip", "aesthetic", "solo")
     """Which to train; the aesthetic head needs the CLIP."""
-    clip_steps: tuple[int, ...] = (1800, 1200)
+    clip_steps: tuple[int, ...] = (1800, 1200, 900)
     """Batches of 128 pictures with captions, in cycles of the learning rate."""
     clip_spoilt: int = Field(default=8000, ge=0)
     """Spoilt pictures among CLIP's, beside the sound ones."""
@@ -75,7 +75,14 @@ def clip(config: EvaluatorsConfig, train_set: Pictures, held_out: Pictures) -> d
 
     images, captions = with_spoilt(*train_set, config.teacher, config.clip_spoilt, seed=config.seed)
     tower = train_clip(
-        images, captions, config.teacher, config.out, config.out / "clip", config.clip_steps, seed=config.seed
+        images,
+        captions,
+        config.teacher,
+        config.out,
+        config.out / "clip",
+        config.clip_steps,
+        seed=config.seed,
+        spoilt=len(images) - len(train_set[0]),
     )
     return retrieval(tower, *held_out)
 

@@ -70,9 +70,13 @@ def with_spoilt(
 
 def train_clip(
     images: Tensor, captions: list[str], teacher: Path, out: Path, folder: Path, steps: int | Sequence[int],
-    batch: int = 128, seed: int = 0,
+    batch: int = 128, seed: int = 0, spoilt: int = 0,
 ) -> ClipTower:  # fmt: skip
-    """Train on uint8 pictures (N, 3, 32, 32) with the teacher's tokenizer; writes `folder` in open_clip's layout."""
+    """Train on uint8 pictures (N, 3, 32, 32) with the teacher's tokenizer; writes `folder` in open_clip's layout.
+
+    The last `spoilt` pictures are the first ones again, spoilt (`with_spoilt`): a quarter of a batch is both of some, side
+    by side, or nothing would be gained by telling them apart.
+    """
     torch.manual_seed(seed)
     config = clip_config(len(load_tokenizer(teacher / "tokenizer")))
     clip = open_clip.CLIP(**config)
@@ -85,7 +89,10 @@ def train_clip(
     ids = torch.cat([tower.tokenize(captions[i : i + 1024]) for i in range(0, len(captions), 1024)])
 
     def loss(generator: torch.Generator) -> Tensor:
-        index = torch.randint(len(images), (batch,), generator=generator)
+        twins = batch // 8 if spoilt else 0
+        index = torch.randint(len(images), (batch - 2 * twins,), generator=generator)
+        sound = torch.randint(max(spoilt, 1), (twins,), generator=generator)
+        index = torch.cat([index, sound, sound + len(images) - spoilt])
         pictures, _ = flip_some(images[index].float() / 255, generator)
         return contrastive_loss(clip, tower.preprocess(pictures), ids[index])
 
