@@ -126,10 +126,8 @@ def test_spoilt_pictures_are_called_bad():
 def test_the_trainings_make_models_of_the_published_classes(held_out, tmp_path):
     """Twelve steps each; what they write is loaded by the same loaders as the published checkpoints."""
     images, captions = held_out
-    images, captions = pretrain_clip.with_spoilt(images, captions, paths.TEACHER, 16)
-    tower = pretrain_clip.train_clip(
-        images, captions, paths.TEACHER, tmp_path, tmp_path / "clip", 12, batch=16, spoilt=16
-    )
+    more, told = pretrain_clip.with_spoilt(images, captions, paths.TEACHER, 16)
+    tower = pretrain_clip.train_clip(more, told, paths.TEACHER, tmp_path, tmp_path / "clip", 12, batch=16, spoilt=16)
     found = pretrain_clip.retrieval(tower, images, captions)
     assert found["right"] > found["wrong"]
     pretrain_clip.train_aesthetic(
