@@ -154,7 +154,6 @@ def feedback_tiny(lora: str, learn: Literal["both", "reward", "structure"] = "bo
         steps=300,
         rewards=(
             RewardConfig(name="aesthetic_v2", checkpoint=str(judges / "aesthetic.safetensors"), tower=clip, alpha=9.0),
-            RewardConfig(name="image_reward", checkpoint=str(judges / "image_reward"), alpha=2.0),
             RewardConfig(name="clip_score", checkpoint=clip, role="watch"),
         ),
         refl=ReFLConfig(weight=0.0 if learn == "structure" else 0.1),
