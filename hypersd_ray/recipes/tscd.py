@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from hypersd_ray.config.data import DataConfig, EncoderPool
-from hypersd_ray.config.tscd import AdversarialConfig, DistillConfig, LoRAConfig, OptimConfig, RunConfig, TSCDConfig
+from hypersd_ray.config.tscd import LoRAConfig, OptimConfig, RunConfig, TSCDConfig
 from hypersd_ray.embedded import paths
+from hypersd_ray.recipes import trajectory
+from hypersd_ray.recipes.trajectory import TRAJECTORIES, Settings, Trajectory
+
+TINY_OMEGA = (2.0, 4.0)
+"""Guidance scales of the embedded teacher."""
+FULL_SHARES = (6, 5, 6, 8)
+"""The stages' shares of the steps in the committed LoRAs: a longer last stage."""
 
 TINY_PROMPTS = (
     "a noto penguin on a yellow background",
@@ -21,9 +28,11 @@ TINY_PROMPTS = (
 )
 
 
-def tiny(budget: Literal["minutes", "full"] = "minutes") -> TSCDConfig:
-    """The embedded model, on a CPU: "minutes" is a first look, "full" the recipe of the committed LoRAs (half an hour on two free cores)."""
-    full = budget == "full"
+def embedded(name: str, settings: Settings | None = None, lr: float = 1e-3, seed: int = 0) -> TSCDConfig:
+    """The embedded model by any method (None: TSCD for minutes), on a CPU: LoRA of rank 32, batch 32."""
+    settings = settings or embedded_tscd(640)
+    # Heads that begin anew need more than the paper's rate in minutes.
+    adversarial = settings.adversarial.model_copy(update={"lr": 1e-3} if settings.adversarial.adv_end else {})
     return TSCDConfig(
         teacher=str(paths.TEACHER),
         data=DataConfig(
@@ -32,34 +41,49 @@ def tiny(budget: Literal["minutes", "full"] = "minutes") -> TSCDConfig:
             cache="disk",
             encoder=EncoderPool(batch_size=64),
         ),
-        distill=DistillConfig(
-            steps_list=(1200, 1000, 1200, 1600) if full else (160, 160, 160, 160),
-            omega_min=2,
-            omega_max=4,
-            perturbation=0.0,
-        ),
-        adversarial=AdversarialConfig(adv_end=0.0, mse_end=1.0),
+        distill=settings.distill,
+        adversarial=adversarial,
         lora=LoRAConfig(rank=32),
-        optim=OptimConfig(lr=1e-3, schedule="cosine", warmup=20, batch=32),
-        run=RunConfig(name=f"tiny-{budget}", checkpoint_every=200, log_every=10, prompts=TINY_PROMPTS),
+        optim=OptimConfig(lr=lr, schedule="cosine", warmup=20, batch=32),
+        run=RunConfig(name=name, seed=seed, checkpoint_every=200, log_every=10, prompts=TINY_PROMPTS),
     )
 
 
-def sd15(teacher: str, shards: str = "data/*.tar") -> TSCDConfig:
+def embedded_tscd(steps: int, shares: Sequence[float] = (1, 1, 1, 1)) -> Settings:
+    """TSCD for the embedded model: without adversarial loss and noise perturbation."""
+    distill = trajectory.tscd(steps, TINY_OMEGA, shares).distill
+    return Settings(distill.model_copy(update={"perturbation": 0.0}))
+
+
+def tiny(budget: Literal["minutes", "full"] = "minutes", method: Trajectory = "tscd") -> TSCDConfig:
+    """The embedded model, on a CPU: "minutes" is a first look, "full" the recipe of the committed LoRAs (half an hour on two free cores)."""
+    full = budget == "full"
+    steps = 5000 if full else 640
+    if method == "tscd":
+        return embedded(f"tiny-{budget}", embedded_tscd(steps, FULL_SHARES if full else (1, 1, 1, 1)))
+    return embedded(f"tiny-{method}-{budget}", TRAJECTORIES[method](steps, TINY_OMEGA))
+
+
+def sd15(teacher: str, shards: str = "data/*.tar", method: Trajectory = "tscd") -> TSCDConfig:
     """Stable Diffusion 1.5 at 512 px with the paper's settings (batch 512, lr 1e-6, k = 8, 4, 2, 1) on 8 GPUs."""
+    settings = TRAJECTORIES[method](20_000, (3, 8))
     return TSCDConfig(
         teacher=teacher,
         data=DataConfig(
             shards=shards, resolution=512, encoder=EncoderPool(num_gpus=0.25, max_size=4, dtype="bfloat16")
         ),
-        distill=DistillConfig(omega_min=3, omega_max=8),
+        distill=settings.distill,
+        adversarial=settings.adversarial,
         optim=OptimConfig(lr=1e-6, batch=512, accumulation=4),
-        run=RunConfig(name="sd15", workers=8, gpus_per_worker=1, precision="bf16"),
+        run=RunConfig(
+            name="sd15" if method == "tscd" else f"sd15-{method}", workers=8, gpus_per_worker=1, precision="bf16"
+        ),
     )
 
 
-def sdxl(teacher: str, shards: str = "data/*.tar") -> TSCDConfig:
+def sdxl(teacher: str, shards: str = "data/*.tar", method: Trajectory = "tscd") -> TSCDConfig:
     """SDXL at 1024 px with the paper's settings on 32 GPUs."""
+    settings = TRAJECTORIES[method](20_000, (5, 8))
     return TSCDConfig(
         teacher=teacher,
         data=DataConfig(
@@ -67,9 +91,12 @@ def sdxl(teacher: str, shards: str = "data/*.tar") -> TSCDConfig:
             resolution=1024,
             encoder=EncoderPool(num_gpus=0.5, max_size=8, batch_size=8, dtype="bfloat16"),
         ),
-        distill=DistillConfig(omega_min=5, omega_max=8),
+        distill=settings.distill,
+        adversarial=settings.adversarial,
         optim=OptimConfig(lr=1e-6, batch=512, accumulation=4),
-        run=RunConfig(name="sdxl", workers=32, gpus_per_worker=1, precision="bf16"),
+        run=RunConfig(
+            name="sdxl" if method == "tscd" else f"sdxl-{method}", workers=32, gpus_per_worker=1, precision="bf16"
+        ),
     )
 
 

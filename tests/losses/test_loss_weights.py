@@ -32,7 +32,7 @@ def test_values_of_four_stages():
     [
         ({"mse_start": 0.1, "mse_end": 1.0}, "mse_end=1.0"),
         ({"adv_start": 0.2, "adv_end": 0.1}, "adv_end=0.1"),
-        ({"shape": 0}, "shape=0"),
+        ({"shape": -1}, "shape=-1"),
         ({"mse_end": -0.1}, "mse_end=-0.1"),
         ({"adv_start": -0.1}, "adv_start=-0.1"),
     ],
