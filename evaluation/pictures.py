@@ -26,6 +26,12 @@ from hypersd_ray.trainer.loop import square_time_ids
 from hypersd_ray.training import samples
 
 TEACHER_STEPS = (1, 2, 4, 8, 25)
+CURVES = (
+    "consistency", "dmd", "fake_score", "regression", "adversarial", "discriminator", "aes", "percep", "drift",
+    "saturation", "diversity", "grad_norm",
+)  # fmt: skip
+CURVE_GROUPS = ("reward", "watch")
+"""First part of the names of scores."""
 
 
 @torch.no_grad()
@@ -113,22 +119,19 @@ def draw_curves(metrics: Path, path: Path) -> None:
         row["step"]: row for row in map(json.loads, metrics.read_text().splitlines())
     }  # a resumed run writes a step twice
     steps = sorted(rows)
-    names = [
-        n
-        for n in ("consistency", "dmd", "fake_score", "regression", "adversarial", "discriminator", "grad_norm")
-        if any(n in row for row in rows.values())
-    ]
+    names = [n for n in CURVES if any(n in row for row in rows.values())]
+    names += sorted({n for row in rows.values() for n in row if n.partition("/")[0] in CURVE_GROUPS})
     figure, axes = plt.subplots(len(names), 1, figsize=(8, 2.1 * len(names)), sharex=True, squeeze=False)
     borders = [s for s, before in zip(steps[1:], steps, strict=False) if rows[s].get("k") != rows[before].get("k")]
     for axis, name in zip(axes[:, 0], names, strict=True):
-        points = [(s, rows[s][name]) for s in steps if name in rows[s]]
+        points = [(s, rows[s][name]) for s in steps if rows[s].get(name) is not None]
         axis.plot(*zip(*points, strict=True), linewidth=1)
         axis.set_ylabel(name)
         if name in ("consistency", "regression", "grad_norm"):
             axis.set_yscale("log")
         for border in borders:
             axis.axvline(border, color="grey", linestyle=":", linewidth=1)
-    for k, first in {rows[s].get("k"): s for s in reversed(steps)}.items():
+    for k, first in {rows[s]["k"]: s for s in reversed(steps) if "k" in rows[s]}.items():
         axes[0, 0].annotate(f"k = {k}", (first, 1.02), xycoords=("data", "axes fraction"), fontsize=8)
     axes[-1, 0].set_xlabel("step")
     figure.tight_layout()

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.embedded import paths
 from hypersd_ray.models.checkpoint import Family, read_base
-from hypersd_ray.models.export import LoRAMetadata
+from hypersd_ray.models.export import GUIDANCE, KEPT, LoRAMetadata
 from hypersd_ray.recipes import TINY_PROMPTS
 from serve.catalog import Catalog, LoRAInfo
 from serve.settings import AUTO_LORA, EMBEDDED, NO_LORA, SIZE, ModelSettings
@@ -88,7 +88,7 @@ def _lora(path: Path, settings: ModelSettings, family: Family) -> LoRAInfo:
         k=metadata.k,
         steps=metadata.steps,
         eta=metadata.eta,
-        keeps_guidance=keeps or metadata.extra.get("guidance") == "kept",
+        keeps_guidance=keeps or metadata.extra.get(GUIDANCE) == KEPT,
     )
 
 

@@ -162,6 +162,11 @@ def _from_recipe(recipe: Callable[..., Config], rest: list[str], description: st
     parser = _Parser(description)
     signature = inspect.signature(recipe, eval_str=True)
     for name, parameter in signature.parameters.items():
+        if parameter.annotation is bool:
+            parser.add_argument(
+                f"--{name.replace('_', '-')}", dest=name, action="store_true", default=parameter.default
+            )
+            continue
         literal = get_origin(parameter.annotation) is Literal
         parser.add_argument(
             f"--{name.replace('_', '-')}",

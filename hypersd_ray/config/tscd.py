@@ -48,6 +48,9 @@ class DistillConfig(Strict):
     """Least guidance scale of the teacher's step, as uncond + omega (cond - uncond)."""
     omega_max: float = Field(default=7.0, ge=1)
     """Greatest guidance scale."""
+    empty_prompts: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the captions that are emptied. With omega_min = omega_max = 1 the student then keeps guidance: it learns
+    the unguided teacher with and without a prompt, and is guided when it samples (CFG-preserving)."""
     ema_decay: float = Field(default=0.95, ge=0, lt=1)
     """mu of Algorithm 1, line 16."""
     distance: Literal["mse", "huber"] = "mse"
@@ -56,6 +59,11 @@ class DistillConfig(Strict):
     """Width of the pseudo-Huber distance's quadratic part."""
     perturbation: float = Field(default=0.1, ge=0)
     """Strength of the noise perturbation (offset noise, Sec. 3.1); 0 is off."""
+
+    @property
+    def keeps_guidance(self) -> bool:
+        """No guidance is distilled into the student: it can be guided, and takes negative prompts."""
+        return self.omega_max == 1 and self.empty_prompts > 0
 
     @model_validator(mode="after")
     def _stages_fit(self) -> DistillConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,9 +46,31 @@ def contrastive_loss(clip: open_clip.CLIP, images: Tensor, ids: Tensor) -> Tenso
     return (F.cross_entropy(logits, wanted) + F.cross_entropy(logits.T, wanted)) / 2
 
 
+BAD = "bad "
+"""What the caption of a spoilt picture begins with. A CLIP of the web has met bad pictures, and words for them: only so can
+a head without activations read from its embedding how fine a picture is."""
+
+
+@torch.no_grad()
+def with_spoilt(
+    images: Tensor, captions: list[str], teacher: Path, count: int, seed: int = 0
+) -> tuple[Tensor, list[str]]:
+    """The pictures and their captions, and the first `count` spoilt: those of less than half quality are called bad."""
+    generator, spoil = torch.Generator().manual_seed(seed), Spoiler(teacher)
+    parts, told = [images], list(captions)
+    for start in range(0, min(count, len(images)), 256):
+        end = min(start + 256, count, len(images))
+        clean = images[start:end].float() / 255
+        spoilt = spoil(clean, captions[start:end], generator)
+        parts.append((spoilt * 255).round().to(torch.uint8))
+        marks = quality(spoilt, clean).tolist()
+        told += [(BAD if m < 5.5 else "") + c for m, c in zip(marks, captions[start:end], strict=True)]
+    return torch.cat(parts), told
+
+
 def train_clip(
-    images: Tensor, captions: list[str], teacher: Path, out: Path, folder: Path, steps: int, batch: int = 128,
-    seed: int = 0,
+    images: Tensor, captions: list[str], teacher: Path, out: Path, folder: Path, steps: int | Sequence[int],
+    batch: int = 128, seed: int = 0,
 ) -> ClipTower:  # fmt: skip
     """Train on uint8 pictures (N, 3, 32, 32) with the teacher's tokenizer; writes `folder` in open_clip's layout."""
     torch.manual_seed(seed)

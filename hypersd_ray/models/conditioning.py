@@ -43,6 +43,17 @@ class Conditioning:
         """The same text with another size conditioning."""
         return Conditioning(self.prompt_embeds, self.pooled, time_ids)
 
+    def emptied(self, null: Conditioning, empty: Tensor) -> Conditioning:
+        """The text of `null` (batch 1) in the rows where `empty` (B,) is true; the sizes stay."""
+
+        def choose(ours: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+            if ours is None or theirs is None:
+                return ours
+            return torch.where(empty.view(-1, *[1] * (ours.ndim - 1)), theirs.to(ours), ours)
+
+        embeds = torch.where(empty.view(-1, 1, 1), null.prompt_embeds.to(self.prompt_embeds), self.prompt_embeds)
+        return Conditioning(embeds, choose(self.pooled, null.pooled), self.time_ids)
+
     def added_kwargs(self) -> dict[str, Tensor] | None:
         """diffusers' `added_cond_kwargs`; None for SD1.5."""
         if self.pooled is None:

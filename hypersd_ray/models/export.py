@@ -39,6 +39,8 @@ PIPELINES: dict[Family, str] = {family: name for name, family in FAMILIES.items(
 """family -> diffusers' pipeline class."""
 TIMESTEP = "timestep"
 """Key of `LoRAMetadata.extra`: the network's inputs, comma-separated, of a LoRA that was made for those alone."""
+GUIDANCE, KEPT = "guidance", "kept"
+"""Key and value of `LoRAMetadata.extra` where a LoRA keeps classifier-free guidance and negative prompts."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class LoRAMetadata:
         k: segments of the stage it comes from.
         steps: the step counts it is meant for, the recommended one first.
         scheduler: diffusers' class to sample with.
-        eta: that scheduler's eta (TCD's gamma, DDIM's eta).
+        eta: that scheduler's eta (TCD's gamma, DDIM's eta); 1 for LCM's, which has none to set and puts all noise back.
         rank, alpha: the update is (alpha / rank) B A.
         recipe: the recipe that made it.
         extra: anything else, text to text.
@@ -254,13 +256,14 @@ def usage(path: str | Path, metadata: LoRAMetadata, base: str | Path | None = No
     }.get(scheduler, "")
     eta = f", eta={metadata.eta}" if scheduler in ("TCDScheduler", "DDIMScheduler") else ""
     at = f", timesteps=[{metadata.extra[TIMESTEP]}]" if TIMESTEP in metadata.extra else ""
+    scale = 3 if metadata.extra.get(GUIDANCE) == KEPT else 0
     return "\n".join(
         (
             f"from diffusers import {pipeline}, {scheduler}",
             f"pipe = {pipeline}.from_pretrained({where}, "
             f'scheduler={scheduler}.from_pretrained({where}, subfolder="scheduler"{grid}))',
             f"pipe.load_lora_weights({str(path)!r})",
-            f'image = pipe("a prompt", num_inference_steps={metadata.steps[0]}{at}, guidance_scale=0{eta}).images[0]',
+            f'image = pipe("a prompt", num_inference_steps={metadata.steps[0]}{at}, guidance_scale={scale}{eta}).images[0]',
         )
     )
 

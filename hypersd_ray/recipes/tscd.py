@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.data import DataConfig, EncoderPool
 from hypersd_ray.config.tscd import LoRAConfig, OptimConfig, RunConfig, TSCDConfig
 from hypersd_ray.embedded import paths
@@ -55,19 +56,43 @@ def embedded_tscd(steps: int, shares: Sequence[float] = (1, 1, 1, 1)) -> Setting
     return Settings(distill.model_copy(update={"perturbation": 0.0}))
 
 
-def tiny(budget: Literal["minutes", "full"] = "minutes", method: Trajectory = "tscd") -> TSCDConfig:
+def keeping_guidance(config: TSCDConfig) -> TSCDConfig:
+    """The same run with the teacher unguided and a tenth of the captions emptied, at its first k alone (TSCD: 8):
+    guidance and negative prompts work when the LoRA samples (the paper's limitation, Sec. 6; PeRFlow's CFG-sync).
+
+    Raises:
+        ConfigError: the method learns from its own students, which carry guidance.
+    """
+    d = config.distill
+    if d.teacher == "previous":
+        raise ConfigError(
+            f"keep_cfg with method {d.name}: its later students have guidance in them; use tscd or perflow"
+        )
+    update = {
+        "k_list": d.k_list[:1], "n_list": d.n_list[:1], "steps_list": (sum(d.steps_list),),
+        "omega_min": 1.0, "omega_max": 1.0, "empty_prompts": 0.1,
+    }  # fmt: skip
+    run = config.run.model_copy(update={"name": f"{config.run.name}-keep-cfg"})
+    return config.model_copy(update={"distill": d.model_copy(update=update), "run": run})
+
+
+def tiny(
+    budget: Literal["minutes", "full"] = "minutes", method: Trajectory = "tscd", keep_cfg: bool = False
+) -> TSCDConfig:
     """The embedded model, on a CPU: "minutes" is a first look, "full" the recipe of the committed LoRAs (half an hour on two free cores)."""
     full = budget == "full"
     steps = 5000 if full else 640
     if method == "tscd":
-        return embedded(f"tiny-{budget}", embedded_tscd(steps, FULL_SHARES if full else (1, 1, 1, 1)))
-    return embedded(f"tiny-{method}-{budget}", TRAJECTORIES[method](steps, TINY_OMEGA))
+        config = embedded(f"tiny-{budget}", embedded_tscd(steps, FULL_SHARES if full else (1, 1, 1, 1)))
+    else:
+        config = embedded(f"tiny-{method}-{budget}", TRAJECTORIES[method](steps, TINY_OMEGA))
+    return keeping_guidance(config) if keep_cfg else config
 
 
-def sd15(teacher: str, shards: str = "data/*.tar", method: Trajectory = "tscd") -> TSCDConfig:
+def sd15(teacher: str, shards: str = "data/*.tar", method: Trajectory = "tscd", keep_cfg: bool = False) -> TSCDConfig:
     """Stable Diffusion 1.5 at 512 px with the paper's settings (batch 512, lr 1e-6, k = 8, 4, 2, 1) on 8 GPUs."""
     settings = TRAJECTORIES[method](20_000, (3, 8))
-    return TSCDConfig(
+    config = TSCDConfig(
         teacher=teacher,
         data=DataConfig(
             shards=shards, resolution=512, encoder=EncoderPool(num_gpus=0.25, max_size=4, dtype="bfloat16")
@@ -79,12 +104,13 @@ def sd15(teacher: str, shards: str = "data/*.tar", method: Trajectory = "tscd") 
             name="sd15" if method == "tscd" else f"sd15-{method}", workers=8, gpus_per_worker=1, precision="bf16"
         ),
     )
+    return keeping_guidance(config) if keep_cfg else config
 
 
-def sdxl(teacher: str, shards: str = "data/*.tar", method: Trajectory = "tscd") -> TSCDConfig:
+def sdxl(teacher: str, shards: str = "data/*.tar", method: Trajectory = "tscd", keep_cfg: bool = False) -> TSCDConfig:
     """SDXL at 1024 px with the paper's settings on 32 GPUs."""
     settings = TRAJECTORIES[method](20_000, (5, 8))
-    return TSCDConfig(
+    config = TSCDConfig(
         teacher=teacher,
         data=DataConfig(
             shards=shards,
@@ -98,6 +124,7 @@ def sdxl(teacher: str, shards: str = "data/*.tar", method: Trajectory = "tscd") 
             name="sdxl" if method == "tscd" else f"sdxl-{method}", workers=32, gpus_per_worker=1, precision="bf16"
         ),
     )
+    return keeping_guidance(config) if keep_cfg else config
 
 
 RECIPES: dict[str, Callable[..., TSCDConfig]] = {"tiny": tiny, "sd15": sd15, "sdxl": sdxl}

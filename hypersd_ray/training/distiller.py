@@ -18,7 +18,7 @@ from hypersd_ray.models.roles import EMA, PREVIOUS, STUDENT, Roles
 from hypersd_ray.training.adversarial import adversarial_losses
 from hypersd_ray.training.distributed import average_gradients
 from hypersd_ray.training.randomness import generator_of, seed_of
-from hypersd_ray.training.tscd import Batch, consistency_loss, distance, make_pair
+from hypersd_ray.training.tscd import Batch, consistency_loss, distance, empty_some, make_pair
 
 
 @dataclass
@@ -114,6 +114,7 @@ class Distiller:
 
     def _backward(self, micro: Batch, generator: torch.Generator, parts: int) -> dict[str, Tensor]:
         """Accumulate the gradients of one micro-batch."""
+        micro = empty_some(micro, self.null, self.config.distill.empty_prompts, generator)
         pair = make_pair(self.roles, micro, self.null, self.config.distill, self.progress.stage, generator)
         consistency = consistency_loss(pair, self.measure)
         loss, metrics = self.weights.mse * consistency, {"consistency": consistency.detach()}

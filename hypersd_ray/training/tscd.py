@@ -50,6 +50,14 @@ class Pair:
     x_tn: Tensor
 
 
+def empty_some(batch: Batch, null: Conditioning, share: float, generator: torch.Generator) -> Batch:
+    """The batch with each caption emptied with probability `share`; at 0 nothing is drawn."""
+    if share == 0:
+        return batch
+    empty = (torch.rand(len(batch.x0), generator=generator) < share).to(batch.x0.device)
+    return Batch(batch.x0, batch.cond.emptied(null, empty))
+
+
 def draw_x_tn(roles: Roles, batch: Batch, t_n: Tensor, config: DistillConfig, generator: torch.Generator) -> Tensor:
     """Algorithm 1, lines 11 and 12: x_{t_n} = alpha x0 + sigma eps, eps with the noise perturbation of Sec. 3.1."""
     eps = perturb(torch.randn(batch.x0.shape, generator=generator), config.perturbation, generator)

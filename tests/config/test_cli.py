@@ -73,3 +73,12 @@ def test_the_job_says_one_line_without_a_traceback():
     assert done.stderr.strip().splitlines() == [
         "error: teacher='/nowhere' is not a folder: name one in diffusers' layout (model_index.json, unet/, vae/, ...)"
     ]
+
+
+def test_a_recipes_switch_is_an_option_without_a_value():
+    from hypersd_ray.recipes import RECIPES
+
+    plain, kept = (parse(RECIPES, TSCDConfig, "", ["tiny", *more]) for more in ([], ["--keep-cfg"]))
+    assert not plain.distill.keeps_guidance and kept.distill.keeps_guidance
+    assert (kept.distill.k_list, kept.distill.steps_list) == ((8,), (sum(plain.distill.steps_list),))
+    assert kept.run.name == "tiny-minutes-keep-cfg"

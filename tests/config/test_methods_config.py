@@ -77,6 +77,16 @@ def test_a_method_is_a_setting_of_every_base(recipe, method, tmp_path):
     assert TSCDConfig.model_validate(config.model_dump(mode="json")) == config
 
 
+@pytest.mark.parametrize("method", ["tscd", "lcm", "tcd", "perflow"])
+def test_guidance_can_be_kept(method):
+    config = parse(RECIPES, TSCDConfig, "", ["tiny", "--method", method, "--keep-cfg"])
+    assert config.distill.keeps_guidance and config.stages == 1
+    assert config.distill.k_list == ({"tscd": 8, "perflow": 4}.get(method, 1),)
+    assert TSCDConfig.model_validate(config.model_dump(mode="json")) == config
+    with pytest.raises(ConfigError, match="keep_cfg with method lightning"):
+        parse(RECIPES, TSCDConfig, "", ["tiny", "--method", "lightning", "--keep-cfg"])
+
+
 @pytest.mark.parametrize("method", ["turbo", "dmd"])
 @pytest.mark.parametrize("recipe", ["few-tiny", "few-sd15", "few-sdxl"])
 def test_few_step_models_start_from_every_base(recipe, method, tmp_path):

@@ -34,6 +34,7 @@ def test_a_lora_says_how_it_is_sampled(method):
     config = METHODS[method]().first
     metadata = tscd.lora_metadata(config, config.distill.k_list[-1])
     assert (metadata.scheduler, metadata.steps) == METADATA[method]
+    assert metadata.eta == (1.0 if method == "lcm" else 0.0)
     lines = usage("x.safetensors", metadata)
     assert metadata.scheduler in lines and f"num_inference_steps={metadata.steps[0]}" in lines
     assert ("trailing" in lines) == (metadata.scheduler == "DDIMScheduler")

@@ -10,7 +10,7 @@ from hypersd_ray.models.roles import EMA, PREVIOUS, STUDENT, TEACHER
 from hypersd_ray.training.adversarial import adversarial_losses, draw_t_star
 from hypersd_ray.training.distiller import learning_rate
 from hypersd_ray.training.randomness import generator_of
-from hypersd_ray.training.tscd import Batch, consistency_loss, make_pair
+from hypersd_ray.training.tscd import Batch, consistency_loss, empty_some, make_pair, solver
 from tests.helpers.distil import (
     ADVERSARIAL,
     SETTINGS,
@@ -247,3 +247,20 @@ def test_the_base_never_moves(tmp_path):
     assert all(torch.equal(p, base[n]) for n, p in d.roles.unet.named_parameters() if n in base)
     with d.roles.playing(TEACHER) as unet:
         assert unet is d.roles.unet
+
+
+def test_a_guidance_keeping_run_learns_the_unguided_teacher_with_and_without_prompts(tmp_path):
+    config = make_config(tmp_path, distill={"omega_min": 1, "omega_max": 1, "empty_prompts": 0.5})
+    assert config.distill.keeps_guidance and not make_config(tmp_path).distill.keeps_guidance
+    d, batch = make_distiller(config), make_batch()
+    emptied = empty_some(batch, d.null, 0.5, generator_of(0))
+    draws = torch.rand(len(batch.x0), generator=generator_of(0)) < 0.5
+    assert 0 < draws.sum() < len(draws)
+    for row, empty in enumerate(draws):
+        expected = d.null.prompt_embeds[0] if empty else batch.cond.prompt_embeds[row]
+        assert torch.equal(emptied.cond.prompt_embeds[row], expected)
+    # the solver is the teacher alone: twice the prompt's own prediction gives no guided one
+    x, t = batch.x0, torch.full((len(batch.x0),), 500)
+    alone = solver(d.roles, batch, d.null, config.distill, 0, generator_of(1))(x, t).eps
+    torch.testing.assert_close(alone, d.roles.predict(TEACHER, x, t, batch.cond).eps)
+    assert torch.isfinite(d.step(batch)["loss"])

@@ -11,7 +11,7 @@ from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.models.checkpoint import load_unet, read_base
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import load_encoders
-from hypersd_ray.models.export import LoRAMetadata, save_unet
+from hypersd_ray.models.export import GUIDANCE, KEPT, LoRAMetadata, save_unet
 from hypersd_ray.models.roles import STUDENT, FullRoles, LoRARoles, Roles
 from hypersd_ray.trainer.kinds.base import (
     DISTILL_SAME_RUN,
@@ -89,7 +89,8 @@ def lora_metadata(config: TSCDConfig, k: int) -> LoRAMetadata:
     others = () if config.distill.start == "edges" else tuple(s for s in (1, 2, 4, 8) if s != k)
     return LoRAMetadata(
         base_model=info.path.name, family=info.family, k=k, steps=(k, *others), scheduler=scheduler_of(config, k),
-        eta=0.0, rank=config.lora.rank, alpha=config.lora.effective_alpha, recipe=config.run.name, extra={},
+        eta=eta_of(config, k), rank=config.lora.rank, alpha=config.lora.effective_alpha, recipe=config.run.name,
+        extra={GUIDANCE: KEPT} if config.distill.keeps_guidance else {},
     )  # fmt: skip
 
 
@@ -103,11 +104,16 @@ def scheduler_of(config: TSCDConfig, k: int) -> str:
     return "TCDScheduler"
 
 
+def eta_of(config: TSCDConfig, k: int) -> float:
+    """The noise put back between steps: all of it where the student only knows the way to clean data."""
+    return 1.0 if scheduler_of(config, k) == "LCMScheduler" else 0.0
+
+
 def samplings(config: TSCDConfig) -> list[Sampling]:
     """A student is good at k steps and does not fail at others."""
     distill = config.distill
     windows = distill.k_list[-1] if distill.path == "straight" else None
-    eta = 1.0 if scheduler_of(config, distill.k_list[-1]) == "LCMScheduler" else 0.0
+    eta = eta_of(config, distill.k_list[-1])
     return [Sampling(n, eta=eta, windows=windows if windows and n % windows == 0 else None) for n in (8, 4, 2, 1)]
 
 
