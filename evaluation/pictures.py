@@ -53,12 +53,12 @@ def sample_rows(
         for n in TEACHER_STEPS
     }
     if lora is not None:
-        samplings = sorted((onestep if isinstance(config, OneStepConfig) else tscd).samplings(config))
-        rows |= {
-            f"student {n}": samples.student_samples(roles, STUDENT, x_T, cond, n, times=times) for n, times in samplings
-        }
-    if isinstance(config, OneStepConfig) and not config.full_unet:
-        roles.load(STUDENT, onestep.initial_lora(config))
+        found = (onestep if isinstance(config, OneStepConfig) else tscd).samplings(config)
+        samplings = sorted(found, key=lambda sampling: sampling.steps)
+        rows |= {f"student {how.steps}": samples.student_samples(roles, STUDENT, x_T, cond, how) for how in samplings}
+    before = onestep.initial_lora(config) if isinstance(config, OneStepConfig) and not config.full_unet else None
+    if before is not None:
+        roles.load(STUDENT, before)
         rows |= {f"before {n}": samples.student_samples(roles, STUDENT, x_T, cond, n) for n in (1, 2)}
     return {name: encoders.decode(latents).cpu() for name, latents in rows.items()}
 
