@@ -20,7 +20,7 @@ def feedback_tiny(lora: str, learn: Literal["both", "reward", "structure"] = "bo
         teacher=base.teacher,
         tscd=lora,
         data=base.data,
-        steps=300,
+        steps=120,
         rewards=(
             RewardConfig(name="aesthetic_v2", checkpoint=str(judges / "aesthetic.safetensors"), tower=clip, alpha=9.0),
             RewardConfig(name="clip_score", checkpoint=clip, role="watch"),
