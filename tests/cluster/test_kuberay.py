@@ -18,7 +18,9 @@ from ray.serve.schema import ServeDeploySchema
 
 from hypersd_ray.config.cli import parse
 from hypersd_ray.config.tscd import TSCDConfig
-from hypersd_ray.recipes import RECIPES, feedback_sdxl, sdxl
+from hypersd_ray.recipes import RECIPES
+from hypersd_ray.recipes.feedback import feedback_sdxl
+from hypersd_ray.recipes.tscd import sdxl
 from serve.app import read_settings
 from tests.cluster.kuberay import KINDS, RayClusterSpec, documents, kubernetes
 from tests.cluster.ray_up import ROOT, Demand, plan, ray_start

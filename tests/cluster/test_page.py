@@ -15,7 +15,8 @@ from hypersd_ray.config.cli import parse, read_options
 from hypersd_ray.config.feedback import FeedbackConfig
 from hypersd_ray.config.tscd import RunConfig, TSCDConfig
 from hypersd_ray.models.discriminator import LatentDiscriminator
-from hypersd_ray.recipes import FEEDBACK_RECIPES, RECIPES, sdxl
+from hypersd_ray.recipes import FEEDBACK_RECIPES, RECIPES
+from hypersd_ray.recipes.tscd import sdxl
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/cluster.md").read_text()

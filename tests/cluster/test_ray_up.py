@@ -16,7 +16,8 @@ from hypersd_ray.config.data import EncoderPool
 from hypersd_ray.config.feedback import FeedbackConfig
 from hypersd_ray.config.rewards import PlacementConfig
 from hypersd_ray.config.tscd import RunConfig
-from hypersd_ray.recipes import feedback_sdxl, sd15, sdxl
+from hypersd_ray.recipes.feedback import feedback_sdxl
+from hypersd_ray.recipes.tscd import sd15, sdxl
 from tests.cluster.clouds import compute_complaints, ec2_complaints
 from tests.cluster.ray_up import CLUSTER, Demand, checked, load, plan, ray_start
 
