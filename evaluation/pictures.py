@@ -26,6 +26,12 @@ from hypersd_ray.trainer.loop import square_time_ids
 from hypersd_ray.training import samples
 
 TEACHER_STEPS = (1, 2, 4, 8, 25)
+CURVES = (
+    "consistency", "dmd", "fake_score", "regression", "adversarial", "discriminator", "aes", "percep", "drift",
+    "saturation", "diversity", "grad_norm",
+)  # fmt: skip
+CURVE_GROUPS = ("reward", "watch")
+"""First part of the names of scores."""
 
 
 @torch.no_grad()
@@ -33,7 +39,7 @@ def sample_rows(
     config: TSCDConfig, lora: Path | None, prompts: Sequence[str], omega: float, device: str = "cpu"
 ) -> dict[str, torch.Tensor]:
     """Pictures uint8 (B, 3, H, W) of teacher and student from the same noise, by row name ("teacher 4", "student 1", ...)."""
-    roles, null = build_roles(config, device)
+    roles, null = build_roles(config, torch.device(device))
     if lora is not None:
         roles.load(STUDENT, read_lora(lora)[0])
     encoders = load_encoders(config.teacher, device=device)
@@ -47,12 +53,12 @@ def sample_rows(
         for n in TEACHER_STEPS
     }
     if lora is not None:
-        samplings = sorted((onestep if isinstance(config, OneStepConfig) else tscd).samplings(config))
-        rows |= {
-            f"student {n}": samples.student_samples(roles, STUDENT, x_T, cond, n, times=times) for n, times in samplings
-        }
-    if isinstance(config, OneStepConfig) and not config.full_unet:
-        roles.load(STUDENT, onestep.initial_lora(config))
+        found = (onestep if isinstance(config, OneStepConfig) else tscd).samplings(config)
+        samplings = sorted(found, key=lambda sampling: sampling.steps)
+        rows |= {f"student {how.steps}": samples.student_samples(roles, STUDENT, x_T, cond, how) for how in samplings}
+    before = onestep.initial_lora(config) if isinstance(config, OneStepConfig) and not config.full_unet else None
+    if before is not None:
+        roles.load(STUDENT, before)
         rows |= {f"before {n}": samples.student_samples(roles, STUDENT, x_T, cond, n) for n in (1, 2)}
     return {name: encoders.decode(latents).cpu() for name, latents in rows.items()}
 
@@ -113,22 +119,19 @@ def draw_curves(metrics: Path, path: Path) -> None:
         row["step"]: row for row in map(json.loads, metrics.read_text().splitlines())
     }  # a resumed run writes a step twice
     steps = sorted(rows)
-    names = [
-        n
-        for n in ("consistency", "dmd", "fake_score", "regression", "adversarial", "discriminator", "grad_norm")
-        if any(n in row for row in rows.values())
-    ]
+    names = [n for n in CURVES if any(n in row for row in rows.values())]
+    names += sorted({n for row in rows.values() for n in row if n.partition("/")[0] in CURVE_GROUPS})
     figure, axes = plt.subplots(len(names), 1, figsize=(8, 2.1 * len(names)), sharex=True, squeeze=False)
     borders = [s for s, before in zip(steps[1:], steps, strict=False) if rows[s].get("k") != rows[before].get("k")]
     for axis, name in zip(axes[:, 0], names, strict=True):
-        points = [(s, rows[s][name]) for s in steps if name in rows[s]]
+        points = [(s, rows[s][name]) for s in steps if rows[s].get(name) is not None]
         axis.plot(*zip(*points, strict=True), linewidth=1)
         axis.set_ylabel(name)
         if name in ("consistency", "regression", "grad_norm"):
             axis.set_yscale("log")
         for border in borders:
             axis.axvline(border, color="grey", linestyle=":", linewidth=1)
-    for k, first in {rows[s].get("k"): s for s in reversed(steps)}.items():
+    for k, first in {rows[s]["k"]: s for s in reversed(steps) if "k" in rows[s]}.items():
         axes[0, 0].annotate(f"k = {k}", (first, 1.02), xycoords=("data", "axes fraction"), fontsize=8)
     axes[-1, 0].set_xlabel("step")
     figure.tight_layout()

@@ -228,7 +228,9 @@ class Subject:
         eta, seed = self.config.eta, self.config.seed
         if sampler == "edges":
             return self._chunks(
-                lambda _, x_T, cond: samples.student_samples(self.roles, TEACHER, x_T, cond, steps, eta, seed)
+                lambda _, x_T, cond: samples.student_samples(
+                    self.roles, TEACHER, x_T, cond, samples.Sampling(steps, eta=eta), seed
+                )
             )
         config = self.pipe.scheduler.config
         if sampler == "tcd":

@@ -69,7 +69,6 @@ def tiny(baseline: str, detector: str = str(paths.EVALUATORS / "solo")) -> Rewar
         baseline=Path(baseline),
         rewards=(
             RewardConfig(name="aesthetic_v2", checkpoint=str(paths.EVALUATORS / "aesthetic.safetensors"), tower=clip),
-            RewardConfig(name="image_reward", checkpoint=str(paths.EVALUATORS / "image_reward")),
             RewardConfig(name="clip_score", checkpoint=clip, role="watch"),
         ),
         detector=PerceptionConfig(checkpoint=detector) if detector else None,

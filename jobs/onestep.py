@@ -1,8 +1,11 @@
 """Make a distilled LoRA good in one step: distribution matching, for 1 to 8 steps or for the single step alone.
+Or make a few-step model of the base by score distillation (Turbo, DMD).
 
 python jobs/onestep.py tiny --init runs/tiny-minutes/lora/tscd-k1.safetensors                  # minutes on a CPU
 python jobs/onestep.py tiny --mode dedicated --init runs/tiny-minutes/lora/tscd-k1.safetensors
 python jobs/onestep.py sd15 --teacher PATH --init LORA --data.shards 's3://...'
+python jobs/onestep.py few-tiny --method turbo
+python jobs/onestep.py few-sd15 --method dmd --teacher PATH --data.shards 's3://...'
 ray job submit --working-dir . -- python jobs/onestep.py tiny --init LORA                       # on a cluster
 """
 
@@ -48,7 +51,8 @@ def draw(config: OneStepConfig, folder: str) -> list[str]:
                 sample_rows(config, lora, prompts, omega),
                 prompts,
                 made / "grid.png",
-                f"same noise, teacher at guidance {omega:g}, student at input {config.t_input - 1}; before: the LoRA it began as",
+                f"same noise, teacher at guidance {omega:g}, student from input {config.t_input - 1}"
+                + ("; before: the LoRA it began as" if config.init else ""),
             )
             made_pictures.insert(0, "grid.png")
         for name in made_pictures:

@@ -40,8 +40,10 @@ class EvaluatorsConfig(Strict):
     """Its tokenizer is CLIP's too; what it denoises badly teaches the aesthetic head."""
     what: tuple[Literal["clip", "aesthetic", "solo"], ...] = ("clip", "aesthetic", "solo")
     """Which to train; the aesthetic head needs the CLIP."""
-    clip_steps: int = Field(default=1800, ge=10)
-    """Batches of 128 pictures with captions."""
+    clip_steps: tuple[int, ...] = (1800, 1200, 900)
+    """Batches of 128 pictures with captions, in cycles of the learning rate."""
+    clip_spoilt: int = Field(default=8000, ge=0)
+    """Spoilt pictures among CLIP's, beside the sound ones."""
     aesthetic_steps: int = Field(default=1000, ge=10)
     """Batches of 256 rated pictures, embedded before."""
     aesthetic_pictures: int = Field(default=6000, ge=16)
@@ -69,9 +71,19 @@ def main() -> None:
 
 def clip(config: EvaluatorsConfig, train_set: Pictures, held_out: Pictures) -> dict[str, float]:
     """CLIP score's model, and the tower of the aesthetic head."""
-    from hypersd_ray.embedded.pretrain_clip import retrieval, train_clip
+    from hypersd_ray.embedded.pretrain_clip import retrieval, train_clip, with_spoilt
 
-    tower = train_clip(*train_set, config.teacher, config.out, config.out / "clip", config.clip_steps, seed=config.seed)
+    images, captions = with_spoilt(*train_set, config.teacher, config.clip_spoilt, seed=config.seed)
+    tower = train_clip(
+        images,
+        captions,
+        config.teacher,
+        config.out,
+        config.out / "clip",
+        config.clip_steps,
+        seed=config.seed,
+        spoilt=len(images) - len(train_set[0]),
+    )
     return retrieval(tower, *held_out)
 
 

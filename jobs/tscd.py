@@ -1,6 +1,7 @@
-"""Distil a text-to-image model into a 1-8 step one by trajectory segmented consistency distillation.
+"""Distil a text-to-image model into a 1-8 step one by trajectory segmented consistency distillation, or another method.
 
 python jobs/tscd.py tiny                                            # the embedded model, minutes on a CPU
+python jobs/tscd.py tiny --method perflow                           # the same by another published method
 python jobs/tscd.py sd15 --teacher PATH --data.shards 's3://...'    # Stable Diffusion 1.5
 python jobs/tscd.py sdxl --teacher PATH --data.shards 's3://...'    # SDXL
 ray job submit --working-dir . -- python jobs/tscd.py tiny          # on a cluster
@@ -33,6 +34,7 @@ def draw(config: TSCDConfig, folder: str) -> list[str]:
     """Sample grid of the last stage and loss curves, written into the run's folder; returns what to print."""
     from evaluation.pictures import draw_curves, draw_grid, sample_rows
     from hypersd_ray.trainer import storage
+    from hypersd_ray.trainer.kinds.tscd import product
 
     if config.full_unet:
         return []
@@ -42,7 +44,7 @@ def draw(config: TSCDConfig, folder: str) -> list[str]:
         (made / "metrics.jsonl").write_text(storage.read_text(f"{folder}/metrics.jsonl"))
         draw_curves(made / "metrics.jsonl", made / "curves.png")
         lora = made / "lora.safetensors"
-        storage.get(f"{folder}/lora/tscd-k{k}.safetensors", lora)
+        storage.get(f"{folder}/{product(config, k)}", lora)
         omega = (config.distill.omega_min + config.distill.omega_max) / 2
         draw_grid(
             sample_rows(config, lora, prompts, omega),
@@ -57,6 +59,8 @@ def draw(config: TSCDConfig, folder: str) -> list[str]:
 
 def report(config: TSCDConfig, result, pictures: list[str]) -> None:
     """The last lines of the job."""
+    from hypersd_ray.trainer.kinds.tscd import lora_metadata, product
+
     k = config.distill.k_list[-1]
     if result.was_finished:
         print(f"\nRun {config.run.name} was finished before, nothing was trained: set run.name to start another")
@@ -66,16 +70,15 @@ def report(config: TSCDConfig, result, pictures: list[str]) -> None:
     if config.full_unet:
         print(f"UNet     {result.folder}/unet-k{k}")
     else:
-        print(f"LoRA     {result.folder}/lora/tscd-k{k}.safetensors (one per stage beside it, and in Kohya's layout)")
+        print(f"LoRA     {result.folder}/{product(config, k)} (one per stage beside it, and in Kohya's layout)")
     for path in pictures:
         print(f"picture  {path}")
     print(f"config   {result.folder}/config.yaml")
     print(f"logs     tensorboard --logdir {result.folder}/tensorboard")
     if not config.full_unet:
         from hypersd_ray.models.export import usage
-        from hypersd_ray.trainer.kinds.tscd import lora_metadata
 
-        path = f"{result.folder}/lora/tscd-k{k}.safetensors"
+        path = f"{result.folder}/{product(config, k)}"
         print("\nUse it:\n" + usage(path, lora_metadata(config, k), base=config.teacher))
 
 

@@ -48,7 +48,7 @@ def imported(source: str) -> set[str]:
 
 
 def room_of(path: Path) -> str:
-    """`diffusion` of hypersd_ray/diffusion/solver.py, `recipes` of hypersd_ray/recipes.py."""
+    """`diffusion` of hypersd_ray/diffusion/solver.py, `recipes` of hypersd_ray/recipes/tscd.py."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 

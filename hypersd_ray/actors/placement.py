@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -58,7 +59,12 @@ def _start(model: RewardConfig | PerceptionConfig, placement: PlacementConfig, n
 
 
 def check_placeable(placement: PlacementConfig, actors: int) -> None:
-    """Raises ConfigError when no node, however empty, could hold one actor."""
+    """Raises ConfigError when no node, however empty, could hold one actor.
+
+    Where nodes may still come (RAY_AUTOSCALING), that is not known before `placement.place_timeout_s`.
+    """
+    if os.environ.get("RAY_AUTOSCALING"):
+        return
     wanted = {"GPU": placement.num_gpus, "CPU": placement.num_cpus}
     nodes = [n for n in ray.nodes() if n["Alive"]]
     labelled = [n for n in nodes if _has_labels(n.get("Labels", {}), placement.label_selector)]
@@ -102,7 +108,8 @@ def _await_places(handles: Handles, placement: PlacementConfig) -> None:
         raise ConfigError(
             f"{len(late)} of {len(pings)} reward actors found no place in {time.monotonic() - begun:.0f} s "
             f"({pings[late[0]]} wants {placement.num_cpus:g} CPU and {placement.num_gpus:g} GPU; free are {have}): lower "
-            "placement.num_gpus, placement.num_cpus or run.workers, or set placement.where=local"
+            "placement.num_gpus, placement.num_cpus or run.workers, set placement.where=local, or raise "
+            "placement.place_timeout_s where nodes still come"
         )
 
 

@@ -1,8 +1,9 @@
-"""The configuration of a one-step enhancement run (paper, Sec. 3.3 and 4.1)."""
+"""The configuration of score distillation: one-step enhancement (paper, Sec. 3.3 and 4.1), Turbo, DMD."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, Self
 
@@ -29,6 +30,9 @@ class DMDConfig(Strict):
     fake_updates: int = Field(default=5, ge=0)
     """Updates of the fake score for each of the student; DMD2: 10 (SD1.5), 5 (SDXL). 0 is score distillation sampling:
     without a fake score, the gradient is that towards what the teacher sees."""
+    measure: Literal["dmd", "add"] = "dmd"
+    """"dmd": Eq. 10's difference over its own size; "add": alpha_t times the squared distance to what the teacher sees
+    (Turbo's distillation loss), which has no fake score."""
     fake_lr: float | None = Field(default=None, gt=0)
     """Peak learning rate of the fake score; None is optim.lr."""
     warmup_share: float = Field(default=0.05, ge=0, lt=1)
@@ -38,6 +42,10 @@ class DMDConfig(Strict):
     def _range_rises(self) -> DMDConfig:
         if self.high <= self.low:
             raise CombinationError(f"dmd.high={self.high} is not above dmd.low={self.low}: raise dmd.high")
+        if self.measure == "add" and self.fake_updates:
+            raise CombinationError(
+                f"dmd.fake_updates={self.fake_updates} with dmd.measure='add': no fake score is in it; set dmd.fake_updates=0"
+            )
         return self
 
 
@@ -53,19 +61,25 @@ class RegressionConfig(Strict):
 
 
 class OneStepConfig(TSCDConfig):
-    """One-step enhancement of a distilled LoRA: the k = 1 stage goes on in a share of each batch, distribution matching
-    trains the single step in the rest. Teacher, shards and a TSCD LoRA in; one LoRA (or UNet) out."""
+    """Score distillation. One-step enhancement of a distilled LoRA: the k = 1 stage goes on in a share of each batch,
+    distribution matching trains the single step in the rest. Or a few-step model from the base (mode "few")."""
 
-    init: str
-    """The TSCD LoRA to start from, a .safetensors file in either layout, any fsspec URL."""
-    mode: Literal["unified", "dedicated"] = "unified"
+    init: str | None = None
+    """The TSCD LoRA to start from, a .safetensors file in either layout, any fsspec URL; None starts from the base."""
+    mode: Literal["unified", "dedicated", "few"] = "unified"
     """"unified": one LoRA for 1 to 8 steps, its single step at the network's input 999; "dedicated": a model for the
-    single step alone, at 800."""
+    single step alone, at 800; "few": a model that jumps to clean data from each of `timesteps`, with new noise between
+    (Turbo, DMD2)."""
     timestep: int | None = Field(default=None, ge=0, le=999)
     """The network's input in the single step; None is 999 (unified) or 800 (dedicated)."""
+    timesteps: tuple[int, ...] = ()
+    """mode "few": the network's inputs of its steps, falling; Turbo and DMD2: 999 749 499 249."""
+    inputs: Literal["generated", "data"] = "generated"
+    """mode "few": what is noised to the timesteps after the first: the student's own steps so far, as it will be in
+    sampling (DMD2), or the data (Turbo)."""
     consistency_share: float | None = Field(default=None, ge=0, lt=1)
     """Share of each batch in which consistency over all t goes on, so that 2 to 8 steps stay good; None is 0.25
-    (unified) or 0 (dedicated)."""
+    (unified) or 0 (dedicated, few)."""
     dmd: DMDConfig = DMDConfig()
     """Distribution matching."""
     regression: RegressionConfig = RegressionConfig()
@@ -79,9 +93,16 @@ class OneStepConfig(TSCDConfig):
 
     @property
     def t_input(self) -> int:
-        """The single step's start in our time, 1..T."""
+        """The single step's start in our time, 1..T; of several the first."""
+        if self.mode == "few":
+            return self.timesteps[0] + 1
         default = UNIFIED_TIMESTEP if self.mode == "unified" else DEDICATED_TIMESTEP
         return (default if self.timestep is None else self.timestep) + 1
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Where the student's jumps to clean data start, in our time."""
+        return tuple(t + 1 for t in self.timesteps) if self.mode == "few" else (self.t_input,)
 
     @property
     def share(self) -> float:
@@ -95,12 +116,17 @@ class OneStepConfig(TSCDConfig):
 
     def located(self, locate: Callable[[str], str]) -> Self:
         """The same with `locate` applied to each path that workers read."""
-        return super().located(locate).model_copy(update={"init": locate(self.init)})
+        moved = super().located(locate)
+        return moved if self.init is None else moved.model_copy(update={"init": locate(self.init)})
 
     @model_validator(mode="after")
     def _one_stage(self) -> OneStepConfig:
         if self.distill.k_list != (1,):
             raise CombinationError(f"distill.k_list={self.distill.k_list}: one-step enhancement goes on at k = 1 alone")
+        if self.mode == "few":
+            self._check_few()
+        elif self.timesteps:
+            raise CombinationError(f"timesteps={self.timesteps} with mode={self.mode!r}: set mode='few', or timestep")
         if self.mode == "unified" and self.t_input != UNIFIED_TIMESTEP + 1:
             raise CombinationError(
                 f"timestep={self.timestep} with mode='unified': samplers of 1 to 8 steps start at {UNIFIED_TIMESTEP}; "
@@ -108,14 +134,31 @@ class OneStepConfig(TSCDConfig):
             )
         if self.distill.teacher == "previous":
             raise CombinationError("distill.teacher='previous': one-step enhancement has one stage; use 'base'")
-        if "://" not in self.init and not Path(self.init).is_file():
+        if self.init is not None and "://" not in self.init and not Path(self.init).is_file():
             raise CombinationError(
                 f"init={self.init!r} is not a file: name the LoRA that jobs/tscd.py made (lora/tscd-k1.safetensors)"
             )
         return self
 
+    def _check_few(self) -> None:
+        falls = all(a > b for a, b in pairwise(self.timesteps))
+        if not self.timesteps or not falls or self.timesteps[0] > 999 or self.timesteps[-1] < 0:
+            raise CombinationError(
+                f"timesteps={self.timesteps} with mode='few': name the network's inputs, falling within 999..0, "
+                "for example 999 749 499 249"
+            )
+        if self.timestep is not None:
+            raise CombinationError(f"timestep={self.timestep} with mode='few': timesteps={self.timesteps} says all")
+        if self.regression.pairs is not None:
+            raise CombinationError("regression.pairs with mode='few': pairs are single steps; set mode='dedicated'")
+
     @model_validator(mode="after")
     def _something_to_learn(self) -> OneStepConfig:
+        if any(self.adversarial.conditional):
+            raise CombinationError(
+                "adversarial.conditional: here generated ends are judged against the data, which came from nowhere; "
+                "leave it out"
+            )
         if self.dmd.weight == 0 and self.regression.pairs is None and self.adversarial.adv_end == 0:
             raise CombinationError(
                 "dmd.weight=0 without regression.pairs or adversarial.adv_end: nothing trains the single step; set one"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self
+
 from pydantic import Field, model_validator
 
 from hypersd_ray.config.base import CombinationError, Strict
@@ -59,3 +62,11 @@ class PreferenceConfig(Strict):
     def stages(self) -> int:
         """One."""
         return 1
+
+    def located(self, locate: Callable[[str], str]) -> Self:
+        """The same with `locate` applied to each path that workers read."""
+        pairs = self.pairs.model_copy(
+            update={name: tuple(map(locate, getattr(self.pairs, name))) for name in ("train", "held_out")}
+        )
+        paths = {name: locate(value) for name in ("init", "tokenizer") if (value := getattr(self, name))}
+        return self.model_copy(update=paths | {"pairs": pairs})

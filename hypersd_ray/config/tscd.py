@@ -12,27 +12,39 @@ from pydantic import Field, model_validator
 from hypersd_ray.config.base import CombinationError, Strict
 from hypersd_ray.config.data import DataConfig
 from hypersd_ray.config.zero import ZeroConfig
-from hypersd_ray.diffusion.segments import TEndRule, check_grid
+from hypersd_ray.diffusion.segments import StartRule, TEndRule, check_grid
 from hypersd_ray.losses.adversarial import AdversarialKind
 from hypersd_ray.losses.schedule import LossWeights, loss_weights
 
 
 class DistillConfig(Strict):
-    """Algorithm 1's inputs. Progressive, consistency, CTM/TCD and segmented distillation are settings of these."""
+    """Algorithm 1's inputs. Progressive, consistency, CTM/TCD, segmented distillation and rectified flow are settings
+    of these (`hypersd_ray/recipes/trajectory.py`)."""
 
+    name: str = Field(default="tscd", pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
+    """The method's: a stage's file is NAME-kK.safetensors."""
     k_list: tuple[int, ...] = (8, 4, 2, 1)
-    """Segments of each stage."""
+    """Segments of each stage. A stage of as many as the one before goes on with the same teacher: it is another phase
+    of it."""
     n_list: tuple[int, ...] = (40, 40, 40, 40)
     """Solver steps N of each stage; a multiple of that stage's k."""
     steps_list: tuple[int, ...] = (5000, 5000, 5000, 5000)
     """Optimiser steps of each stage."""
+    start: StartRule = "grid"
+    """Where both sides set out: "grid" any solver time, "edges" the segments' upper edges (a student of k steps)."""
+    pure_noise: bool = False
+    """At T set out from noise alone, as samplers do, and not from the noised image (SDXL-Lightning, Sec. 3.5)."""
     t_end: TEndRule = "uniform"
-    """Where both sides jump to: "uniform" in the segment (CTM, TSCD), "segment_start" (consistency distillation),
-    "two_steps" (progressive distillation)."""
+    """Where both sides jump to: "uniform" in the segment (CTM, TSCD), "segment_start" (consistency distillation; with
+    start="edges" progressive distillation), "two_steps" (progressive distillation over all grid times)."""
     target: Literal["ema", "student", "teacher"] = "ema"
-    """Who makes the second jump: the EMA (Eq. 14), the student itself (LCM's scripts), or the teacher (Eq. 4)."""
+    """Who goes on from the solver's first step: the EMA by one jump (Eq. 14), the student itself by one (LCM's
+    scripts), or the teacher, step by step (Eq. 4)."""
     teacher: Literal["base", "previous"] = "base"
-    """Who makes the solver's step in stages 2 and later: the base with guidance, or the previous stage's student without."""
+    """Who makes the solver's steps once k falls: the base with guidance, or the student of the k before, without."""
+    path: Literal["ode", "straight"] = "ode"
+    """"ode": the student jumps along the ODE; "straight": it flows along the straight lines between the ends of the k
+    windows, asked at any time of them (PeRFlow); needs start="edges", t_end="segment_start", target="teacher"."""
     omega_min: float = Field(default=3.0, ge=1)
     """Least guidance scale of the teacher's step, as uncond + omega (cond - uncond)."""
     omega_max: float = Field(default=7.0, ge=1)
@@ -62,8 +74,8 @@ class DistillConfig(Strict):
             )
         if not self.k_list or min(self.steps_list) < 1:
             raise CombinationError(f"steps_list={self.steps_list}: at least one stage of at least one step")
-        if any(a <= b for a, b in pairwise(self.k_list)):
-            raise CombinationError(f"k_list={self.k_list} must fall from stage to stage")
+        if any(a < b for a, b in pairwise(self.k_list)):
+            raise CombinationError(f"k_list={self.k_list} must not rise from stage to stage")
         for k, n in zip(self.k_list, self.n_list, strict=True):
             try:
                 check_grid(1000, n, k)
@@ -71,11 +83,31 @@ class DistillConfig(Strict):
                 raise CombinationError(f"distill.n_list={self.n_list}: {error}") from None
         if self.omega_max < self.omega_min:
             raise CombinationError(f"omega_max={self.omega_max} is below omega_min={self.omega_min}")
-        if (self.target == "teacher") != (self.t_end == "two_steps"):
+        if self.t_end == "two_steps" and self.target != "teacher":
             raise CombinationError(
-                f"target={self.target!r} with t_end={self.t_end!r}: target='teacher' goes with t_end='two_steps' (progressive distillation), and only with it"
+                f"t_end='two_steps' with target={self.target!r}: those are the teacher's steps; set target='teacher'"
             )
         return self
+
+    @model_validator(mode="after")
+    def _lines_fit(self) -> DistillConfig:
+        if self.path == "straight":
+            for field, value in {"start": "edges", "t_end": "segment_start", "target": "teacher"}.items():
+                if getattr(self, field) != value:
+                    raise CombinationError(
+                        f"path='straight' with {field}={getattr(self, field)!r}: a line joins the ends of the teacher's "
+                        f"way through a window; set {field}={value!r}"
+                    )
+        return self
+
+    def taught_by_base(self, stage: int) -> bool:
+        """Whether the base makes the solver's steps of `stage`, and not a student."""
+        return self.teacher == "base" or self.k_list[stage] == self.k_list[0]
+
+    def solver_steps(self, stage: int) -> int:
+        """Most steps that the teacher makes to a target when it makes all of them."""
+        n = self.n_list[stage] // self.k_list[stage]
+        return min(n, {"previous": 1, "two_steps": 2}.get(self.t_end, n))
 
 
 class AdversarialConfig(Strict):
@@ -91,8 +123,11 @@ class AdversarialConfig(Strict):
     """Weight of the distance in the first stage."""
     mse_end: float = Field(default=0.5, ge=0)
     """Weight in the last."""
-    shape: float = Field(default=1.0, gt=0)
-    """Above 1 the weights change late, below 1 early."""
+    shape: float = Field(default=1.0, ge=0)
+    """Above 1 the weights change late, below 1 early; 0 at once, after the first stage."""
+    conditional: tuple[bool, ...] = (False,)
+    """Per stage, or once for all: the discriminator sees the x_{t_n} that an end came from beside it, so that a student
+    cannot give it the end of another trajectory (SDXL-Lightning's first phase; its second asks for good ends alone)."""
     lr: float = Field(default=1e-5, gt=0)
     """Learning rate of the discriminator's heads."""
     warmup_share: float = Field(default=0.1, ge=0, lt=1)
@@ -109,6 +144,10 @@ class AdversarialConfig(Strict):
             adv_end=self.adv_end,
             shape=self.shape,
         )
+
+    def is_conditional(self, stage: int) -> bool:
+        """Whether the stage's discriminator sees where an end came from."""
+        return self.conditional[stage if len(self.conditional) > 1 else 0]
 
     @model_validator(mode="after")
     def _monotone(self) -> AdversarialConfig:
@@ -231,6 +270,16 @@ class TSCDConfig(Strict):
         if "://" not in self.teacher and not Path(self.teacher).is_dir():
             raise CombinationError(
                 f"teacher={self.teacher!r} is not a folder: name one in diffusers' layout (model_index.json, unet/, vae/, ...)"
+            )
+        if len(self.adversarial.conditional) not in (1, self.stages):
+            raise CombinationError(
+                f"adversarial.conditional has {len(self.adversarial.conditional)} entries, distill.k_list {self.stages} "
+                "stages: give one entry a stage, or one for all"
+            )
+        if self.distill.path == "straight" and self.adversarial.adv_end > 0:
+            raise CombinationError(
+                f"adversarial.adv_end={self.adversarial.adv_end} with distill.path='straight': there the loss compares "
+                "velocities, which no discriminator judges; set adversarial.adv_end=0"
             )
         return self
 

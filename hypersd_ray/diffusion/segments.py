@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 TEndRule = Literal["uniform", "segment_start", "previous", "two_steps"]
+StartRule = Literal["grid", "edges"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,21 +77,29 @@ def sample_times(
     t_end_rule: TEndRule,
     generator: torch.Generator,
     device: torch.device | str,
+    start_rule: StartRule = "grid",
 ) -> Times:
     """Draw `batch` start times uniformly from the grid without 0, and the times that follow from them.
 
+    start_rule: "grid" any of the N solver times; "edges" the k upper edges of the segments alone (a student of k steps
+    is asked at no other time).
+
     t_end_rule: "uniform" integer uniform on [t_b, t_prev], both included (TSCD; CTM at k = 1); "segment_start" t_b
     (consistency distillation); "previous" t_prev (no bootstrap); "two_steps" two grid steps below t_n, not below t_b
-    (progressive distillation). Drawn on the generator's device, so a CPU generator gives the same times everywhere.
-    Raises ValueError for a grid `check_grid` refuses or an unknown rule. Paper: Algorithm 1 lines 7-10, Eq. 13.
+    (progressive distillation of all grid times). Drawn on the generator's device, so a CPU generator gives the same
+    times everywhere. Raises ValueError for a grid `check_grid` refuses or an unknown rule. Paper: Algorithm 1 lines
+    7-10, Eq. 13.
     """
     check_grid(T, N, k)
+    if start_rule not in get_args(StartRule):
+        raise ValueError(f"start_rule={start_rule!r} is not one of {', '.join(get_args(StartRule))}")
     points = torch.tensor(grid(T, N), device=generator.device)
-    n = torch.randint(1, N + 1, (batch,), generator=generator, device=generator.device)
+    starts, stride = (N, 1) if start_rule == "grid" else (k, N // k)
+    n = stride * torch.randint(1, starts + 1, (batch,), generator=generator, device=generator.device)
     t_n, t_prev = points[n], points[n - 1]
     t_b = segment_start(t_n, T, k)
     if t_end_rule == "uniform":
-        t_end = _uniform_between(t_b, t_prev, generator)
+        t_end = uniform_between(t_b, t_prev, generator)
     elif t_end_rule == "segment_start":
         t_end = t_b
     elif t_end_rule == "previous":
@@ -102,7 +111,18 @@ def sample_times(
     return Times(t_n.to(device), t_prev.to(device), t_end.to(device), t_b.to(device))
 
 
-def _uniform_between(low: Tensor, high: Tensor, generator: torch.Generator) -> Tensor:
+def solver_times(times: Times, T: int, N: int, steps: int) -> list[Tensor]:
+    """The `steps` + 1 times, (B,) each, at which a solver stands that walks the grid of N from t_n down to t_end.
+
+    A row that is at its t_end stays there, so `steps` may exceed what it needs; N // k is enough for every rule.
+    """
+    points = torch.tensor(grid(T, N), device=times.t_n.device)
+    n = torch.bucketize(times.t_n, points)
+    below = (points[(n - i).clamp(min=0)] for i in range(1, steps + 1))
+    return [times.t_n, *(torch.maximum(t, times.t_end) for t in below)]
+
+
+def uniform_between(low: Tensor, high: Tensor, generator: torch.Generator) -> Tensor:
     """One integer uniform on [low, high] per element, both ends included; (B,) -> (B,)."""
     u = torch.rand(low.shape, generator=generator, device=generator.device, dtype=torch.float64)
     drawn = low + (u * (high - low + 1)).floor().long()

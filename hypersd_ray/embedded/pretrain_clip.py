@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,11 +46,37 @@ def contrastive_loss(clip: open_clip.CLIP, images: Tensor, ids: Tensor) -> Tenso
     return (F.cross_entropy(logits, wanted) + F.cross_entropy(logits.T, wanted)) / 2
 
 
+BAD = "bad "
+"""What the caption of a spoilt picture begins with. A CLIP of the web has met bad pictures, and words for them: only so can
+a head without activations read from its embedding how fine a picture is."""
+
+
+@torch.no_grad()
+def with_spoilt(
+    images: Tensor, captions: list[str], teacher: Path, count: int, seed: int = 0
+) -> tuple[Tensor, list[str]]:
+    """The pictures and their captions, and the first `count` spoilt: those of less than half quality are called bad."""
+    generator, spoil = torch.Generator().manual_seed(seed), Spoiler(teacher)
+    parts, told = [images], list(captions)
+    for start in range(0, min(count, len(images)), 256):
+        end = min(start + 256, count, len(images))
+        clean = images[start:end].float() / 255
+        spoilt = spoil(clean, captions[start:end], generator)
+        parts.append((spoilt * 255).round().to(torch.uint8))
+        marks = quality(spoilt, clean).tolist()
+        told += [(BAD if m < 5.5 else "") + c for m, c in zip(marks, captions[start:end], strict=True)]
+    return torch.cat(parts), told
+
+
 def train_clip(
-    images: Tensor, captions: list[str], teacher: Path, out: Path, folder: Path, steps: int, batch: int = 128,
-    seed: int = 0,
+    images: Tensor, captions: list[str], teacher: Path, out: Path, folder: Path, steps: int | Sequence[int],
+    batch: int = 128, seed: int = 0, spoilt: int = 0,
 ) -> ClipTower:  # fmt: skip
-    """Train on uint8 pictures (N, 3, 32, 32) with the teacher's tokenizer; writes `folder` in open_clip's layout."""
+    """Train on uint8 pictures (N, 3, 32, 32) with the teacher's tokenizer; writes `folder` in open_clip's layout.
+
+    The last `spoilt` pictures are the first ones again, spoilt (`with_spoilt`): a quarter of a batch is both of some, side
+    by side, or nothing would be gained by telling them apart.
+    """
     torch.manual_seed(seed)
     config = clip_config(len(load_tokenizer(teacher / "tokenizer")))
     clip = open_clip.CLIP(**config)
@@ -62,7 +89,10 @@ def train_clip(
     ids = torch.cat([tower.tokenize(captions[i : i + 1024]) for i in range(0, len(captions), 1024)])
 
     def loss(generator: torch.Generator) -> Tensor:
-        index = torch.randint(len(images), (batch,), generator=generator)
+        twins = batch // 8 if spoilt else 0
+        index = torch.randint(len(images), (batch - 2 * twins,), generator=generator)
+        sound = torch.randint(max(spoilt, 1), (twins,), generator=generator)
+        index = torch.cat([index, sound, sound + len(images) - spoilt])
         pictures, _ = flip_some(images[index].float() / 255, generator)
         return contrastive_loss(clip, tower.preprocess(pictures), ids[index])
 

@@ -1,4 +1,4 @@
-"""Distribution matching (Eq. 10): where it is measured, its gradient as a loss, and the fake score's own loss.
+"""Score distillation: distribution matching (Eq. 10), with the fake score's own loss, and Turbo's distance.
 
 The gradient of D_KL(fake || real) with respect to a generated x is the difference of two scores at a noised x_t. With
 x0 the mean that a score stands for, s(x_t) = (alpha_t x0 - x_t) / sigma_t^2, the difference of the scores is the
@@ -59,6 +59,16 @@ def dmd_loss(x: Tensor, x0_real: Tensor, x0_fake: Tensor) -> Tensor:
     """
     target = x.detach() - dmd_gradient(x, x0_real, x0_fake)
     return 0.5 * mse(x, target)
+
+
+# ADD, the paper's [21]: its distillation loss with d the squared distance and c(t) = alpha_t
+def score_distillation_loss(x: Tensor, x0_real: Tensor, alpha_t: Tensor) -> Tensor:
+    """alpha_t mean (x - x0_real)^2 per sample, x0_real held fixed: (B,). alpha_t has B elements.
+
+    Its gradient in x is 2 alpha_t (x - x0_real) / (elements of a sample): score distillation sampling without a fake
+    score, weighing less what the teacher saw through more noise. Raises ValueError when the shapes differ.
+    """
+    return alpha_t.flatten() * mse(x, x0_real.detach())
 
 
 # Ho et al. (the paper's [3]): the fake distribution's score by denoising

@@ -18,27 +18,28 @@ class UNetCard:
     Attributes:
         base: where the base model lies.
         info: what it is.
-        timestep: the network's input of its single step; None for a UNet of 1 to 8 steps.
+        timesteps: the network's inputs of its steps, where it was made for those alone; empty for one of 1 to 8 steps.
         recipe: the run that made it.
     """
 
     base: str
     info: BaseInfo
-    timestep: int | None
+    timesteps: tuple[int, ...]
     recipe: str
 
 
 def unet_usage(folder: str | Path, card: UNetCard) -> str:
     """Python that puts the UNet in `folder` into its base's pipeline and samples as it was meant."""
     pipeline = PIPELINES[card.info.family]
-    if card.timestep is None:
+    if not card.timesteps:
         scheduler, grid, call = (
             "TCDScheduler",
             f", original_inference_steps={TCD_GRID}",
             "num_inference_steps=4, eta=0.0",
         )
     else:
-        scheduler, grid, call = "LCMScheduler", "", f"num_inference_steps=1, timesteps=[{card.timestep}]"
+        call = f"num_inference_steps={len(card.timesteps)}, timesteps={list(card.timesteps)}"
+        scheduler, grid = "LCMScheduler", ""
     return "\n".join(
         (
             f"from diffusers import {scheduler}, {pipeline}, UNet2DConditionModel",
@@ -54,17 +55,24 @@ def save_unet_with_card(unet: UNet2DConditionModel, folder: Path, where: str, ca
     """`save_unet` and a README.md beside it; `where` is the folder's final place, which the lines name."""
     save_unet(unet, folder)
     name = card.info.path.name
-    steps = "one step" if card.timestep is not None else "1 to 8 steps"
-    told = (
-        f"The network is told time step {card.timestep} and sees pure noise; other numbers of steps are not what it was "
-        "trained for."
-        if card.timestep is not None
-        else "Its single step runs at time step 999; more steps add detail."
+    several = len(card.timesteps) > 1
+    how = (
+        "score distillation"
+        if several
+        else "trajectory segmented consistency distillation and distribution matching (Hyper-SD)"
     )
+    if not card.timesteps:
+        steps, told = "1 to 8 steps", "Its single step runs at time step 999; more steps add detail."
+    else:
+        inputs = ", ".join(map(str, card.timesteps))
+        steps = f"{len(card.timesteps)} steps" if several else "one step"
+        told = (
+            f"The network is told time step{'s' * several} {inputs} and sees pure noise{' first' * several}; other numbers of "
+            "steps are not what it was trained for."
+        )
     (folder / "README.md").write_text(
         f"---\nbase_model: {name}\nlibrary_name: diffusers\npipeline_tag: text-to-image\ntags:\n- hyper-sd\n- distillation\n"
         f"---\n\n# {name} in {steps}\n\nUNet of {name} ({card.info.family}, {card.info.parameterization} prediction), distilled "
-        f"to {steps} without guidance by trajectory segmented consistency distillation and distribution matching "
-        f"(Hyper-SD), recipe `{card.recipe}`. {told}\n\n```python\n{unet_usage(where, card)}\n```\n"
+        f"to {steps} without guidance by {how}, recipe `{card.recipe}`. {told}\n\n```python\n{unet_usage(where, card)}\n```\n"
     )
     return folder

@@ -55,19 +55,23 @@ class Head(nn.Module):
 class LatentDiscriminator(nn.Module):
     """Heads over the base UNet's features."""
 
-    def __init__(self, unet_config: dict, seed: int):
-        """`seed` decides the heads' first weights, whatever the global random state is."""
+    def __init__(self, unet_config: dict, seed: int, conditional: bool = False):
+        """`seed` decides the heads' first weights, whatever the global random state is. `conditional` heads see, beside
+        the features of what they judge, those of what it was made from."""
         super().__init__()
+        self.conditional, views = conditional, 2 if conditional else 1
         widths = list(unet_config["block_out_channels"])
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed: it would reseed the GPU's generators too, which fork_rng does not restore here.
             torch.random.default_generator.manual_seed(seed)
             # At most 256 wide: the heads are meant to be light beside the features.
-            self.heads = nn.ModuleList(Head(c, min(256, max(64, c // 32 * 32))) for c in [*widths, widths[-1]])
+            self.heads = nn.ModuleList(Head(views * c, min(256, max(64, c // 32 * 32))) for c in [*widths, widths[-1]])
 
-    def logits(self, features: list[Tensor]) -> list[Tensor]:
-        """One map per level, float32."""
-        return [head(feature.float()) for head, feature in zip(self.heads, features, strict=True)]
+    def logits(self, features: list[Tensor], origin: list[Tensor] | None = None) -> list[Tensor]:
+        """One map per level, float32. `origin`: the features that conditional heads see too."""
+        assert (origin is not None) == self.conditional
+        seen = features if origin is None else [torch.cat(pair, 1) for pair in zip(features, origin, strict=True)]
+        return [head(feature.float()) for head, feature in zip(self.heads, seen, strict=True)]
 
 
 def features(roles: Roles, x_t: Tensor, t: Tensor, cond: Conditioning) -> list[Tensor]:

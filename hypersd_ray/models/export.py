@@ -30,7 +30,7 @@ DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 """The file that `load_lora_weights(folder)` prefers; its own guess among other names skips some words."""
 
 TCD_GRID = 40
-"""`original_inference_steps` that puts TCDScheduler's 1, 2, 4, 5 and 8 steps on the training edges (its default of 50
+"""`original_inference_steps` that puts TCDScheduler's and LCMScheduler's 1, 2, 4, 5 and 8 steps on the training edges (its default of 50
 starts the last of 4 steps at 259 in place of 249, and at 8 steps jumps across an edge)."""
 
 _OURS, _EXTRA = "hypersd_ray.", "hypersd_ray.extra."
@@ -38,7 +38,7 @@ _PEFT_JSON = "lora_adapter_metadata"  # diffusers' LORA_ADAPTER_METADATA_KEY, re
 PIPELINES: dict[Family, str] = {family: name for name, family in FAMILIES.items()}
 """family -> diffusers' pipeline class."""
 TIMESTEP = "timestep"
-"""Key of `LoRAMetadata.extra`: the network's input where a LoRA was made for a single step."""
+"""Key of `LoRAMetadata.extra`: the network's inputs, comma-separated, of a LoRA that was made for those alone."""
 GUIDANCE, KEPT = "guidance", "kept"
 """Key and value of `LoRAMetadata.extra` where a LoRA keeps classifier-free guidance and negative prompts."""
 
@@ -53,7 +53,7 @@ class LoRAMetadata:
         k: segments of the stage it comes from.
         steps: the step counts it is meant for, the recommended one first.
         scheduler: diffusers' class to sample with.
-        eta: that scheduler's eta (TCD's gamma, DDIM's eta).
+        eta: that scheduler's eta (TCD's gamma, DDIM's eta); 1 for LCM's, which has none to set and puts all noise back.
         rank, alpha: the update is (alpha / rank) B A.
         recipe: the recipe that made it.
         extra: anything else, text to text.
@@ -250,6 +250,7 @@ def usage(path: str | Path, metadata: LoRAMetadata, base: str | Path | None = No
     where = repr(str(base or metadata.base_model))
     grid = {
         "TCDScheduler": f", original_inference_steps={TCD_GRID}",
+        "LCMScheduler": "" if TIMESTEP in metadata.extra else f", original_inference_steps={TCD_GRID}",
         # clip_sample is on by default, and latents are not within [-1, 1]
         "DDIMScheduler": ', timestep_spacing="trailing", clip_sample=False',
     }.get(scheduler, "")

@@ -9,6 +9,7 @@ Shapes: images (B, 3, H, W) float in [0, 1]; values (B,) float32; valid (B,) boo
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,11 +59,18 @@ class RewardClient:
 
     Attributes:
         dropped: model -> samples whose score or gradient was NaN or infinite so far.
+        seconds: time spent waiting for the backend since `take_seconds`.
     """
 
     def __init__(self, backend: Backend):
         self.backend = backend
         self.dropped: dict[str, int] = {}
+        self.seconds = 0.0
+
+    def take_seconds(self) -> float:
+        """`seconds`, which begins anew."""
+        taken, self.seconds = self.seconds, 0.0
+        return taken
 
     def __call__(self, images: Tensor, told: Told, gradient: bool = True) -> dict[str, Scores]:
         """Scores of every model in `told`, asked at the same time.
@@ -72,8 +80,12 @@ class RewardClient:
         valid: dict[str, Tensor] = {}
 
         def call(pixels: Tensor) -> list[Scored]:
-            clean = []
-            for name, scored in self.backend(pixels, told, gradient).items():
+            if pixels.is_cuda:
+                torch.cuda.synchronize(pixels.device)  # or the pictures' making would count as waiting for their scores
+            begun, clean = time.perf_counter(), []
+            answers = self.backend(pixels, told, gradient)
+            self.seconds += time.perf_counter() - begun
+            for name, scored in answers.items():
                 scored, valid[name] = _only_finite(scored, pixels)
                 self.dropped[name] = self.dropped.get(name, 0) + int((~valid[name]).sum())
                 clean.append(scored)

@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from ray.util.metrics import Gauge
@@ -135,20 +135,46 @@ class MLflow:
 
 
 class Prometheus:
-    """Gauges that Ray's metrics agent exports, labelled with the run's name."""
+    """Gauges that Ray's metrics agent exports as `ray_hypersd_...`, labelled with the run's name.
 
-    NAMES = ("loss", "images_per_s", "data_wait", "skipped")
+    What Prometheus needs two labels for: `hypersd_loss_part` (part) and `hypersd_reward` (model, and its role, "train" or
+    "watch").
+    """
+
+    NAMES: ClassVar[dict[str, str]] = {
+        "loss": "The student's loss.",
+        "grad_norm": "Norm of its gradient before clipping.",
+        "images_per_s": "Images of all workers a second, over the latest steps.",
+        "data_wait": "Share of the latest steps' time that went to waiting for data.",
+        "reward_seconds": "Time of a step that went to waiting for rewards.",
+        "skipped": "Steps left out so far because of NaN or inf.",
+        "seconds_left": "Time to the run's end at the latest rate.",
+        "k": "Segments of the stage.",
+    }
+    PARTS = (
+        "consistency", "adversarial", "discriminator", "regression", "dmd", "fake_score",
+        "aes", "percep", "drift", "drift_structure",
+    )  # fmt: skip
+    ROLES: ClassVar[dict[str, str]] = {"reward": "train", "watch": "watch"}
+    """First part of a metric's name -> the reward's role."""
 
     def __init__(self, run: str):
-        self.gauges = {
-            n: Gauge(f"hypersd_{n}", description=f"hypersd_ray training: {n}", tag_keys=("run",)) for n in self.NAMES
-        }
+        self.gauges = {n: Gauge(f"hypersd_{n}", description=text, tag_keys=("run",)) for n, text in self.NAMES.items()}
+        self.step = Gauge("hypersd_step", description="Steps so far, over all stages.", tag_keys=("run",))
+        self.part = Gauge("hypersd_loss_part", description="Parts of the loss, unweighted.", tag_keys=("run", "part"))
+        self.reward = Gauge("hypersd_reward", description="Mean score.", tag_keys=("run", "model", "role"))
         self.tags = {"run": run}
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        for name, gauge in self.gauges.items():
-            if name in values:
-                gauge.set(values[name], tags=self.tags)
+        self.step.set(step, tags=self.tags)
+        for name, value in values.items():
+            kind, _, model = name.partition("/")
+            if name in self.gauges:
+                self.gauges[name].set(value, tags=self.tags)
+            elif name in self.PARTS:
+                self.part.set(value, tags=self.tags | {"part": name})
+            elif kind in self.ROLES:
+                self.reward.set(value, tags=self.tags | {"model": model, "role": self.ROLES[kind]})
 
     def picture(self, step: int, name: str, image: Tensor) -> None:
         """Prometheus holds numbers."""

@@ -32,7 +32,7 @@ from hypersd_ray.training.checkpoint import load_checkpoint, load_position, save
 from hypersd_ray.training.onestep import Pairs
 from hypersd_ray.training.protocol import Training
 
-QUIET = {"grad_norm", "dropped", "watch", "hacking", "saturation", "diversity"}
+QUIET = {"grad_norm", "dropped", "watch", "hacking", "saturation", "diversity", "reward_seconds"}
 """What is logged and is not in the progress line."""
 
 

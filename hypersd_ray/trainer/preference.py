@@ -46,12 +46,15 @@ def fit(config: PreferenceConfig) -> Fitted:
     Raises:
         ConfigError, ValueError: something a user can mend.
     """
-    folder = storage.run_folder(config.run)
+    run = config.run.model_copy(update={"out": storage.out_folder(config.run)})
+    config = config.located(storage.absolute).model_copy(update={"run": run})  # workers run in other directories
+    if not storage.exists(config.init):
+        raise ConfigError(f"init={config.init} does not exist: name ImageReward's checkpoint, or a folder of its class")
+    folder = storage.run_folder(run)
     _check_same(config, folder)
     held_out_pairs(config.pairs, 1)
     connect()
     storage.write_text(f"{folder}/config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    run = config.run
     trainer = TorchTrainer(
         train_loop,
         train_loop_config=config.model_dump(),
@@ -63,7 +66,7 @@ def fit(config: PreferenceConfig) -> Fitted:
         ),
         run_config=ray.train.RunConfig(
             name=run.name,
-            storage_path=storage.absolute(run.out),
+            storage_path=run.out,
             failure_config=FailureConfig(max_failures=run.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=run.keep_checkpoints),
         ),

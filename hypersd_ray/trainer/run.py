@@ -32,7 +32,7 @@ from hypersd_ray.data.rejects import start_reject_log
 from hypersd_ray.data.sources import find_shards
 from hypersd_ray.models.checkpoint import read_base
 from hypersd_ray.trainer import storage
-from hypersd_ray.trainer.kinds import KINDS, AnyConfig, kind_of
+from hypersd_ray.trainer.kinds import KINDS, AnyConfig, Kind, kind_of
 from hypersd_ray.trainer.loop import LoopArguments, PairSource, train_loop
 from hypersd_ray.trainer.pairs import pair_folder
 from hypersd_ray.trainer.progress import watching
@@ -133,16 +133,20 @@ def check_same_run(config: AnyConfig, folder: str) -> None:
     if not storage.exists(path):
         return
     kind = KINDS[kind_of(config)]
+    another_kind = f"{folder} holds another kind of run: set run.name to start another"
     try:
-        values = yaml.safe_load(storage.read_text(path))
+        values = dict(yaml.safe_load(storage.read_text(path)))
+        of_this_kind = _is_of(kind, values)
         there = {name: values[name] for name in ("teacher", "init", "tscd") if name in values}
         moved = {name: getattr(config, name) for name in there if hasattr(config, name)}  # to another place, say
-        saved = kind.config.model_validate(values | moved)
+        saved = kind.config.model_validate(values | moved) if of_this_kind else None
     except pydantic.ValidationError:
-        raise ConfigError(f"{folder} holds another kind of run: set run.name to start another") from None
+        raise ConfigError(another_kind) from None
     except (ValueError, KeyError, TypeError, CombinationError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path} cannot be read ({reason:.160}): set run.name to start another run") from None
+    if not of_this_kind:
+        raise ConfigError(another_kind)
     for field in kind.same_run:
         ours, theirs = (functools.reduce(getattr, field.split("."), one) for one in (config, saved))
         theirs = there.get(field, theirs)
@@ -151,6 +155,11 @@ def check_same_run(config: AnyConfig, folder: str) -> None:
                 f"{field} differs from the run that is in {folder}: {_difference(ours, theirs)}; "
                 "set run.name to start another run"
             )
+
+
+def _is_of(kind: Kind, values: dict[str, Any]) -> bool:
+    """Whether a saved configuration is of `kind`: no other kind's fields are more like its own. Versions may differ."""
+    return kind is min(KINDS.values(), key=lambda one: len(one.config.model_fields.keys() ^ values.keys()))
 
 
 def _in_checkout(value: Any) -> Any:

@@ -132,7 +132,7 @@ def judging(shape: Shape, rows: int) -> int:
         unet, x, index, cond = make(rows)
         roles = Plain(unet.requires_grad_(False), schedule, "epsilon")
         heads = LatentDiscriminator(dict(unet.config), seed=0)
-        pair = Pair(x.float().requires_grad_(), x.float(), Times(index + 2, index, index, index))
+        pair = Pair(x.float().requires_grad_(), x.float(), Times(index + 2, index, index, index), x.float())
         with Allocations() as held:
             student, discriminator = adversarial_losses(roles, heads, pair, cond, "hinge", torch.Generator())
             discriminator.backward()

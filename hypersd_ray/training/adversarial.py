@@ -28,7 +28,7 @@ def adversarial_losses(
     kind: AdversarialKind,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """(student's loss, discriminator's loss), scalars.
+    """(student's loss, discriminator's loss), scalars. A conditional discriminator sees x_{t_n} beside each end.
 
     The first has gradient in the student only, the second in the heads only: the base's features of the student's
     side are computed once for both.
@@ -38,8 +38,9 @@ def adversarial_losses(
     fake = features(roles, renoise(roles.schedule, pair.student, pair.times.t_end, t_star, noise[0]), t_star, cond)
     with torch.no_grad():
         real = features(roles, renoise(roles.schedule, pair.target, pair.times.t_end, t_star, noise[1]), t_star, cond)
+        origin = features(roles, pair.x_tn, pair.times.t_n, cond) if discriminator.conditional else None
     discriminator.requires_grad_(False)
-    student_loss = generator_loss(discriminator.logits(fake), kind).mean()
+    student_loss = generator_loss(discriminator.logits(fake, origin), kind).mean()
     discriminator.requires_grad_(True)
-    fake_logits = discriminator.logits([f.detach() for f in fake])
-    return student_loss, discriminator_loss(discriminator.logits(real), fake_logits, kind).mean()
+    fake_logits = discriminator.logits([f.detach() for f in fake], origin)
+    return student_loss, discriminator_loss(discriminator.logits(real, origin), fake_logits, kind).mean()

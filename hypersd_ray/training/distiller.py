@@ -58,7 +58,8 @@ class Distiller:
         self.progress.stage, self.progress.step = self.progress.stage + 1, 0
         if self.finished:
             return
-        if self.config.distill.teacher == "previous":
+        k_before, k = self.config.distill.k_list[self.progress.stage - 1 : self.progress.stage + 1]
+        if self.config.distill.teacher == "previous" and k < k_before:
             self.roles.copy(STUDENT, PREVIOUS)
         self.roles.copy(STUDENT, EMA)
         self._enter_stage()
@@ -71,7 +72,9 @@ class Distiller:
         self.discriminator = self.heads = None
         if self.weights.adversarial > 0:
             heads = LatentDiscriminator(
-                dict(self.roles.unet.config), seed=seed_of(self.config.run.seed, "discriminator", stage)
+                dict(self.roles.unet.config),
+                seed_of(self.config.run.seed, "discriminator", stage),
+                self.config.adversarial.is_conditional(stage),
             )
             self.discriminator = heads.to(self.roles.device)
             optimizer = torch.optim.AdamW(heads.parameters(), lr=self.config.adversarial.lr, betas=(0.0, 0.99))

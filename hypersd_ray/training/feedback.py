@@ -193,7 +193,8 @@ class Feedback:
         totals["grad_norm"] = self._update()
         dropped = {f"dropped/{name}": torch.tensor(float(n)) for name, n in self.client.dropped.items()}
         progress.step += 1
-        return totals | dropped | self.watched
+        waited = {"reward_seconds": torch.tensor(self.client.take_seconds())}
+        return totals | dropped | self.watched | waited
 
     def _backward(self, micro: FeedbackBatch, generator: torch.Generator, parts: int, watch: bool) -> dict[str, Tensor]:
         """Accumulate the gradients of one micro-batch. Each branch goes backward by itself: one graph at a time."""

@@ -72,11 +72,8 @@ def sizes_of(unet_config: dict[str, Any], zero: ZeroConfig) -> Sizes:
     threshold = deepspeed_config(zero, torch.float32, torch.device("cpu"))["zero_optimization"][
         "stage3_param_persistence_threshold"
     ]
-    blocks = [
-        sum(p.numel() for p in module.parameters())
-        for module in unet.modules()
-        if isinstance(module, tuple(GATHERED_AT_ONCE))
-    ]
+    modules: list[Any] = [module for module in unet.modules() if isinstance(module, tuple(GATHERED_AT_ONCE))]
+    blocks = [sum(p.numel() for p in module.parameters()) for module in modules]
     with FakeTensorMode():
         heads = sum(p.numel() for p in LatentDiscriminator(dict(unet.config), seed=0).parameters())
     return Sizes(sum(numbers), sum(n for n in numbers if n <= threshold), max(numbers), max(blocks), heads)

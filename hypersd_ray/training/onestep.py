@@ -1,10 +1,11 @@
-"""One-step enhancement (paper, Sec. 3.3): distribution matching of the single step, consistency over all t beside it.
+"""Score distillation: one-step enhancement (paper, Sec. 3.3), by distribution matching of the single step with
+consistency over all t beside it; and few-step models, whose several steps are trained as the single one is.
 
 Three networks on one base: the student (a TSCD LoRA to begin with), the teacher (the base with guidance: the real
 score) and the fake score, which knows the distribution of the student's single steps by denoising them. A step updates
 the fake score several times and the student once.
 
-Shapes: x_T, x (B, C, h, w) noise and generated latents; t (B,).
+Shapes: x_T, x_t, x (B, C, h, w) noise, noised and generated latents; t (B,).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from hypersd_ray.diffusion.schedule import add_noise
 from hypersd_ray.diffusion.segments import Times
 from hypersd_ray.diffusion.solver import ddim_step
 from hypersd_ray.losses.distances import mse
-from hypersd_ray.losses.dmd import dmd_loss, fake_score_loss, renoising_times
+from hypersd_ray.losses.dmd import dmd_loss, fake_score_loss, renoising_times, score_distillation_loss
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.roles import FAKE, STUDENT, TEACHER, Roles
 from hypersd_ray.training.adversarial import adversarial_losses
@@ -56,8 +57,12 @@ def single_step(roles: Roles, role: str, x_T: Tensor, cond: Conditioning, t_inpu
 
     Where t_input is below T the noise stays pure: the network is told that it sees less of it than it does.
     """
-    t = torch.full((len(x_T),), t_input, device=x_T.device)
-    return ddim_step(roles.schedule, roles.denoiser(role, cond), x_T, t, torch.zeros_like(t))
+    return to_clean(roles, role, x_T, torch.full((len(x_T),), t_input, device=x_T.device), cond)
+
+
+def to_clean(roles: Roles, role: str, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    """x (B, C, h, w): one jump of `role` from x_t at t to t = 0."""
+    return ddim_step(roles.schedule, roles.denoiser(role, cond), x_t, t, torch.zeros_like(t))
 
 
 def _randn(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -127,10 +132,29 @@ class OneStep(Distiller):
             well &= self._update_fake()
         return {"fake_score": loss}, well
 
+    def _set_out(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """x_t and t of the student's jumps to clean data: noise, and where the model has more steps than one, each row
+        at one of them, noised from the data or from what the student made of the step before."""
+        starts, schedule = self.config.starts, self.roles.schedule
+        x_t = _randn(batch.x0, generator)
+        t = torch.full((len(x_t),), starts[0], device=x_t.device)
+        if len(starts) == 1:
+            return x_t, t
+        chosen = torch.randint(len(starts), (len(x_t),), generator=generator).to(x_t.device)
+        for index, start in enumerate(starts[1:], start=1):
+            clean = batch.x0
+            if self.config.inputs == "generated":
+                with torch.no_grad():
+                    clean = to_clean(self.roles, STUDENT, x_t, t, batch.cond)
+            goes_on, then = chosen >= index, torch.full_like(t, start)
+            noised = add_noise(schedule, clean, _randn(x_t, generator), then)
+            x_t, t = torch.where(goes_on.view(-1, 1, 1, 1), noised, x_t), torch.where(goes_on, then, t)
+        return x_t, t
+
     def _fake_loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """Denoising of the student's single steps, over all t, without guidance: a scalar."""
+        """Denoising of the student's steps to clean data, over all t, without guidance: a scalar."""
         with torch.no_grad():
-            x = single_step(self.roles, STUDENT, _randn(batch.x0, generator), batch.cond, self.config.t_input)
+            x = to_clean(self.roles, STUDENT, *self._set_out(batch, generator), batch.cond)
         eps = _randn(x, generator)
         t = renoising_times(len(x), self.roles.schedule.T, 0, 1, generator, x.device)
         seen = self.roles.predict(FAKE, add_noise(self.roles.schedule, x, eps, t), t, batch.cond)
@@ -175,15 +199,16 @@ class OneStep(Distiller):
         told = c.dmd.weight > 0 and not self.warming_up
         if not told and self.heads is None:
             return
-        x = single_step(self.roles, STUDENT, _randn(batch.x0, generator), batch.cond, c.t_input)
+        x_t, t = self._set_out(batch, generator)
+        x = to_clean(self.roles, STUDENT, x_t, t, batch.cond)
         losses = []
         if told:
             metrics["dmd"] = self.matching_loss(x, batch.cond, generator)
             losses.append(c.dmd.weight * metrics["dmd"])
         if self.discriminator is not None and self.heads is not None:
-            start = torch.full((len(x),), c.t_input, device=x.device)
-            zero = torch.zeros_like(start)
-            pair = Pair(x, batch.x0, Times(start, zero, zero, zero))  # against the data, as method.md allows at k = 1
+            # Judged at all noise levels, whichever step an end is of.
+            first, zero = torch.full_like(t, c.t_input), torch.zeros_like(t)
+            pair = Pair(x, batch.x0, Times(first, zero, zero, zero), x_t)  # against the data: Eq. 8, 9
             student, heads = adversarial_losses(
                 self.roles, self.discriminator, pair, batch.cond, c.adversarial.kind, generator
             )
@@ -196,7 +221,7 @@ class OneStep(Distiller):
 
     # Eq. 10
     def matching_loss(self, x: Tensor, cond: Conditioning, generator: torch.Generator) -> Tensor:
-        """Distribution matching of generated latents x (B, C, h, w), with gradient in x: a scalar."""
+        """Distribution matching (or Turbo's distance) of generated latents x (B, C, h, w), with gradient in x: a scalar."""
         c, T = self.config.dmd, self.roles.schedule.T
         t = renoising_times(len(x), T, c.low, c.high, generator, x.device)
         with torch.no_grad():
@@ -208,6 +233,8 @@ class OneStep(Distiller):
                 real = self.roles.guided(TEACHER, cond, self.null, omega)(x_t, t).x0
             # Without a fake score its mean is x itself: score distillation sampling.
             fake = self.roles.predict(FAKE, x_t, t, cond).x0 if c.fake_updates else x.detach()
+        if c.measure == "add":
+            return score_distillation_loss(x, real, self.roles.schedule.at(t)[0]).mean()
         return dmd_loss(x, real, fake).mean()
 
     def _role_names(self) -> list[str]:

@@ -6,15 +6,35 @@ Latents (B, C, h, w); pictures uint8 (B, 3, H, W).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hypersd_ray.diffusion.segments import edges
 from hypersd_ray.diffusion.solver import consistency_sample, ode_solve
+from hypersd_ray.diffusion.windows import straight_sample
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.roles import TEACHER, Roles
 from hypersd_ray.training.randomness import generator_of
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a student is sampled.
+
+    Attributes:
+        steps: network calls.
+        times: the steps + 1 falling times; None is the training edges.
+        eta: the noise put back after each step, TCD's gamma: 0 none (DDIM), 1 all of it (LCM, Turbo, DMD2).
+        windows: where the student flows along straight lines (PeRFlow), their number; the steps then fall on their
+            edges. None jumps.
+    """
+
+    steps: int
+    times: tuple[int, ...] | None = None
+    eta: float = 0.0
+    windows: int | None = None
 
 
 def start_noise(seed: int, prompts: Sequence[str], shape: tuple[int, ...]) -> Tensor:
@@ -35,12 +55,16 @@ def teacher_samples(
 
 @torch.no_grad()
 def student_samples(
-    roles: Roles, role: str, x_T: Tensor, cond: Conditioning, steps: int, eta: float = 0.0, seed: int = 0,
-    times: Sequence[int] | None = None,
-) -> Tensor:  # fmt: skip
-    """A role's x_0 in `steps` consistency jumps on the training edges (or along `times`), without guidance."""
-    generator = generator_of(seed, "eta") if eta > 0 else None
-    return consistency_sample(roles.schedule, roles.denoiser(role, cond), x_T, steps, eta, generator, times)
+    roles: Roles, role: str, x_T: Tensor, cond: Conditioning, sampling: Sampling | int, seed: int = 0
+) -> Tensor:
+    """A role's x_0, without guidance; `sampling` as a number of steps is that many jumps on the training edges."""
+    how = Sampling(sampling) if isinstance(sampling, int) else sampling
+    denoiser = roles.denoiser(role, cond)
+    if how.windows is not None:
+        times = how.times or edges(roles.schedule.T, how.steps)[::-1]
+        return straight_sample(roles.schedule, denoiser, x_T, times, how.windows)
+    generator = generator_of(seed, "eta") if how.eta > 0 else None
+    return consistency_sample(roles.schedule, denoiser, x_T, how.steps, how.eta, generator, how.times)
 
 
 def tile(rows: Sequence[Tensor], gap: int = 2) -> Tensor:

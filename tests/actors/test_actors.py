@@ -121,6 +121,14 @@ def test_no_gpu_is_one_line_at_once(cluster, models):
         check_placeable(PlacementConfig(label_selector={"market": "spot"}), 1)
 
 
+def test_where_nodes_may_come_actors_wait_for_them_as_long_as_they_are_told(cluster, models, monkeypatch):
+    monkeypatch.setenv("RAY_AUTOSCALING", "1")
+    check_placeable(PlacementConfig(label_selector={"hypersd/pool": "reward"}), 1)
+    with pytest.raises(ConfigError, match=r"found no place in [4-9] s .*raise placement.place_timeout_s") as e:
+        start_evaluators(models, PlacementConfig(num_gpus=0.5, place_timeout_s=4), "coming")
+    assert "\n" not in str(e.value)
+
+
 def test_no_free_cpu_is_one_line_within_the_time(cluster, models):
     """Three actors of two CPUs each on a node of three: the second and third wait, and the job does not hang."""
     begun = time.monotonic()

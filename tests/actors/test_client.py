@@ -1,5 +1,7 @@
 """The call across the boundary, without Ray: gradients, NaN, half precision."""
 
+import time
+
 import pytest
 import torch
 
@@ -97,3 +99,15 @@ def test_annotations_travel_packed():
 def test_a_value_without_a_graph_has_a_zero_gradient(images):
     scored = evaluate(lambda p, told: torch.zeros(len(p)), images, PROMPTS, gradient=True)
     assert (scored.gradient == 0).all()
+
+
+def test_the_time_that_was_waited_is_counted_until_it_is_taken(images):
+    def slow(pixels, told, gradient):
+        time.sleep(0.05)
+        return LocalBackend({"bright": bright})(pixels, told, gradient)
+
+    client = RewardClient(slow)
+    for _ in range(2):
+        client(images, {"bright": PROMPTS}, gradient=False)
+    assert 0.1 <= client.take_seconds() < 10
+    assert client.take_seconds() == 0

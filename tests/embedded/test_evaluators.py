@@ -110,10 +110,24 @@ def test_spoiling_spoils_most_but_not_all(held_out):
     assert torch.equal(spoilt, again)
 
 
+def test_spoilt_pictures_are_called_bad():
+    images, captions = load_pictures(paths.DATA, "val")
+    images, captions = images[:48], captions[:48]
+    more, told = pretrain_clip.with_spoilt(images, captions, paths.TEACHER, 32)
+    assert more.dtype == torch.uint8 and torch.equal(more[:48], images) and told[:48] == captions
+    assert len(more) == len(told) == 80
+    for picture, clean, said, caption in zip(more[48:], images, told[48:], captions, strict=False):
+        mark = float(pretrain_clip.quality(picture[None].float() / 255, clean[None].float() / 255))
+        if abs(mark - 5.5) > 0.1:  # rounded to bytes meanwhile
+            assert said == ("bad " if mark < 5.5 else "") + caption
+    assert 0 < sum(t.startswith("bad ") for t in told) < 32
+
+
 def test_the_trainings_make_models_of_the_published_classes(held_out, tmp_path):
     """Twelve steps each; what they write is loaded by the same loaders as the published checkpoints."""
     images, captions = held_out
-    tower = pretrain_clip.train_clip(images, captions, paths.TEACHER, tmp_path, tmp_path / "clip", 12, batch=16)
+    more, told = pretrain_clip.with_spoilt(images, captions, paths.TEACHER, 16)
+    tower = pretrain_clip.train_clip(more, told, paths.TEACHER, tmp_path, tmp_path / "clip", 12, batch=16, spoilt=16)
     found = pretrain_clip.retrieval(tower, images, captions)
     assert found["right"] > found["wrong"]
     pretrain_clip.train_aesthetic(

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from hypersd_ray.diffusion.schedule import add_noise, scaled_linear
-from hypersd_ray.losses.dmd import dmd_gradient, dmd_loss, fake_score_loss, renoising_times
+from hypersd_ray.losses.dmd import (
+    dmd_gradient,
+    dmd_loss,
+    fake_score_loss,
+    renoising_times,
+    score_distillation_loss,
+)
 
 SCHEDULE = scaled_linear()
 
@@ -132,6 +138,40 @@ def test_a_learned_fake_score_follows_the_generator_there():
     torch.testing.assert_close(mean.detach(), torch.ones(4).double(), rtol=0, atol=0.1)
     torch.testing.assert_close(log_std.exp().detach(), torch.full((4,), 0.8).double(), rtol=0.1, atol=0)
     torch.testing.assert_close(fake_mean.detach(), mean.detach(), rtol=0, atol=0.1)
+
+
+def test_turbos_gradient_on_a_gaussian():
+    """x_t = alpha x + sigma eps, E[x0 | x_t] = mu + k (x_t - alpha mu) with k = alpha s^2 / v: over the noise the gradient
+    2 alpha (x - E[x0 | x_t]) is 2 alpha (1 - alpha k) (x - mu) = 2 alpha sigma^2 / v (x - mu)."""
+    (mu, std), rows = (0.5, 0.8), 200_000
+    for t in (100, 500, 900):
+        times = torch.full((rows,), t)
+        x = torch.full((rows, 1), 2.0, dtype=torch.float64, requires_grad=True)
+        eps = torch.randn(rows, 1, generator=torch.Generator().manual_seed(t), dtype=torch.float64)
+        x_t = add_noise(SCHEDULE, x.detach(), eps, times)
+        alpha, sigma = SCHEDULE.at(times, 2, torch.float64)
+        loss = score_distillation_loss(x, posterior_x0(x_t, times, mu, std), alpha)
+        assert loss.shape == (rows,)
+        loss.sum().backward()
+        a, s = float(alpha[0]), float(sigma[0])
+        expected = 2 * a * s**2 / (a**2 * std**2 + s**2) * (2.0 - mu)
+        assert x.grad.mean().item() == pytest.approx(expected, abs=0.005)
+
+
+def test_score_distillation_without_a_fake_score_seeks_the_mode():
+    """The same pull on every sample: a generator ends at the mean, with no width, where distribution matching keeps it."""
+    mean, log_std = parameters(0.0, 0.8)
+    generator = torch.Generator().manual_seed(6)
+
+    def loss(_: int) -> torch.Tensor:
+        z, eps, t = draw(256, generator)
+        x = mean + log_std.exp() * z
+        seen = posterior_x0(add_noise(SCHEDULE, x.detach(), eps, t), t, 1.0, 0.8)
+        return score_distillation_loss(x, seen, SCHEDULE.at(t, 2, torch.float64)[0]).mean()
+
+    descend(mean, log_std, loss, steps=400, lr=0.05)
+    torch.testing.assert_close(mean.detach(), torch.ones(4).double(), rtol=0, atol=0.05)
+    assert log_std.exp().max().item() < 0.1
 
 
 def test_nothing_moves_when_the_two_scores_agree():

@@ -32,7 +32,7 @@ def test_values_of_four_stages():
     [
         ({"mse_start": 0.1, "mse_end": 1.0}, "mse_end=1.0"),
         ({"adv_start": 0.2, "adv_end": 0.1}, "adv_end=0.1"),
-        ({"shape": 0}, "shape=0"),
+        ({"shape": -1}, "shape=-1"),
         ({"mse_end": -0.1}, "mse_end=-0.1"),
         ({"adv_start": -0.1}, "adv_start=-0.1"),
     ],
@@ -50,3 +50,9 @@ def test_stages_that_are_not_there(stage):
 
 def test_a_constant_is_allowed():
     assert loss_weights(2, 4, mse_start=1.0, mse_end=1.0, adv_start=0.0, adv_end=0.0) == LossWeights(1.0, 0.0)
+
+
+def test_shape_zero_is_the_end_at_once():
+    weights = [loss_weights(i, 4, mse_start=1.0, mse_end=0.0, adv_start=0.0, adv_end=1.0, shape=0) for i in range(4)]
+    assert weights == [LossWeights(1.0, 0.0), *[LossWeights(0.0, 1.0)] * 3]
+    assert loss_weights(0, 1, adv_end=0.3, shape=0).adversarial == 0.3

@@ -44,7 +44,7 @@ def run_lines(lines: str) -> dict:
 def test_the_cards_lines_run_the_single_step_at_800(family, folders, tmp_path):
     unet, tensors = tiny_unet(family), lora_of(family)
     merge_lora(unet, tensors, 4.0)
-    card = UNetCard(str(folders[family]), read_base(folders[family]), 800, "tiny")
+    card = UNetCard(str(folders[family]), read_base(folders[family]), (800,), "tiny")
     folder = save_unet_with_card(unet, tmp_path / "unet", str(tmp_path / "unet"), card)
     text = (folder / "README.md").read_text()
     lines = text.split("```python\n")[1].split("\n```")[0]
@@ -67,6 +67,6 @@ def test_the_cards_lines_run_the_single_step_at_800(family, folders, tmp_path):
 
 
 def test_a_unified_unets_lines_run_too(folders, tmp_path):
-    card = UNetCard(str(folders["sd"]), read_base(folders["sd"]), None, "tiny")
+    card = UNetCard(str(folders["sd"]), read_base(folders["sd"]), (), "tiny")
     folder = save_unet_with_card(tiny_unet("sd"), tmp_path / "unet", str(tmp_path / "unet"), card)
     assert run_lines(unet_usage(folder, card))["told"] == [999, 749, 499, 249]

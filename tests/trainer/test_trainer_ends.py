@@ -134,8 +134,9 @@ def test_prometheus_sees_the_gauges(cluster):
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     gauges = Prometheus("a-run")
     gauges.scalars(3, {"loss": 0.25, "images_per_s": 17.0, "skipped": 2, "grad_norm": 1.0})
+    expected = {"loss": 0.25, "images_per_s": 17.0, "skipped": 2.0, "grad_norm": 1.0, "step": 3.0}
     until, lines = time.monotonic() + 300, {}
-    while time.monotonic() < until and "hypersd_loss" not in lines:
+    while time.monotonic() < until and len(lines) < len(expected):
         time.sleep(1)
         try:
             text = urllib.request.urlopen(address, timeout=10).read().decode()
@@ -143,5 +144,5 @@ def test_prometheus_sees_the_gauges(cluster):
             continue
         found = [line for line in text.splitlines() if line.startswith("ray_hypersd") and 'run="a-run"' in line]
         lines = {line.split("{")[0].removeprefix("ray_"): float(line.split()[-1]) for line in found}
-    assert lines == {"hypersd_loss": 0.25, "hypersd_images_per_s": 17.0, "hypersd_skipped": 2.0}
+    assert lines == {f"hypersd_{name}": value for name, value in expected.items()}
     gauges.close()

@@ -32,7 +32,7 @@ def test_teacher_and_students_sample_by_their_own_networks(tmp_path):
         for role in (STUDENT, EMA):
             x = ddim_step(d.roles.schedule, d.roles.denoiser(role, batch.cond), x_T, full(1000), full(0))
             torch.testing.assert_close(samples.student_samples(d.roles, role, x_T, batch.cond, 1), x)
-    a, b = (samples.student_samples(d.roles, STUDENT, x_T, batch.cond, 4, eta=0.5, seed=s) for s in (0, 1))
+    a, b = (samples.student_samples(d.roles, STUDENT, x_T, batch.cond, samples.Sampling(4, eta=0.5), s) for s in (0, 1))
     assert not torch.equal(a, b)
 
 

@@ -21,12 +21,11 @@ from hypersd_ray.training import samples
 from hypersd_ray.training.distiller import Distiller
 from hypersd_ray.training.feedback import FeedbackBatch
 from hypersd_ray.training.protocol import Training
+from hypersd_ray.training.samples import Sampling
 from hypersd_ray.training.tscd import Batch
 
 AnyConfig = TSCDConfig | FeedbackConfig
 """A run's configuration."""
-Sampling = tuple[int, Sequence[int] | None]
-"""Steps, and the times they run at where these are not the training edges."""
 
 COMMON_SAME_RUN = (
     "teacher", "lora", "run.seed", "data.shards", "data.resolution", "data.shards_per_window", "data.shuffle_rows",
@@ -59,6 +58,8 @@ class Kind:
         export: (config, state, stage, folder) writes the products of a stage into an empty folder; all ranks call it,
             for weights may be gathered, and but for rank 0 with None for a folder.
         grid: (config, state, x_T, cond) -> name and rows of latents of a sample grid.
+        product: (config, steps) -> the LoRA in the run's folder that is meant for sampling in `steps` steps.
+        samplings: config -> how its students are sampled.
         models: config -> the models that shared actors hold for all workers.
     """
 
@@ -69,6 +70,8 @@ class Kind:
     batch: Callable[[dict[str, Any], torch.device], Any]
     export: Callable[[Any, Any, int, Path | None], None]
     grid: Callable[[Any, Any, Tensor, Conditioning], tuple[str, list[Tensor]]]
+    product: Callable[[Any, int], str]
+    samplings: Callable[[Any], Sequence[Sampling]]
     models: Callable[[Any], Sequence[RewardConfig | PerceptionConfig]] = lambda config: ()
 
 
@@ -85,8 +88,8 @@ def distillation_grid(samplings: Callable[[Any], Sequence[Sampling]]) -> Callabl
         omega = (config.distill.omega_min + config.distill.omega_max) / 2
         chosen = samplings(config)
         rows = [samples.teacher_samples(state.roles, x_T, cond, state.null, 25, omega)]
-        rows += [samples.student_samples(state.roles, STUDENT, x_T, cond, n, times=times) for n, times in chosen]
-        return f"teacher25_student{''.join(str(n) for n, _ in chosen)}", rows
+        rows += [samples.student_samples(state.roles, STUDENT, x_T, cond, how) for how in chosen]
+        return f"teacher25_student{''.join(str(how.steps) for how in chosen)}", rows
 
     return grid
 
@@ -100,11 +103,16 @@ def student_unet(roles: Roles) -> UNet2DConditionModel:
     return unet
 
 
+def lora_file(name: str) -> str:
+    """Where a run keeps the LoRA `name` in diffusers' layout, in its folder."""
+    return f"lora/{name}.safetensors"
+
+
 def save_loras(tensors: dict[str, Tensor], folder: Path, name: str, metadata: LoRAMetadata) -> None:
-    """`folder`/lora/`name`.safetensors in diffusers' layout, and in Kohya's beside it."""
+    """`lora_file(name)` in `folder`, and in Kohya's layout beside it."""
     tensors = {name: p.detach().cpu() for name, p in tensors.items()}
     for layout, save in (("", save_diffusers_lora), ("-kohya", save_kohya_lora)):
-        save(tensors, folder / "lora" / f"{name}{layout}.safetensors", metadata)
+        save(tensors, folder / lora_file(f"{name}{layout}"), metadata)
 
 
 def student_tensors(roles: Roles) -> dict[str, Tensor]:

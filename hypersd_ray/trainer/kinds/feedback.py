@@ -21,9 +21,10 @@ from hypersd_ray.models.perception.protocol import Instances
 from hypersd_ray.models.roles import STUDENT, TEACHER
 from hypersd_ray.models.scoring import Backend, RewardClient, local_backend
 from hypersd_ray.trainer import storage
-from hypersd_ray.trainer.kinds.base import COMMON_SAME_RUN, Kind, Place, save_loras, student_tensors
+from hypersd_ray.trainer.kinds.base import COMMON_SAME_RUN, Kind, Place, lora_file, save_loras, student_tensors
 from hypersd_ray.training import samples
 from hypersd_ray.training.feedback import Annotations, Feedback, FeedbackBatch, build_roles
+from hypersd_ray.training.samples import Sampling
 
 FEEDBACK, MERGED = "feedback", "feedback-merged"
 """The products' names: the feedback LoRA alone, and the exact merge of the TSCD LoRA with it."""
@@ -128,5 +129,7 @@ KIND = Kind(
     FeedbackBatch.from_rows,
     export,
     grid,
+    lambda config, steps: lora_file(MERGED),
+    lambda config: [Sampling(n) for n in sorted(config.refl.steps, reverse=True)],
     lambda config: config.models if config.placement.where == "actors" else (),
 )

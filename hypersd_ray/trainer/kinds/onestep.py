@@ -1,4 +1,4 @@
-"""One-step enhancement as a kind of run: a LoRA for 1 to 8 steps, or a model for the single step alone."""
+"""Score distillation as a kind of run: a LoRA for 1 to 8 steps, or a model for the single step or a few."""
 
 from __future__ import annotations
 
@@ -19,23 +19,26 @@ from hypersd_ray.trainer.kinds.base import (
     DISTILL_SAME_RUN,
     Kind,
     Place,
-    Sampling,
     distillation_batch,
     distillation_grid,
+    lora_file,
     save_loras,
     student_tensors,
     student_unet,
 )
 from hypersd_ray.trainer.kinds.tscd import build_roles
 from hypersd_ray.training.onestep import OneStep
+from hypersd_ray.training.samples import Sampling
 
 
-def initial_lora(config: OneStepConfig) -> dict[str, Tensor]:
-    """The LoRA that the run starts from, right at the run's alpha.
+def initial_lora(config: OneStepConfig) -> dict[str, Tensor] | None:
+    """The LoRA that the run starts from, right at the run's alpha; None where it starts from the base.
 
     Raises:
         ValueError: it does not fit the teacher or lora.rank; one line.
     """
+    if config.init is None:
+        return None
     info = read_base(config.teacher)
     rank, alpha = (None, None) if config.full_unet else (config.lora.rank, config.lora.effective_alpha)
     with storage.local_copy(config.init, "init") as path:
@@ -43,39 +46,49 @@ def initial_lora(config: OneStepConfig) -> dict[str, Tensor]:
 
 
 def build(config: OneStepConfig, place: Place) -> OneStep:
-    """One-step enhancement from a TSCD LoRA, merged into the student's UNet where that is trained in full."""
+    """Score distillation from a TSCD LoRA (merged into the student's UNet where that is trained in full), or the base."""
     tensors = initial_lora(config)
 
     def begin(student: UNet2DConditionModel) -> None:
-        merge_lora(student, tensors, alpha=next(t.shape[0] for n, t in tensors.items() if n.endswith("lora_A.weight")))
+        if tensors is not None:
+            rank = next(t.shape[0] for n, t in tensors.items() if n.endswith("lora_A.weight"))
+            merge_lora(student, tensors, alpha=rank)
 
     roles, null = build_roles(config, place.device, begin)
-    if not config.full_unet:
+    if tensors is not None and not config.full_unet:
         roles.load(STUDENT, tensors)
         roles.copy(STUDENT, EMA)
     return OneStep(config, roles, null, place.rank)
 
 
 def onestep_name(config: OneStepConfig) -> str:
-    """The products' name: `onestep-unified`, or `onestep-t800` for a model of the single step alone."""
+    """The products' name: `onestep-unified`, `onestep-t800` for a model of the single step alone, or `fewstep-4`."""
+    if config.mode == "few":
+        return f"fewstep-{len(config.starts)}"
     return f"onestep-{'unified' if config.mode == 'unified' else f't{config.t_input - 1}'}"
+
+
+def product(config: OneStepConfig, steps: int) -> str:
+    """The run's only LoRA, whatever the number of steps."""
+    return lora_file(onestep_name(config))
 
 
 def onestep_metadata(config: OneStepConfig) -> LoRAMetadata:
     """What the LoRA of a one-step run says of itself."""
     info, unified = read_base(config.teacher), config.mode == "unified"
+    steps = tuple(range(1, 9)) if unified else (len(config.starts),)
     return LoRAMetadata(
-        base_model=info.path.name, family=info.family, k=1, steps=tuple(range(1, 9)) if unified else (1,),
-        scheduler="TCDScheduler" if unified else "LCMScheduler", eta=0.0, rank=config.lora.rank,
+        base_model=info.path.name, family=info.family, k=1, steps=steps,
+        scheduler="TCDScheduler" if unified else "LCMScheduler", eta=1.0 if config.mode == "few" else 0.0, rank=config.lora.rank,
         alpha=config.lora.effective_alpha, recipe=config.run.name,
-        extra={} if unified else {TIMESTEP: str(config.t_input - 1)},
+        extra={} if unified else {TIMESTEP: ", ".join(str(t - 1) for t in config.starts)},
     )  # fmt: skip
 
 
 def onestep_card(config: OneStepConfig) -> UNetCard:
     """What the card of the run's UNet says."""
-    timestep = None if config.mode == "unified" else config.t_input - 1
-    return UNetCard(config.teacher, read_base(config.teacher), timestep, config.run.name)
+    timesteps = () if config.mode == "unified" else tuple(t - 1 for t in config.starts)
+    return UNetCard(config.teacher, read_base(config.teacher), timesteps, config.run.name)
 
 
 def export(config: OneStepConfig, state: OneStep, stage: int, folder: Path | None) -> None:
@@ -97,16 +110,22 @@ def export(config: OneStepConfig, state: OneStep, stage: int, folder: Path | Non
 
 
 def samplings(config: OneStepConfig) -> list[Sampling]:
-    """The single step where that is all the run trains."""
-    return [(n, None) for n in (8, 4, 2, 1)] if config.mode == "unified" else [(1, (config.t_input, 0))]
+    """The steps that the run trains; of several also fewer, evenly chosen."""
+    if config.mode == "unified":
+        return [Sampling(n) for n in (8, 4, 2, 1)]
+    starts = config.starts
+    chosen = {n: tuple(starts[i * len(starts) // n] for i in range(n)) for n in (8, 4, 2, 1) if n <= len(starts)}
+    return [Sampling(n, (*times, 0), eta=1.0 if n > 1 else 0.0) for n, times in chosen.items()]
 
 
 KIND = Kind(
     OneStepConfig,
-    (*DISTILL_SAME_RUN, "init", "mode", "timestep", "consistency_share", "dmd", "regression"),
+    (*DISTILL_SAME_RUN, "init", "mode", "timestep", "timesteps", "inputs", "consistency_share", "dmd", "regression"),
     initial_lora,
     build,
     distillation_batch,
     export,
     distillation_grid(samplings),
+    product,
+    samplings,
 )

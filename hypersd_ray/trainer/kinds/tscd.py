@@ -1,4 +1,4 @@
-"""Trajectory segmented consistency distillation as a kind of run: one LoRA (or UNet) a stage."""
+"""Trajectory distillation as a kind of run: one LoRA (or UNet) a stage."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
+from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.models.checkpoint import load_unet, read_base
 from hypersd_ray.models.conditioning import Conditioning
@@ -19,14 +20,15 @@ from hypersd_ray.trainer.kinds.base import (
     DISTILL_SAME_RUN,
     Kind,
     Place,
-    Sampling,
     distillation_batch,
     distillation_grid,
+    lora_file,
     save_loras,
     student_tensors,
     student_unet,
 )
 from hypersd_ray.training.distiller import Distiller
+from hypersd_ray.training.samples import Sampling
 
 
 def build_roles(
@@ -67,6 +69,19 @@ def build(config: TSCDConfig, place: Place) -> Distiller:
     return Distiller(config, *build_roles(config, place.device), place.rank)
 
 
+def check(config: TSCDConfig) -> None:
+    """The method's path exists in the base's noise schedule.
+
+    Raises:
+        ConfigError: one line.
+    """
+    if config.distill.path == "straight" and read_base(config.teacher).schedule.alpha[-1] == 0:
+        raise ConfigError(
+            f"distill.path='straight' with teacher={config.teacher}: its schedule ends at alpha = 0, where no noise names "
+            "a straight line; use distill.path='ode'"
+        )
+
+
 def export(config: TSCDConfig, state: Distiller, stage: int, folder: Path | None) -> None:
     """The stage's LoRA in both layouts (or its UNet), usable at k steps."""
     k = config.distill.k_list[stage]
@@ -77,31 +92,63 @@ def export(config: TSCDConfig, state: Distiller, stage: int, folder: Path | None
         return
     if folder is None:
         return
-    save_loras(student_tensors(state.roles), folder, f"tscd-k{k}", lora_metadata(config, k))
+    save_loras(student_tensors(state.roles), folder, lora_name(config, k), lora_metadata(config, k))
+
+
+def lora_name(config: TSCDConfig, k: int) -> str:
+    """Of the LoRA that the stage of `k` segments leaves."""
+    return f"{config.distill.name}-k{k}"
+
+
+def product(config: TSCDConfig, steps: int) -> str:
+    """The LoRA of the stage that was made for `steps` steps: as many segments, or the next fewer, or the fewest."""
+    k_list = config.distill.k_list
+    return lora_file(lora_name(config, max((k for k in k_list if k <= steps), default=min(k_list))))
 
 
 def lora_metadata(config: TSCDConfig, k: int) -> LoRAMetadata:
     """What the LoRA of stage `k` says of itself: k steps first, then what else it can."""
     info = read_base(config.teacher)
-    steps = (k, *(s for s in (1, 2, 4, 8) if s != k))
+    # A student that was asked at the segments' edges alone knows no other sampler than its own k steps.
+    others = () if config.distill.start == "edges" else tuple(s for s in (1, 2, 4, 8) if s != k)
     return LoRAMetadata(
-        base_model=info.path.name, family=info.family, k=k, steps=steps, scheduler="TCDScheduler", eta=0.0,
-        rank=config.lora.rank, alpha=config.lora.effective_alpha, recipe=config.run.name,
+        base_model=info.path.name, family=info.family, k=k, steps=(k, *others), scheduler=scheduler_of(config, k),
+        eta=eta_of(config, k), rank=config.lora.rank, alpha=config.lora.effective_alpha, recipe=config.run.name,
         extra={GUIDANCE: KEPT} if config.distill.keeps_guidance else {},
     )  # fmt: skip
 
 
+def scheduler_of(config: TSCDConfig, k: int) -> str:
+    """diffusers' scheduler for the student of `k` segments: it ends where the student was taught to jump to."""
+    distill = config.distill
+    if distill.target == "teacher":
+        return "DDIMScheduler"  # the next edge, without noise
+    if distill.t_end == "segment_start":
+        return "LCMScheduler" if k == 1 else "DDIMScheduler"  # clean data, and noise again; or the next edge
+    return "TCDScheduler"
+
+
+def eta_of(config: TSCDConfig, k: int) -> float:
+    """The noise put back between steps: all of it where the student only knows the way to clean data."""
+    return 1.0 if scheduler_of(config, k) == "LCMScheduler" else 0.0
+
+
 def samplings(config: TSCDConfig) -> list[Sampling]:
     """A student is good at k steps and does not fail at others."""
-    return [(n, None) for n in (8, 4, 2, 1)]
+    distill = config.distill
+    windows = distill.k_list[-1] if distill.path == "straight" else None
+    eta = eta_of(config, distill.k_list[-1])
+    return [Sampling(n, eta=eta, windows=windows if windows and n % windows == 0 else None) for n in (8, 4, 2, 1)]
 
 
 KIND = Kind(
     TSCDConfig,
     DISTILL_SAME_RUN,
-    lambda config: None,
+    check,
     build,
     distillation_batch,
     export,
     distillation_grid(samplings),
+    product,
+    samplings,
 )

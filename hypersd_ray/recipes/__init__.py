@@ -1,0 +1,12 @@
+"""Recipes: typed functions that return a run's configuration. A new method or base model is a new function here.
+
+`trajectory` holds the methods that follow the teacher's trajectory, as settings of one step; `tscd`, `onestep` and
+`feedback` put methods on base models, a file a kind of run; `methods` has all of a comparison under one budget.
+"""
+
+from hypersd_ray.recipes.feedback import FEEDBACK_RECIPES
+from hypersd_ray.recipes.methods import METHODS
+from hypersd_ray.recipes.onestep import ONESTEP_RECIPES
+from hypersd_ray.recipes.tscd import RECIPES, TINY_PROMPTS
+
+__all__ = ["FEEDBACK_RECIPES", "METHODS", "ONESTEP_RECIPES", "RECIPES", "TINY_PROMPTS"]

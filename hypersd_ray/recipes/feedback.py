@@ -1,0 +1,97 @@
+"""Recipes of feedback learning (paper, Sec. 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from hypersd_ray.config.feedback import FeedbackConfig, ReFLConfig, StructureConfig
+from hypersd_ray.config.rewards import PerceptionConfig, PlacementConfig, RewardConfig
+from hypersd_ray.config.tscd import OptimConfig, RunConfig
+from hypersd_ray.embedded import paths
+from hypersd_ray.recipes.tscd import TINY_PROMPTS, sd15, sdxl, tiny
+
+
+def feedback_tiny(lora: str, learn: Literal["both", "reward", "structure"] = "both") -> FeedbackConfig:
+    """The embedded model, on a CPU, above the LoRA of `jobs/tscd.py tiny`: rewards, the structure loss, or both."""
+    base, judges = tiny(), paths.EVALUATORS
+    clip = str(judges / "clip")
+    return FeedbackConfig(
+        teacher=base.teacher,
+        tscd=lora,
+        data=base.data,
+        steps=120,
+        rewards=(
+            RewardConfig(name="aesthetic_v2", checkpoint=str(judges / "aesthetic.safetensors"), tower=clip, alpha=9.0),
+            RewardConfig(name="clip_score", checkpoint=clip, role="watch"),
+        ),
+        refl=ReFLConfig(weight=0.0 if learn == "structure" else 0.1),
+        structure=StructureConfig(
+            weight=0.0 if learn == "reward" else 0.1,
+            model=PerceptionConfig(checkpoint=str(judges / "solo")),
+            annotations=str(paths.DATA / "instances_train.json"),
+        ),
+        placement=PlacementConfig(num_cpus=0),
+        decode_batch=32,
+        lora=base.lora,
+        optim=OptimConfig(lr=2e-4, schedule="cosine", warmup=20, batch=32),
+        run=RunConfig(name=f"tiny-feedback-{learn}", checkpoint_every=100, log_every=10, prompts=TINY_PROMPTS),
+    )
+
+
+def _published_rewards(models: str) -> tuple[RewardConfig, ...]:
+    """The paper's choice (Sec. 4.1), and held-out ones, as their authors' files are named, in one folder."""
+    folder = models.rstrip("/")
+    return (
+        RewardConfig(
+            name="aesthetic_v2",
+            checkpoint=f"{folder}/sac+logos+ava1-l14-linearMSE.pth",
+            tower=f"{folder}/open_clip_vit_l_14_openai.safetensors",
+            alpha=6.5,
+        ),
+        RewardConfig(
+            name="image_reward",
+            checkpoint=f"{folder}/ImageReward.pt",
+            tokenizer=f"{folder}/bert-base-uncased-vocab.txt",
+            alpha=2.0,
+        ),
+        RewardConfig(name="clip_score", checkpoint=f"{folder}/open_clip_vit_b_32_openai.safetensors", role="watch"),
+    )
+
+
+def feedback_sd15(teacher: str, lora: str, models: str, shards: str = "data/*.tar") -> FeedbackConfig:
+    """Stable Diffusion 1.5 above a TSCD LoRA on 8 GPUs; `models` is the folder of the reward models' and SOLO's files."""
+    base = sd15(teacher, shards)
+    return FeedbackConfig(
+        teacher=teacher,
+        tscd=lora,
+        data=base.data,
+        steps=5000,
+        rewards=_published_rewards(models),
+        structure=StructureConfig(model=PerceptionConfig(checkpoint=f"{models.rstrip('/')}/solo_r50_fpn_3x_coco.pth")),
+        placement=PlacementConfig(num_gpus=0.25, precision="bf16"),
+        decode_batch=2,
+        lora=base.lora,
+        optim=OptimConfig(lr=1e-6, batch=64, accumulation=4),
+        run=base.run.model_copy(update={"name": "sd15-feedback"}),
+    )
+
+
+def feedback_sdxl(teacher: str, lora: str, models: str, shards: str = "data/*.tar") -> FeedbackConfig:
+    """SDXL at 1024 px above a TSCD LoRA on 32 GPUs; `models` as for sd15."""
+    base, small = sdxl(teacher, shards), feedback_sd15(teacher, lora, models, shards)
+    return small.model_copy(
+        update={
+            "data": base.data,
+            "decode_batch": 1,
+            "run": base.run.model_copy(update={"name": "sdxl-feedback"}),
+            "optim": OptimConfig(lr=1e-6, batch=128, accumulation=4),
+        }
+    )
+
+
+FEEDBACK_RECIPES: dict[str, Callable[..., FeedbackConfig]] = {
+    "tiny": feedback_tiny,
+    "sd15": feedback_sd15,
+    "sdxl": feedback_sdxl,
+}

@@ -1,0 +1,129 @@
+"""Every method of the paper's comparison for the embedded model, with one budget: what a comparison calls.
+
+    chain = METHODS["lcm"](budget=16_000, lr=1e-3, seed=0)
+    config = chain.first                    # train it, then for each of chain.then:
+    config = link(path_of_its_lora)         # ... the next configuration, from the LoRA made before
+
+A budget is images through the teacher: training rows, each of which the teacher sees at least once, over all stages and
+parts of a chain. How often it sees one is the method's own affair and in `teacher_passes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from hypersd_ray.config.feedback import FeedbackConfig
+from hypersd_ray.config.onestep import OneStepConfig
+from hypersd_ray.config.tscd import TSCDConfig
+from hypersd_ray.recipes.feedback import feedback_tiny
+from hypersd_ray.recipes.onestep import Few, few_step, onestep_tiny
+from hypersd_ray.recipes.trajectory import TRAJECTORIES, shared
+from hypersd_ray.recipes.tscd import FULL_SHARES, TINY_OMEGA, embedded, embedded_tscd
+
+BUDGET = 16_000
+"""Images: 500 steps of 32."""
+BATCH = 32
+GUIDANCE = sum(TINY_OMEGA) / 2
+"""Of the teacher where a method has one scale: the middle of the others' range."""
+LATER_LR = 0.2
+"""Learning rate of a chain's later parts, as a share of its first's: they set out from a trained model."""
+
+Config = TSCDConfig | FeedbackConfig
+Link = Callable[[str], Config]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A run, and the runs that go on from it.
+
+    Attributes:
+        first: its configuration.
+        then: for each later run, the LoRA file of the one before -> its configuration.
+    """
+
+    first: Config
+    then: tuple[Link, ...] = ()
+
+
+def _name(method: str, lr: float, seed: int) -> str:
+    return f"{method}-lr{lr:g}-seed{seed}"
+
+
+def trajectory(method: str, budget: int = BUDGET, lr: float = 1e-3, seed: int = 0) -> Chain:
+    """A method of `hypersd_ray/recipes/trajectory.py`."""
+    steps = budget // BATCH
+    settings = embedded_tscd(steps, FULL_SHARES) if method == "tscd" else TRAJECTORIES[method](steps, TINY_OMEGA)
+    return Chain(embedded(_name(method, lr, seed), settings, lr, seed))
+
+
+def score(method: Few, budget: int = BUDGET, lr: float = 2e-4, seed: int = 0) -> Chain:
+    """A four-step model by score distillation; a fake score learns five times as fast as the student."""
+    base = embedded(_name(method, lr, seed), lr=lr, seed=seed)
+    return Chain(few_step(method, base, budget // BATCH, GUIDANCE, fake_updates=3, fake_lr=5 * lr))
+
+
+def hyper(*parts: Literal["feedback", "dmd"], budget: int = BUDGET, lr: float = 1e-3, seed: int = 0) -> Chain:
+    """Hyper-SD: TSCD, and above its k = 1 LoRA each of `parts` in turn, for a fifth of the budget and of the rate."""
+    steps, *later = shared(budget // BATCH, (5 - len(parts), *(1 for _ in parts)))
+    first = embedded(_name("-".join(("tscd", *parts)), lr, seed), embedded_tscd(steps, FULL_SHARES), lr, seed)
+    then: list[Link] = []
+    rank = first.lora.rank
+    for part, n in zip(parts, later, strict=True):
+        if part == "feedback":
+            then.append(partial(_feedback, first, n))
+            rank += first.lora.rank  # its product is a merge, with both LoRAs' ranks
+        else:
+            then.append(partial(_dmd, first, n, rank))
+    return Chain(first, tuple(then))
+
+
+def _goes_on(first: TSCDConfig, part: str) -> dict[str, Any]:
+    """Optimiser and place of a part that goes on from `first`."""
+    return {
+        "optim": first.optim.model_copy(update={"lr": LATER_LR * first.optim.lr}),
+        "run": first.run.model_copy(update={"name": f"{first.run.name}-{part}"}),
+    }
+
+
+def _feedback(first: TSCDConfig, steps: int, lora: str) -> FeedbackConfig:
+    return feedback_tiny(lora).model_copy(update={"steps": steps} | _goes_on(first, "feedback"))
+
+
+def _dmd(first: TSCDConfig, steps: int, rank: int, lora: str) -> OneStepConfig:
+    config = onestep_tiny(lora)
+    changed = {
+        "distill": config.distill.model_copy(update={"steps_list": (steps,)}),
+        "lora": first.lora.model_copy(update={"rank": rank}),
+    }
+    return config.model_copy(update=changed | _goes_on(first, "dmd"))
+
+
+def teacher_passes(config: Config) -> int:
+    """How often the teacher denoises an image in all; guidance's two calls are one, a discriminator's features none."""
+    if isinstance(config, FeedbackConfig):
+        return 0
+    batch, distill = config.optim.batch, config.distill
+    solver = [distill.solver_steps(i) if distill.target == "teacher" else 1 for i in range(config.stages)]
+    if isinstance(config, OneStepConfig):
+        judged = batch if config.dmd.weight else config.consistency_rows(batch)
+        return judged * sum(distill.steps_list)
+    return batch * sum(n * steps for n, steps in zip(solver, distill.steps_list, strict=True))
+
+
+METHODS: dict[str, Callable[..., Chain]] = {
+    "lcm": partial(trajectory, "lcm"),
+    "tcd": partial(trajectory, "tcd"),
+    "perflow": partial(trajectory, "perflow"),
+    "pd": partial(trajectory, "pd"),
+    "lightning": partial(trajectory, "lightning"),
+    "turbo": partial(score, "turbo"),
+    "dmd": partial(score, "dmd"),
+    "tscd": partial(trajectory, "tscd"),
+    "tscd-feedback": partial(hyper, "feedback"),
+    "tscd-dmd": partial(hyper, "dmd"),
+    "tscd-feedback-dmd": partial(hyper, "feedback", "dmd"),
+}
+"""name -> (budget=, lr=, seed=) -> the runs. The last four are the paper's own, part by part."""
