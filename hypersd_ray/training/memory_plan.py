@@ -208,20 +208,22 @@ def _moved(zero: ZeroConfig, sizes: Sizes, work: Work, c: int, N: int) -> float:
     return moved
 
 
-def shapes_of(config: TSCDConfig, unet_config: dict[str, Any], size: int) -> dict[bool, Shape]:
+def shapes_of(config: TSCDConfig, unet_config: dict[str, Any], size: int, tokens: int) -> dict[bool, Shape]:
     """What the UNet computes in; by whether it is shared out."""
     dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
-    told = {"size": size, "dtype": dtype, "checkpointing": config.optim.checkpointing}
+    told = {"size": size, "dtype": dtype, "checkpointing": config.optim.checkpointing, "tokens": tokens}
     plain = shape_of(unet_config, **told, autocast=dtype == torch.bfloat16)
     return {False: plain, True: shape_of(unet_config, **told)}
 
 
-def plan(config: TSCDConfig, unet_config: dict[str, Any], size: int, workers: int, zero: ZeroConfig) -> Plan:
-    """One way of `workers` workers to train `config`; `size` is the latents' side."""
+def plan(
+    config: TSCDConfig, unet_config: dict[str, Any], size: int, workers: int, zero: ZeroConfig, tokens: int = 77
+) -> Plan:
+    """One way of `workers` workers to train `config`; `size` is the latents' side, `tokens` a prompt's length."""
     sizes, c = sizes_of(unet_config, zero), 2 if config.run.precision == "bf16" else 4
     previous = config.distill.teacher == "previous" and config.stages > 1
     held = {EMA: 1 + previous, FAKE: int(isinstance(config, OneStepConfig))}
-    work = work_of(config, workers, shapes_of(config, unet_config, size)[zero.stage > 0])
+    work = work_of(config, workers, shapes_of(config, unet_config, size, tokens)[zero.stage > 0])
     made = _shared(zero, sizes, held, c, workers) if zero.stage else _plain(sizes, held, c)
     made.gpu[ACTIVATIONS] = work.peak
     made.gpu[BUFFERS] += max(made.learning, made.stepping - work.peak)
