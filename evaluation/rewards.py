@@ -149,7 +149,7 @@ def evaluate(config: RewardsConfig, log: Callable[[str], None] = lambda _: None)
     seed = config.sampling.seed
     for name, lora in loras.items():
         subject.load_lora(Path(lora["path"]))
-        for steps in config.sampling.steps:
+        for steps in filter(subject.can, config.sampling.steps):
             latents = subject.student(steps, config.sampling.sampler)
             pictures = torch.cat([subject.encoders.decode(z) for z in latents.split(config.sampling.batch)]) / 255.0
             rewards, objects = judges(pictures)

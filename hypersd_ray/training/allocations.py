@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 class Allocations(TorchDispatchMode):
     """Inside the block, of all storages that it made: `now` bytes are held, `peak` were at most.
 
-    It counts on any device, and what is not there at all: meta and fake tensors.
+    It counts on any device, and fake tensors as if they were there; those of the meta device take nothing.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Allocations(TorchDispatchMode):
         return out
 
     def _meet(self, tensor: Any, made_here: bool) -> None:
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, Tensor) or tensor.device.type == "meta":
             return
         storage = tensor.untyped_storage()
         if storage._cdata in self._known:  # type: ignore[attr-defined]
