@@ -183,17 +183,33 @@ def check_resources(config: AnyConfig) -> None:
     Raises:
         ConfigError: the resource that is missing and the setting to change.
     """
-    have = ray.cluster_resources()
+    have, most = ray.cluster_resources(), _most_there_will_be()
     for name, each, knob in (
         ("CPU", config.run.cpus_per_worker, "run.cpus_per_worker"),
         ("GPU", config.run.gpus_per_worker, "run.gpus_per_worker"),
     ):
         wanted = config.run.workers * each
-        if wanted > have.get(name, 0) and not os.environ.get("RAY_AUTOSCALING"):
+        if wanted <= have.get(name, 0):
+            continue
+        needs = f"run.workers={config.run.workers} with {knob}={each} need {wanted:g} {name}"
+        if most is not None and wanted > max(have.get(name, 0), most.get(name, 0)):
             raise ConfigError(
-                f"run.workers={config.run.workers} with {knob}={each} need {wanted:g} {name}, the cluster has {have.get(name, 0):g}: "
+                f"{needs}, the cluster's autoscaler adds nodes up to {most.get(name, 0):g}: lower run.workers or {knob}, "
+                "or raise max_workers in the cluster's configuration"
+            )
+        if not os.environ.get("RAY_AUTOSCALING"):
+            raise ConfigError(
+                f"{needs}, the cluster has {have.get(name, 0):g}: "
                 f"lower run.workers or {knob}, or set RAY_AUTOSCALING=1 where nodes may still come"
             )
+
+
+def _most_there_will_be() -> dict[str, float] | None:
+    """Resources of all nodes that an autoscaler may ever have; None where none has said so. It has no public name."""
+    from ray._private.state import state
+
+    found = state.get_max_resources_from_cluster_config()
+    return None if found is None else {name: float(most) for name, most in found.items()}
 
 
 def find_pairs(config: AnyConfig) -> PairSource | None:

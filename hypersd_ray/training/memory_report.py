@@ -58,7 +58,7 @@ def plans_of(config: TSCDConfig, model: Model) -> list[Plan]:
 def said(zero: ZeroConfig) -> str:
     """The options that ask for it."""
     flags = [f"--zero.stage {zero.stage}"]
-    flags += [f"--zero.{name} True" for name in ("offload", "teacher") if getattr(zero, name)]
+    flags += [f"--zero.{name}" for name in ("offload", "teacher") if getattr(zero, name)]
     return " ".join(flags)
 
 
@@ -123,9 +123,9 @@ def _knobs(config: TSCDConfig) -> list[tuple[str, TSCDConfig]]:
     rows = 2 if getattr(config, "share", 0) else 1
     most = max(optim.accumulation, optim.batch // (workers * rows))
     steps = [
-        ({"checkpointing": True}, "optim.checkpointing=True"),
-        ({"accumulation": most}, f"optim.accumulation={most}"),
-        ({"checkpointing": True, "accumulation": most}, f"optim.checkpointing=True and optim.accumulation={most}"),
+        ({"checkpointing": True}, "--optim.checkpointing"),
+        ({"accumulation": most}, f"--optim.accumulation {most}"),
+        ({"checkpointing": True, "accumulation": most}, f"--optim.checkpointing --optim.accumulation {most}"),
     ]
     return [
         (knob, config.model_copy(update={"optim": optim.model_copy(update=update)}))

@@ -80,7 +80,7 @@ def test_the_report_names_the_way_or_the_knob(tmp_path):
     said = report(config, MODEL, gpu_memory=1000)
     assert said.splitlines()[-1].endswith("--zero.stage 0") and "does not fit" not in said
     least = min(plan(config, MODEL.unet_config, 8, 2, way, MODEL.tokens).total for way in ways(config.zero)) / 1e9
-    with pytest.raises(ConfigError, match=r"the least is .*: set optim\.(checkpointing|accumulation)=") as found:
+    with pytest.raises(ConfigError, match=r"the least is .*: set --optim\.(checkpointing|accumulation)") as found:
         report(config, MODEL, gpu_memory=0.97 * least)
     assert "\n" not in str(found.value)
     with pytest.raises(ConfigError, match="more GPUs"):
