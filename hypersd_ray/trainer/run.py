@@ -63,7 +63,10 @@ def connect() -> None:
         # At least 4 logical CPUs: a reader, an encoder and a worker must be able to stand side by side.
         with stderr_held():  # a line of Ray's that it has read the level above
             ray.init(
-                num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, logging_level="ERROR", log_to_driver=False
+                num_cpus=max(4, os.cpu_count() or 1),
+                include_dashboard=False,
+                logging_level="ERROR",
+                log_to_driver=False,
             )
         return
     inherited = (
