@@ -72,7 +72,7 @@ class Study:
     def pair(self, showing: Showing, answered: int) -> Pair:
         """As the page gets it."""
         links = {side: f"/image/{showing.ticket}/{side}" for side in ("left", "right")}
-        of = min(self.assignment.per_rater, len(self.entries.comparisons) * 2)
+        of = self.assignment.expected()
         number = answered + 1 if showing.choice is None else answered
         return Pair(
             ticket=showing.ticket, prompt=showing.caption, number=number, of=max(of, number),

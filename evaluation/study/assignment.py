@@ -22,6 +22,12 @@ class Assignment:
         self.entries, self.store, self.rng = entries, store, rng
         self.per_rater, self.repeat_every = per_rater, repeat_every
 
+    def expected(self) -> int:
+        """How many pairs a rater will see, about: the first second look comes too soon."""
+        pairs = len(self.entries.comparisons)
+        again = max(0, pairs // self.repeat_every - 1) if self.repeat_every else 0
+        return min(self.per_rater, pairs + again)
+
     def next(self, rater: str) -> Showing | None:
         """The one that waits for an answer, else a new one; None when the rater is through."""
         seen = [showing for showing in self.store.of(rater) if showing.comparison in self.entries]
