@@ -122,7 +122,7 @@ def _knobs(config: TSCDConfig) -> list[tuple[str, TSCDConfig]]:
     # Fewest rows to a part; where consistency goes on beside the single step a part needs one of each.
     rows = 2 if getattr(config, "share", 0) else 1
     most = max(optim.accumulation, optim.batch // (workers * rows))
-    steps = [
+    steps: list[tuple[dict[str, Any], str]] = [
         ({"checkpointing": True}, "--optim.checkpointing"),
         ({"accumulation": most}, f"--optim.accumulation {most}"),
         ({"checkpointing": True, "accumulation": most}, f"--optim.checkpointing --optim.accumulation {most}"),
