@@ -72,7 +72,7 @@ def test_each_prompt_has_its_first_picture(folder):
     found = onestep.real_pictures(folder, CAPTIONS[:4], 16)
     assert found.shape == (4, 3, 16, 16)
     assert found[1, :, 5, 5].tolist() == pytest.approx([0, 128 / 255, 0], abs=1e-6)
-    with pytest.raises(ConfigError, match="no val-\\*.tar has a PNG with the caption"):
+    with pytest.raises(ConfigError, match=r"no val-\*.tar has a PNG with the caption"):
         onestep.real_pictures(folder, [*CAPTIONS[:4], "a thing that is not there"], 16)
 
 
