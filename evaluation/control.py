@@ -134,8 +134,9 @@ def evaluate(config: ControlConfig, log: Callable[[str], None] = lambda _: None)
     """
     if not (config.controlnet / "config.json").is_file():
         raise ValueError(f"--controlnet {config.controlnet} is not a ControlNet's folder: jobs/controlnet.py makes one")
-    kind = config.kind or config.controlnet.name
-    if kind not in ("canny", "scribble"):
+    kinds: dict[str, Hint] = {"canny": "canny", "scribble": "scribble"}
+    kind = kinds.get(config.kind or config.controlnet.name)
+    if kind is None:
         raise ValueError(f"--controlnet {config.controlnet}: say which hints it takes, --kind canny or scribble")
     loras, drawing = check_loras(config.loras), Drawing(config, kind)
     report = Report(config.model_dump(mode="json") | {"kind": kind}, loras)
