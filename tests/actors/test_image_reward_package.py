@@ -89,7 +89,7 @@ def test_the_package_gives_the_native_scores(tmp_path):
     del native
     files = {"checkpoint": str(tmp_path / "ImageReward.pt"), "tokenizer": str(vocabulary)}
     pixels = torch.randint(256, (3, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    ours = RewardClient(local_backend([RewardConfig(name="image_reward", **files)]))
+    ours = RewardClient(local_backend([RewardConfig(name="image_reward", **files)], "cpu"))
     x = (pixels.float() / 255).half().float().requires_grad_(True)  # as the pictures travel
     expected = ours(x, {"image_reward": PROMPTS})["image_reward"].values
     expected.sum().backward()
