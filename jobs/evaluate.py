@@ -31,7 +31,7 @@ def main() -> None:
         raise ConfigError("no MODEL given: a LoRA, a folder of a run, a UNet or a pipeline, or teacher; before the options")
     from evaluation.harness.prompts import read_rows
     from evaluation.harness.run import evaluate, plan
-    from evaluation.harness.subjects import find_subject, teacher
+    from evaluation.harness.subjects import find_baseline, find_subject
     from evaluation.report.build import write_report
     from hypersd_ray.trainer.run import connect
 
@@ -44,8 +44,7 @@ def main() -> None:
         raise ConfigError(f"two models have one name ({', '.join(s.name for s in subjects)}): give them names, NAME=MODEL")
     baseline = None
     if config.baseline:
-        guided = config.baseline == "teacher"
-        baseline = teacher(config, [config.teacher_steps]) if guided else find_subject(config.baseline, config)
+        baseline = find_baseline(config)
     what = plan(config, rows, subjects, baseline)
     connect()
     results = evaluate(what, log)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,9 +71,9 @@ def tasks(store: Store, cells: Sequence[Cell], rows: Sequence[Row], specs: Seque
 
 def make(
     out: str, todo: Sequence[Task], specs: Sequence[JudgeSpec], generators: EncoderPool, scorers: EncoderPool,
-    progress: Callable[[int, int, int], None] | None = None,
+    progress: Callable[[int, int, int], None] | None = None, local: bool = False,
 ) -> Done:  # fmt: skip
-    """Make and judge. `progress(shards done, shards in all, pictures made)`.
+    """Make and judge. `progress(shards done, shards in all, pictures made)`; `local` is in this process, without Ray.
 
     Raises:
         ConfigError, RunError: weights that do not fit, no space; one line. What was done is kept.
@@ -86,7 +86,8 @@ def make(
     begun, done, made, judged = time.perf_counter(), 0, 0, 0
     failures: dict[str, int] = {}
     try:
-        for row in _dataset(store.out, todo, specs, generators, scorers).iter_rows():
+        pools = _here if local else _on_ray
+        for row in pools(store.out, todo, specs, generators, scorers):
             done, made, judged = done + 1, made + int(row["made"]), judged + int(row["judged"])
             for name, count in json.loads(row["failures"]).items():
                 failures[name] = failures.get(name, 0) + count
@@ -97,9 +98,20 @@ def make(
     return Done(made, judged, failures, time.perf_counter() - begun)
 
 
-def _dataset(
+def _here(
     out: str, todo: Sequence[Task], specs: Sequence[JudgeSpec], generators: EncoderPool, scorers: EncoderPool
-) -> ray.data.Dataset:
+) -> Iterator[dict[str, Any]]:
+    """One of each actor in this process, turn by turn."""
+    generator = Generator(out, generators.model_dump())
+    scorer = Scorer(out, scorers.model_dump(), specs_to_json(specs))
+    for task in todo:
+        judged = scorer(generator({name: [value] for name, value in task.to_row().items()}))
+        yield {name: values[0] for name, values in judged.items()}
+
+
+def _on_ray(
+    out: str, todo: Sequence[Task], specs: Sequence[JudgeSpec], generators: EncoderPool, scorers: EncoderPool
+) -> Iterator[dict[str, Any]]:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     items = [task.to_row() for task in todo]
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
@@ -109,11 +121,12 @@ def _dataset(
     made = dataset.map_batches(
         Generator, fn_constructor_kwargs={"out": out, "pool": generators.model_dump()}, **_pool(generators)
     )
-    return made.map_batches(
+    judged = made.map_batches(
         Scorer,
         fn_constructor_kwargs={"out": out, "pool": scorers.model_dump(), "specs": specs_to_json(specs)},
         **_pool(scorers),
     )
+    yield from judged.iter_rows()
 
 
 def _pool(pool: EncoderPool) -> dict[str, Any]:
@@ -156,7 +169,7 @@ class Generator:
         self.store, self.pool = Store(out), EncoderPool.model_validate(pool)
         self.sampler: tuple[str, Sampler] | None = None
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         results = [self._task(*map(str, task)) for task in zip(batch["cell"], batch["rows"], batch["judges"], strict=True)]
         return {name: [result[name] for result in results] for name in results[0]}
 
@@ -198,7 +211,7 @@ class Scorer:
         self.specs = {spec.name: spec for spec in specs_from_json(specs)}
         self.judges: dict[str, Any] = {}
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         tasks_of = zip(batch["cell"], batch["rows"], batch["judges"], batch["pictures"], batch["shape"], strict=True)
         failures = [json.dumps(self._task(*task)) for task in tasks_of]
         judged = [len(json.loads(judges)) for judges in batch["judges"]]

@@ -52,24 +52,25 @@ class Values:
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """A number of the whole set, and its resamples. `pivot`: the interval is 2 point - quantiles, for numbers that
-    resampling with replacement shifts (it repeats pictures, which lowers diversity and raises MMD)."""
+    """A number of the whole set, and its resamples. `centred`: the resamples' spread around their own mean is put around
+    the point, for numbers that resampling shifts (it repeats pictures, which lowers diversity and raises MMD)."""
 
     point: float
     draws: Tensor
-    pivot: bool = False
+    centred: bool = False
     missing: int = 0
 
     def interval(self, resamples: int, seed: int) -> Interval:
         """The 95% interval."""
-        low, high = torch.quantile(self.draws.double(), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        if self.pivot:
-            low, high = 2 * self.point - high, 2 * self.point - low
+        draws = self.draws.double()
+        if self.centred:
+            draws = draws - draws.mean() + self.point
+        low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
         return Interval(self.point, low, high)
 
     def minus(self, other: Draws, resamples: int, seed: int) -> Interval:
         """The difference with the prompts kept together."""
-        return Draws(self.point - other.point, self.draws - other.draws, self.pivot).interval(resamples, seed)
+        return Draws(self.point - other.point, self.draws - other.draws, self.centred).interval(resamples, seed)
 
 
 Estimate = Values | Draws

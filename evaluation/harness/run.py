@@ -39,6 +39,7 @@ from evaluation.harness.store import Store, shard_name, shards_of
 from evaluation.harness.subjects import TEACHER, Cell, Subject, teacher
 from evaluation.rewards import named_objects
 from hypersd_ray.config.base import ConfigError
+from hypersd_ray.config.data import EncoderPool
 from hypersd_ray.config.evaluate import EvaluateConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,7 +93,7 @@ def plan(config: EvaluateConfig, rows: list[Row], subjects: Sequence[Subject], b
 
 
 def evaluate(what: Plan, log: Log = lambda _: None) -> dict[str, Any]:
-    """Make what is missing and return the results (see `results`); Ray must be connected."""
+    """Make what is missing and return the results (see `results`); Ray must be connected, unless config.where is local."""
     config = what.config
     done = make_all(what, log)
     speeds = latencies(what, log) if config.latency_repeats else {}
@@ -113,7 +114,8 @@ def make_all(what: Plan, log: Log = lambda _: None) -> Done:
         if done % max(1, of // 20) == 0 or done == of:
             log(f"shard {done}/{of}, {made} pictures made")
 
-    return make(config.out, todo, what.specs, config.generators, config.scorers, progress)
+    local = config.where == "local"
+    return make(config.out, todo, what.specs, config.generators, config.scorers, progress, local)
 
 
 def latencies(what: Plan, log: Log = lambda _: None) -> dict[str, latency.Latency]:
@@ -126,14 +128,21 @@ def latencies(what: Plan, log: Log = lambda _: None) -> dict[str, latency.Latenc
     todo = [cell for cell in firsts if name not in store.names(cell.key)]
     if todo:
         log(f"latency of {len(todo)} models and numbers of steps")
-        options: dict[str, Any] = {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus or None}
-        if pool.label_selector:
-            options["label_selector"] = pool.label_selector
-        task = ray.remote(_latencies).options(**options)
-        arguments = [(cell.to_json()) for cell in todo]
+        arguments = [cell.to_json() for cell in todo]
         rows = [(row.key, row.prompt) for row in what.rows[: config.latency_repeats]]
-        ray.get(task.remote(store.out, arguments, rows, config.latency_repeats, device, name))
+        given = (store.out, arguments, rows, config.latency_repeats, device, name)
+        if config.where == "local":
+            _latencies(*given)
+        else:
+            _on_a_node(pool, given)
     return {cell.key: latency.Latency(**json.loads(store.read(cell.key, name))) for cell in firsts}
+
+
+def _on_a_node(pool: EncoderPool, given: tuple) -> None:
+    options: dict[str, Any] = {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus or None}
+    if pool.label_selector:
+        options["label_selector"] = pool.label_selector
+    ray.get(ray.remote(_latencies).options(**options).remote(*given))
 
 
 def _latencies(
@@ -229,6 +238,7 @@ def results(what: Plan, done: Done, speeds: dict[str, latency.Latency]) -> dict[
     estimates = {
         group: {m.name: e for m in columns if (e := m.estimate(cells, read)) is not None} for group, cells in what.groups.items()
     }  # fmt: skip
+    best = ranking(what, columns, estimates)
     rows = []
     for (model, steps), cells in what.groups.items():
         ours, theirs = estimates[model, steps], _baseline_of(what, estimates, steps)
@@ -253,8 +263,31 @@ def results(what: Plan, done: Done, speeds: dict[str, latency.Latency]) -> dict[
             "first": [[row.key, row.prompt] for row in what.rows[:12]],
         },
         "models": [s.name for s in what.subjects], "baseline": what.baseline, "cards": card_rows([m.card for m in columns]),
-        "done": asdict(done), "rows": rows, "provenance": provenance(config),
+        "done": asdict(done), "rows": rows, "ranking": best, "provenance": provenance(config),
     }  # fmt: skip
+
+
+def ranking(
+    what: Plan, columns: Sequence[Measure], estimates: dict[tuple[str, int], dict[str, Any]]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """measure -> steps -> the best of the models, and those that cannot be told from it: the paired difference's interval
+    holds 0. The base model does not take part."""
+    config, found = what.config, {}
+    for measure in columns:
+        sign, of_steps = 1 if measure.card.better == "higher" else -1, {}
+        for steps in sorted({n for _, n in estimates}):
+            there = {
+                model: e[measure.name] for (model, n), e in estimates.items()
+                if n == steps and measure.name in e and what.groups[model, n][0].kind != "base"
+            }  # fmt: skip
+            means = {model: sign * e.interval(100, config.seed).mean for model, e in there.items()}
+            means = {model: mean for model, mean in means.items() if math.isfinite(mean)}
+            if len(means) > 1:
+                first = max(means, key=lambda model: means[model])
+                gaps = {m: there[m].minus(there[first], config.resamples, config.seed) for m in means if m != first}
+                of_steps[str(steps)] = {"best": first, "ties": [m for m, gap in gaps.items() if gap.low <= 0 <= gap.high]}
+        found[measure.name] = of_steps
+    return found
 
 
 def _baseline_of(what: Plan, estimates: dict[tuple[str, int], dict[str, Any]], steps: int) -> dict[str, Any]:

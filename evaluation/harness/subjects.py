@@ -160,6 +160,16 @@ def find_subject(spec: str, config: EvaluateConfig) -> Subject:
     )
 
 
+def find_baseline(config: EvaluateConfig) -> Subject:
+    """`config.baseline`; the word teacher is the base at its own number of steps, under a name that says so.
+
+    Raises: as `find_subject`.
+    """
+    if config.baseline == TEACHER:
+        return replace(teacher(config, [config.teacher_steps]), name=f"{TEACHER} at {config.teacher_steps}")
+    return find_subject(config.baseline, config)
+
+
 def _named(spec: str) -> tuple[str, Path]:
     match = re.match(r"^([\w. +-]+)=(.+)$", spec)
     return (match[1], Path(match[2]).expanduser()) if match else ("", Path(spec).expanduser())

@@ -102,6 +102,8 @@ class EvaluateConfig(Strict):
     """Actors that make pictures."""
     scorers: EncoderPool = EncoderPool(batch_size=64)
     """Actors that judge them."""
+    where: Literal["ray", "local"] = "ray"
+    """"ray": pools of actors, on as many nodes as there are; "local": in this process, for a few pictures."""
     out: str = "runs/evaluation"
     """Folder of pictures, scores and results, or an fsspec URL every node reaches. It may be shared by evaluations."""
     resamples: int = Field(default=2000, ge=100)
