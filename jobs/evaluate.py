@@ -28,7 +28,9 @@ def main() -> None:
     models = arguments[: next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))]
     config: EvaluateConfig = read_options(EvaluateConfig, arguments[len(models) :], __doc__ or "")
     if not models:
-        raise ConfigError("no MODEL given: a LoRA, a folder of a run, a UNet or a pipeline, or teacher; before the options")
+        raise ConfigError(
+            "no MODEL given: a LoRA, a folder of a run, a UNet or a pipeline, or teacher; before the options"
+        )
     from evaluation.harness.prompts import read_rows
     from evaluation.harness.run import evaluate, plan
     from evaluation.harness.subjects import find_baseline, find_subject
@@ -41,7 +43,9 @@ def main() -> None:
     rows = read_rows(config, log)
     subjects = [find_subject(model, config) for model in models]
     if len({s.name for s in subjects}) < len(subjects):
-        raise ConfigError(f"two models have one name ({', '.join(s.name for s in subjects)}): give them names, NAME=MODEL")
+        raise ConfigError(
+            f"two models have one name ({', '.join(s.name for s in subjects)}): give them names, NAME=MODEL"
+        )
     baseline = None
     if config.baseline:
         baseline = find_baseline(config)

@@ -135,7 +135,11 @@ def _hash(name: str, files: Sequence[str]) -> str:
     for file in files:
         if not Path(file).exists():
             raise ConfigError(f"--judges.{_flag(name)}: {file} does not exist")
-    return hashlib.sha256("".join(_hash_of(file) for file in files).encode()).hexdigest() if len(files) > 1 else _hash_of(files[0])
+    return (
+        hashlib.sha256("".join(_hash_of(file) for file in files).encode()).hexdigest()
+        if len(files) > 1
+        else _hash_of(files[0])
+    )
 
 
 @lru_cache(maxsize=64)

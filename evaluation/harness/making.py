@@ -55,7 +55,9 @@ class Done:
     seconds: float
 
 
-def tasks(store: Store, cells: Sequence[Cell], rows: Sequence[Row], specs: Sequence[JudgeSpec], per_shard: int) -> list[Task]:
+def tasks(
+    store: Store, cells: Sequence[Cell], rows: Sequence[Row], specs: Sequence[JudgeSpec], per_shard: int
+) -> list[Task]:
     """What is missing, in an order in which a generator changes its model as seldom as can be."""
     found = []
     for cell in {cell.key: cell for cell in cells}.values():
@@ -170,7 +172,9 @@ class Generator:
         self.sampler: tuple[str, Sampler] | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        results = [self._task(*map(str, task)) for task in zip(batch["cell"], batch["rows"], batch["judges"], strict=True)]
+        results = [
+            self._task(*map(str, task)) for task in zip(batch["cell"], batch["rows"], batch["judges"], strict=True)
+        ]
         return {name: [result[name] for result in results] for name in results[0]}
 
     def _task(self, cell_json: str, rows_json: str, judges: str) -> dict[str, Any]:
@@ -235,4 +239,3 @@ class Scorer:
         if name not in self.judges:
             self.judges[name] = load_judge(self.specs[name], _device(self.pool), self.pool.dtype)
         return self.judges[name]
-

@@ -145,9 +145,7 @@ def _on_a_node(pool: EncoderPool, given: tuple) -> None:
     ray.get(ray.remote(_latencies).options(**options).remote(*given))
 
 
-def _latencies(
-    out: str, cells: list[str], rows: list[tuple[str, str]], repeats: int, device: str, name: str
-) -> None:
+def _latencies(out: str, cells: list[str], rows: list[tuple[str, str]], repeats: int, device: str, name: str) -> None:
     store, sampler, base = Store(out), None, ""
     for cell in map(Cell.from_json, cells):
         if sampler is None or base != cell.base:
@@ -192,7 +190,7 @@ def measures(what: Plan) -> list[Measure]:
             found.append(seed_measure(spec))
         if config.reference_pictures:
             real = real_features(config, spec)
-            found.append(cmmd_measure(spec, real, config.reference_pictures, SET_RESAMPLES, config.seed))
+            found.append(cmmd_measure(spec, real, Path(config.reference_pictures).name, SET_RESAMPLES, config.seed))
     return found
 
 
@@ -285,7 +283,10 @@ def ranking(
             if len(means) > 1:
                 first = max(means, key=lambda model: means[model])
                 gaps = {m: there[m].minus(there[first], config.resamples, config.seed) for m in means if m != first}
-                of_steps[str(steps)] = {"best": first, "ties": [m for m, gap in gaps.items() if gap.low <= 0 <= gap.high]}
+                of_steps[str(steps)] = {
+                    "best": first,
+                    "ties": [m for m, gap in gaps.items() if gap.low <= 0 <= gap.high],
+                }
         found[measure.name] = of_steps
     return found
 

@@ -127,7 +127,9 @@ class Store:
         array = np.load(io.BytesIO(self._members(cell, rows)["latents.npz"]))
         return array["latents"].astype(np.float32)
 
-    def write_values(self, cell: str, rows: Sequence[Row], judge: str, values: np.ndarray, failures: Sequence[str]) -> None:
+    def write_values(
+        self, cell: str, rows: Sequence[Row], judge: str, values: np.ndarray, failures: Sequence[str]
+    ) -> None:
         """What a judge says of a shard's pictures: (n, ...) float32, NaN where it failed, and why it did."""
         data = io.BytesIO()
         np.savez_compressed(data, values=values.astype(np.float32), failures=json.dumps(list(failures)))

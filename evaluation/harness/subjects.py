@@ -127,7 +127,7 @@ def base_sha256(folder: str) -> str:
 def teacher(config: EvaluateConfig, steps: Sequence[int]) -> Subject:
     """The base by guided DDIM steps."""
     how = How("edges", guidance=config.teacher_guidance)
-    return Subject(TEACHER, "base", str(Path(config.base).resolve()), {n: ("", how) for n in steps})
+    return Subject(TEACHER, "base", str(Path(config.base).resolve()), dict.fromkeys(steps, ("", how)))
 
 
 def find_subject(spec: str, config: EvaluateConfig) -> Subject:
@@ -142,7 +142,9 @@ def find_subject(spec: str, config: EvaluateConfig) -> Subject:
         return teacher(config, config.steps)
     if path.suffix == ".safetensors":
         if not path.is_file():
-            raise ConfigError(f"{path} does not exist: MODEL is a LoRA file, or a folder of a run, a UNet or a pipeline")
+            raise ConfigError(
+                f"{path} does not exist: MODEL is a LoRA file, or a folder of a run, a UNet or a pipeline"
+            )
         return _lora(name or path.stem, path.resolve(), config)
     if (path / "config.yaml").is_file():
         return _run(name or path.name, path.resolve(), config)
@@ -150,7 +152,7 @@ def find_subject(spec: str, config: EvaluateConfig) -> Subject:
         read_base(path)
         how = replace(_how(config, None, config.steps[0]), guidance=max(config.guidance, config.teacher_guidance))
         how = replace(how, scheduler="edges" if config.scheduler == "auto" else how.scheduler)
-        return Subject(name or path.name, "base", str(path.resolve()), {n: ("", how) for n in config.steps})
+        return Subject(name or path.name, "base", str(path.resolve()), dict.fromkeys(config.steps, ("", how)))
     if (path / UNET_FILE).is_file() and (path / "config.json").is_file():
         parts = {n: (str(path.resolve()), _how(config, None, n)) for n in config.steps}
         return Subject(name or path.name, "unet", str(Path(config.base).resolve()), parts)

@@ -77,7 +77,9 @@ def summary(results: dict[str, Any], title: str) -> str:
             f"Differences, with their intervals, are to the baseline ({results['baseline']}) on the same prompts and noise."
         )
     if any(row["spread"] for row in results["rows"]):
-        said.append("Models trained from several seeds are one row: the mean over them; their spread is in the CSV file.")
+        said.append(
+            "Models trained from several seeds are one row: the mean over them; their spread is in the CSV file."
+        )
     return " ".join(said)
 
 
@@ -95,15 +97,24 @@ def provenance_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
         ("packages", ", ".join(f"{name} {version}" for name, version in about["packages"].items())),
         ("machine", f"{about['device']}, {about['cores']} cores"),
         ("base model", f"{about['base']}, teacher's guidance {settings['teacher_guidance']:g}"),
-        ("prompts", f"{results['prompts']['name']}, {results['prompts']['count']}, sha256 {results['prompts']['sha256'][:16]}"),
+        (
+            "prompts",
+            f"{results['prompts']['name']}, {results['prompts']['count']}, sha256 {results['prompts']['sha256'][:16]}",
+        ),
         ("seed", str(settings["seed"])),
-        ("last run of the job", f"{done['made']} pictures made, {done['judged']} judgements of a shard, {done['seconds']:.0f} s"),
+        (
+            "last run of the job",
+            f"{done['made']} pictures made, {done['judged']} judgements of a shard, {done['seconds']:.0f} s",
+        ),
     ]
     for row in results["rows"]:
         how = {k: v for k, v in row["how"].items() if v not in (None, 0.0, 1.0)}
         text = ", ".join(f"{k} {v}" for k, v in how.items())
         weights = ", ".join(w[:12] for w in row["weights"] if w) or "the base's own"
-        rows.append((f"{row['model']}, {row['steps']}", f"{text}; weights {weights}"))
+        steps = (
+            "" if row["model"].endswith(f" at {row['steps']}") else f", {row['steps']} step{'s' * (row['steps'] > 1)}"
+        )
+        rows.append((f"{row['model']}{steps}", f"{text}; weights {weights}"))
     return [*rows, *((name, str(value)) for name, value in results.get("notes", {}).items())]
 
 

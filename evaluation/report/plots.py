@@ -50,7 +50,9 @@ def _plot(lines: dict[str, list[Point]], x: str, title: str) -> str:
             at, mean, low, high = zip(*points, strict=True)
             colour = COLOURS[i % len(COLOURS)]
             single = len(points) == 1
-            axis.plot(at, mean, color=colour, marker=MARKERS[i % len(MARKERS)], markersize=5, linewidth=1.4, label=model)
+            axis.plot(
+                at, mean, color=colour, marker=MARKERS[i % len(MARKERS)], markersize=5, linewidth=1.4, label=model
+            )
             if single:
                 axis.errorbar(at, mean, yerr=[[mean[0] - low[0]], [high[0] - mean[0]]], color=colour, capsize=3)
             else:

@@ -81,7 +81,8 @@ def tables(results: dict[str, Any]) -> list[Table]:
             if row["steps"] in steps:
                 rows.setdefault(row["model"], {})[row["steps"]] = entry
             else:
-                aside.append(f"{row['model']} steps: {entry.text}")
+                at = "" if row["model"].endswith(f" at {row['steps']}") else f" at {row['steps']}"
+                aside.append(f"{row['model']}{at} steps: {entry.text}")
         paper: dict[str, dict[int, Entry]] = {}
         if name in MEASURES:
             for one in beside:
@@ -161,14 +162,20 @@ def as_csv(results: dict[str, Any]) -> str:
     out = io.StringIO()
     names = ("mean", "low", "high")
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["model", "steps", "measure", *names, *(f"versus_{n}" for n in names), "missing", "spread_of_seeds"])
+    writer.writerow(
+        ["model", "steps", "measure", *names, *(f"versus_{n}" for n in names), "missing", "spread_of_seeds"]
+    )
     for row in results["rows"]:
         for name, interval in row["measures"].items():
             versus = row["versus"].get(name, {})
             numbers = [interval[n] for n in names] + [versus.get(n) for n in names]
-            writer.writerow([row["model"], row["steps"], name, *numbers, row["missing"].get(name, 0), row["spread"].get(name)])
+            writer.writerow(
+                [row["model"], row["steps"], name, *numbers, row["missing"].get(name, 0), row["spread"].get(name)]
+            )
         for part, interval in (row["latency"] or {}).get("ms", {}).items():
-            writer.writerow([row["model"], row["steps"], f"latency_{part}_ms", *(interval[n] for n in names), "", "", "", 0, ""])
+            writer.writerow(
+                [row["model"], row["steps"], f"latency_{part}_ms", *(interval[n] for n in names), "", "", "", 0, ""]
+            )
     return out.getvalue()
 
 
