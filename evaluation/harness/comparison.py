@@ -181,7 +181,8 @@ class Comparison:
     def _placed(self, config: Config) -> Config:
         """In the comparison's folder, with one store of latents for all."""
         placed = config.run.model_copy(update={"out": str(self.out / "runs")})
-        data = config.data.model_copy(update={"cache_dir": str(self.out / "latents")})
+        own = {"shards": self.config.shards} if self.config.shards else {}
+        data = config.data.model_copy(update={"cache_dir": str(self.out / "latents"), **own})
         return config.model_copy(update={"run": placed, "data": data})
 
     def missing(self) -> Iterator[Piece]:

@@ -26,6 +26,7 @@ from hypersd_ray.models.perception.registry import load_perception
 from hypersd_ray.models.rewards.aesthetic import AestheticPredictor
 from hypersd_ray.models.rewards.clip import CLIPScore, HPSv2, PickScore
 from hypersd_ray.models.rewards.image_reward import ImageReward
+from hypersd_ray.models.rewards.protocol import RewardModel
 from hypersd_ray.models.rewards.registry import ARCHITECTURES, load_reward
 from hypersd_ray.models.rewards.weights import sha256_of
 
@@ -76,7 +77,7 @@ class JudgeSpec:
         return f"{self.name}-{digest}"
 
 
-TITLES: dict[str, tuple[str, str, type]] = {
+TITLES: dict[RewardName, tuple[str, str, type[RewardModel]]] = {
     "clip_score": ("CLIP score", "100 x cosine of picture and prompt", CLIPScore),
     "aesthetic_v1": ("aesthetic v1", "about 1 (poor) to 10 (fine)", AestheticPredictor),
     "aesthetic_v2": ("aesthetic", "about 1 (poor) to 10 (fine)", AestheticPredictor),
@@ -182,9 +183,9 @@ class Detector:
 
 def reward_card(spec: JudgeSpec) -> MetricCard:
     """Of a reward model's column."""
-    title, scale, model = TITLES[spec.name]
     config = RewardConfig.model_validate_json(spec.config)
-    name: RewardName = config.name
+    name = config.name
+    title, scale, model = TITLES[name]
     architecture = config.architecture or ARCHITECTURES.get(name, "")
     own = Path(config.checkpoint).is_dir() or (config.tower and Path(config.tower).is_dir())
     network = "a small network of the class" if own and name != "pick_score" else architecture or model.__name__

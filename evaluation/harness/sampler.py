@@ -150,7 +150,8 @@ class Sampler:
             if guidance <= 1:
                 return output
             scale = torch.full((len(x),), guidance, device=x.device)
-            return guide(*output.chunk(2), scale)
+            conditional, null = output.chunk(2)
+            return guide(conditional, null, scale)
 
         return call
 

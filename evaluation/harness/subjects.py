@@ -76,7 +76,7 @@ class Cell:
     def from_json(cls, text: str) -> Cell:
         """The inverse of `to_json`."""
         values = json.loads(text)
-        how = {k: tuple(v) if isinstance(v, list) else v for k, v in values["how"].items()}
+        how: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values["how"].items()}
         return cls(**values | {"how": How(**how)})
 
     def to_json(self) -> str:

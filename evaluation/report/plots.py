@@ -17,7 +17,7 @@ COLOURS = (
     "#316395", "#22aa99", "#6633cc", "#777777",
 )  # fmt: skip
 MARKERS = "osD^vP*Xph<>dH"
-STYLE = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "axes.spines.top": False,
+STYLE: Any = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "axes.spines.top": False,
          "axes.spines.right": False, "svg.hashsalt": "report"}  # fmt: skip
 Point = tuple[float, float, float, float]
 """x, mean, low, high."""

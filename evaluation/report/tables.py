@@ -131,13 +131,15 @@ def markdown(found: list[Table], results: dict[str, Any]) -> str:
                 cells.append(text + (f" ({entry.difference})" if entry and entry.difference else ""))
             lines.append(f"| {model} | {' | '.join(cells)} |")
         parts.append("\n".join(lines) + (f"\n\n{table.aside}" if table.aside else ""))
-    rows = latency_rows(results)
-    if rows:
+    timed = latency_rows(results)
+    if timed:
         lines = ["## Latency and memory", "", "| model | steps | text encoder, ms | UNet, ms | VAE, ms | whole, ms | memory, MB |",
                  "|---|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
-        for row in rows:
-            ms = [_interval(row["latency"]["ms"][part]) for part in ("text", "unet", "vae", "whole")]
-            lines.append(f"| {row['model']} | {row['steps']} | {' | '.join(ms)} | {row['latency']['peak_mb']:.0f} |")
+        for speed in timed:
+            ms = [_interval(speed["latency"]["ms"][part]) for part in ("text", "unet", "vae", "whole")]
+            lines.append(
+                f"| {speed['model']} | {speed['steps']} | {' | '.join(ms)} | {speed['latency']['peak_mb']:.0f} |"
+            )
         parts.append("\n".join(lines))
     cards = ["## Metric cards", ""]
     for card in results["cards"]:

@@ -19,6 +19,8 @@ class CompareConfig(Strict):
     """Names of recipes (hypersd_ray/recipes/methods.py)."""
     budget: int = Field(ge=32)
     """Images through the teacher, of every training of every method."""
+    shards: str = ""
+    """Training pictures (any shards of data.shards) in place of the recipes' own."""
     rates: tuple[float, ...] = (1 / 3, 1.0, 3.0)
     """Learning rates of the sweep, as factors of the method's own."""
     seeds: tuple[int, ...] = (0, 1, 2)
