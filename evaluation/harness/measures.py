@@ -152,21 +152,32 @@ def counts(prompts: int, resamples: int, seed: int) -> Tensor:
     )
 
 
-def _whole_set(measure: Callable[[Tensor, Tensor | None], Tensor], resamples: int, seed: int) -> Callable:
-    """The estimate of a measure of all pictures of a cell, the mean over cells."""
+def averaged(of_cell: Callable[[Cell, Read], Draws]) -> Callable[[Sequence[Cell], Read], Draws]:
+    """The mean over cells of a number of a cell, each worked out once: it is asked for alone and among others."""
+    kept: dict[str, Draws] = {}
 
-    def estimate(cells: Sequence[Cell], read: Read) -> Estimate | None:
-        points, draws, missing = [], [], 0
+    def estimate(cells: Sequence[Cell], read: Read) -> Draws:
         for cell in cells:
-            features = torch.from_numpy(read(cell, FEATURES))
-            there = ~features.isnan().any(1)
-            missing += int((~there).sum())
-            draw = counts(len(features), resamples, seed)[:, there]
-            points.append(measure(features[there], None).item())
-            draws.append(measure(features[there], draw))
-        return Draws(sum(points) / len(points), torch.stack(draws).mean(0), True, missing)
+            if cell.key not in kept:
+                kept[cell.key] = of_cell(cell, read)
+        each = [kept[cell.key] for cell in cells]
+        point, draws = sum(e.point for e in each) / len(each), torch.stack([e.draws for e in each]).mean(0)
+        return Draws(point, draws, each[0].centred, sum(e.missing for e in each))
 
     return estimate
+
+
+def _whole_set(measure: Callable[[Tensor, Tensor | None], Tensor], resamples: int, seed: int) -> Callable:
+    """The estimate of a measure of all pictures of a cell."""
+
+    def of_cell(cell: Cell, read: Read) -> Draws:
+        features = torch.from_numpy(read(cell, FEATURES))
+        there = ~features.isnan().any(1)
+        draw = counts(len(features), resamples, seed)[:, there]
+        point = measure(features[there], None).item()
+        return Draws(point, measure(features[there], draw), True, int((~there).sum()))
+
+    return averaged(of_cell)
 
 
 def vendi_measure(spec: JudgeSpec, resamples: int, seed: int) -> Measure:
@@ -236,17 +247,12 @@ def objects_measure(spec: JudgeSpec, named: Sequence[Sequence[int]], resamples: 
         "average precision of the objects that the prompts name, by class",
     )  # fmt: skip
 
-    def estimate(cells: Sequence[Cell], read: Read) -> Estimate | None:
-        points, draws, missing = [], [], 0
-        for cell in cells:
-            found = read(cell, OBJECTS)
-            missing += int(np.isnan(found).any((1, 2)).sum())
-            interval, values = object_precision([_instances(f) for f in found], named, resamples, seed)
-            points.append(interval.mean)
-            draws.append(values)
-        return Draws(sum(points) / len(points), torch.stack(draws).mean(0), False, missing)
+    def of_cell(cell: Cell, read: Read) -> Draws:
+        found = read(cell, OBJECTS)
+        interval, values = object_precision([_instances(f) for f in found], named, resamples, seed)
+        return Draws(interval.mean, values, False, int(np.isnan(found).any((1, 2)).sum()))
 
-    return Measure(card, estimate)
+    return Measure(card, averaged(of_cell))
 
 
 def _instances(found: np.ndarray) -> Instances:

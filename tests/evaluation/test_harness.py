@@ -132,9 +132,9 @@ def test_what_is_no_model_is_one_line(config, tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"is not a safetensors file"):
         find_subject(str(tmp_path / "broken.safetensors"), config)
-    with pytest.raises(ConfigError, match="--judges.clip-score: /gone does not exist"):
+    with pytest.raises(ConfigError, match=r"--judges\.clip-score: /gone does not exist"):
         judge_specs(JudgesConfig(clip_score="/gone"))
-    with pytest.raises(ConfigError, match="needs --judges.clip-large"):
+    with pytest.raises(ConfigError, match=r"needs --judges\.clip-large"):
         judge_specs(JudgesConfig(aesthetic_v2=str(paths.EVALUATORS / "aesthetic.safetensors")))
 
 
