@@ -13,7 +13,7 @@ import inspect
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -185,13 +185,12 @@ class Comparison:
         data = config.data.model_copy(update={"cache_dir": str(self.out / "latents"), **own})
         return config.model_copy(update={"run": placed, "data": data})
 
-    def missing(self) -> Iterator[Piece]:
+    def missing(self) -> list[Piece]:
         """Pieces to train, in order; a method's further seeds come once its rate is chosen."""
-        for method in self.config.methods:
-            yield from (piece for piece in sweep(self.config, method) if self.done(piece) is None)
-        for method in self.config.methods:
-            if self.best(method) is not None:
-                yield from (piece for piece in self.final(method) if self.done(piece) is None)
+        first = [piece for method in self.config.methods for piece in sweep(self.config, method)]
+        known = [method for method in self.config.methods if self.best(method) is not None]
+        later = [piece for method in known for piece in self.final(method)]
+        return [piece for piece in dict.fromkeys([*first, *later]) if self.done(piece) is None]
 
     def train_all(self) -> tuple[int, list[str]]:
         """Pieces that are still to do, and those that failed."""

@@ -152,9 +152,9 @@ def grids(results: dict[str, Any], rows: Sequence[Row], pictures: Pictures) -> l
     return found
 
 
-def cases(results: dict[str, Any], pictures: Pictures) -> list[dict[str, Any]]:
-    """Best and worst pictures of each model, at its fewest steps and at 4 (or the most below)."""
-    found = []
+def cases(results: dict[str, Any], pictures: Pictures) -> dict[str, list[dict[str, Any]]]:
+    """Best and worst pictures by model, at its fewest steps and at 4 (or the most below)."""
+    found: dict[str, list[dict[str, Any]]] = {}
     steps = results["settings"]["steps"]
     chosen = sorted({min(steps), max((n for n in steps if n <= 4), default=min(steps))})
     for row in results["rows"]:
@@ -166,5 +166,5 @@ def cases(results: dict[str, Any], pictures: Pictures) -> list[dict[str, Any]]:
                       for key, prompt, value in ends[end][:CASES]]
                 for end in ("best", "worst")
             }  # fmt: skip
-            found.append({"model": row["model"], "steps": row["steps"], "measure": name, **shown})
+            found.setdefault(row["model"], []).append({"steps": row["steps"], "measure": name, **shown})
     return found

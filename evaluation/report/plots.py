@@ -19,6 +19,8 @@ COLOURS = (
 MARKERS = "osD^vP*Xph<>dH"
 STYLE: Any = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "axes.spines.top": False,
          "axes.spines.right": False, "svg.hashsalt": "report"}  # fmt: skip
+FEW = 5
+"""Lines with bands; of more the bands would hide one another, and bars take their place."""
 Point = tuple[float, float, float, float]
 """x, mean, low, high."""
 
@@ -49,12 +51,16 @@ def _plot(lines: dict[str, list[Point]], x: str, title: str) -> str:
         for i, (model, points) in enumerate(lines.items()):
             at, mean, low, high = zip(*points, strict=True)
             colour = COLOURS[i % len(COLOURS)]
-            single = len(points) == 1
+            bars = len(points) == 1 or len(lines) > FEW
             axis.plot(
                 at, mean, color=colour, marker=MARKERS[i % len(MARKERS)], markersize=5, linewidth=1.4, label=model
             )
-            if single:
-                axis.errorbar(at, mean, yerr=[[mean[0] - low[0]], [high[0] - mean[0]]], color=colour, capsize=3)
+            if bars:
+                spans = [
+                    [m - a for m, a in zip(mean, low, strict=True)],
+                    [b - m for m, b in zip(mean, high, strict=True)],
+                ]
+                axis.errorbar(at, mean, yerr=spans, color=colour, capsize=2, linewidth=0, elinewidth=0.9, alpha=0.7)
             else:
                 axis.fill_between(at, low, high, color=colour, alpha=0.12, linewidth=0)
         axis.set_xscale("log", base=2)
