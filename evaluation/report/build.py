@@ -107,14 +107,15 @@ def provenance_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
             f"{done['made']} pictures made, {done['judged']} judgements of a shard, {done['seconds']:.0f} s",
         ),
     ]
+    alike: dict[tuple[str, str], list[int]] = {}
     for row in results["rows"]:
-        how = {k: v for k, v in row["how"].items() if v not in (None, 0.0, 1.0)}
-        text = ", ".join(f"{k} {v}" for k, v in how.items())
-        weights = ", ".join(w[:12] for w in row["weights"] if w) or "the base's own"
-        steps = (
-            "" if row["model"].endswith(f" at {row['steps']}") else f", {row['steps']} step{'s' * (row['steps'] > 1)}"
+        how = ", ".join(
+            f"{k} {v}" for k, v in row["how"].items() if v not in (None, 0.0, 1.0) or (k, v) == ("eta", 1.0)
         )
-        rows.append((f"{row['model']}{steps}", f"{text}; weights {weights}"))
+        weights = ", ".join(w[:12] for w in row["weights"] if w) or "the base's own"
+        alike.setdefault((row["model"], f"{how}; weights {weights}"), []).append(row["steps"])
+    for (model, text), steps in alike.items():
+        rows.append((model, f"steps {', '.join(map(str, steps))}: {text}"))
     return [*rows, *((name, str(value)) for name, value in results.get("notes", {}).items())]
 
 
