@@ -33,7 +33,7 @@ from hypersd_ray.trainer import storage
 from hypersd_ray.trainer.kinds import KINDS, AnyConfig, Kind, kind_of
 from hypersd_ray.trainer.loop import LoopArguments, PairSource, train_loop
 from hypersd_ray.trainer.pairs import pair_folder
-from hypersd_ray.trainer.progress import watching
+from hypersd_ray.trainer.progress import stderr_held, watching
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,9 +61,13 @@ def connect() -> None:
         # Ray's workers are at nice 15: one busy program on one of two cores would then stop a training that uses both.
         os.environ.setdefault("RAY_worker_niceness", "0")
         # At least 4 logical CPUs: a reader, an encoder and a worker must be able to stand side by side.
-        ray.init(
-            num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, logging_level="ERROR", log_to_driver=False
-        )
+        with stderr_held():  # a line of Ray's that it has read the level above
+            ray.init(
+                num_cpus=max(4, os.cpu_count() or 1),
+                include_dashboard=False,
+                logging_level="ERROR",
+                log_to_driver=False,
+            )
         return
     inherited = (
         bool(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", ""))
