@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,8 @@ from hypersd_ray.trainer import run
 from hypersd_ray.trainer.kinds import KINDS, kind_of
 
 Log = Callable[[str], None]
+DIVERGED = "NaN or inf"
+"""In the words of a run that stops after run.max_bad_steps bad steps."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,14 @@ class Comparison:
         path = self.out / "pieces" / f"{piece.name}.json"
         return json.loads(path.read_text()) if path.exists() else None
 
+    def usable(self, piece: Piece) -> bool:
+        """Finished, and not diverged."""
+        found = self.done(piece)
+        return found is not None and not found.get("diverged")
+
     @property
-    def chosen(self) -> dict[str, dict[str, float]]:
-        """method -> learning rate (as text) -> the selecting judge's mean."""
+    def chosen(self) -> dict[str, dict[str, float | None]]:
+        """method -> learning rate (as text) -> the selecting judge's mean; None for one that diverged."""
         path = self.out / "selection.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
@@ -123,7 +129,8 @@ class Comparison:
         scores = self.chosen.get(method, {})
         if not all(f"{piece.lr:g}" in scores for piece in pieces):
             return None
-        return max((piece.lr for piece in pieces), key=lambda lr: scores[f"{lr:g}"])
+        lasting = {piece.lr: score for piece in pieces if (score := scores[f"{piece.lr:g}"]) is not None}
+        return max(lasting, key=lambda lr: lasting[lr]) if lasting else None
 
     def final(self, method: str) -> list[Piece]:
         """All seeds at the best rate, known or not yet: then at the method's own."""
@@ -137,8 +144,12 @@ class Comparison:
 
     @property
     def left(self) -> int:
-        """Pieces that are not done."""
-        return sum(self.done(piece) is None for method in self.config.methods for piece in self.pieces(method))
+        """Pieces that are not done; a method that diverged at every rate has no further seeds."""
+        left = 0
+        for method in self.config.methods:
+            over = all(self.done(p) and not self.usable(p) for p in sweep(self.config, method))
+            left += 0 if over else sum(self.done(piece) is None for piece in self.pieces(method))
+        return left
 
     def plan(self) -> list[str]:
         """Lines for a person: each piece, and whether it is done."""
@@ -151,6 +162,7 @@ class Comparison:
                 seconds += [found["seconds"]] if found else []
                 name = piece.name if known or piece in first else f"{method}-lr?-seed{piece.seed}"
                 state = f"done in {found['seconds']:.0f} s" if found else "to do"
+                state += f", {found['diverged']}" if found and found.get("diverged") else ""
                 lines.append(f"{name:40s} {state}")
         left = self.left
         if seconds:
@@ -175,8 +187,10 @@ class Comparison:
             if link is not None:
                 lora = f"{result.folder}/{KINDS[kind_of(current)].product(current, 1)}"
                 current = self._placed(link(lora))
-        about = {**asdict(piece), "runs": folders, "seconds": time.perf_counter() - begun, "teacher_passes": passes}
-        (self.out / "pieces" / f"{piece.name}.json").write_text(json.dumps(about, indent=1) + "\n")
+        self._finish(piece, runs=folders, seconds=time.perf_counter() - begun, teacher_passes=passes)
+
+    def _finish(self, piece: Piece, **about: Any) -> None:
+        (self.out / "pieces" / f"{piece.name}.json").write_text(json.dumps(asdict(piece) | about, indent=1) + "\n")
 
     def _placed(self, config: Config) -> Config:
         """In the comparison's folder, with one store of latents for all."""
@@ -192,23 +206,28 @@ class Comparison:
         later = [piece for method in known for piece in self.final(method)]
         return [piece for piece in dict.fromkeys([*first, *later]) if self.done(piece) is None]
 
-    def train_all(self) -> tuple[int, list[str]]:
-        """Pieces that are still to do, and those that failed."""
-        failed: dict[str, str] = {}
+    def train_all(self) -> int:
+        """How many pieces are still to do.
+
+        Raises:
+            RunError: a training cannot go on; one that diverges is put down as that, and the others go on.
+        """
         begun, trained = time.monotonic(), 0
         while True:
             self.select()
-            todo = [piece for piece in self.missing() if piece.name not in failed]
+            todo = self.missing()
             late = self.config.minutes is not None and time.monotonic() - begun > 60 * self.config.minutes
             if not todo or late or (self.config.pieces is not None and trained >= self.config.pieces):
-                return self.left, [f"{name}: {why}" for name, why in failed.items()]
+                return self.left
             piece = todo[0]
             self.log(f"training {piece.name} ({len(todo)} to do now)")
             try:
                 self.train(piece)
-            except RunError as error:  # one that diverges must not take the others with it
-                failed[piece.name] = str(error)
-                self.log(f"{piece.name} failed: {error}")
+            except RunError as error:
+                if DIVERGED not in str(error):  # a full disk, a dead node: that may be mended, and the piece go on
+                    raise
+                self._finish(piece, runs=[], seconds=0.0, teacher_passes=0, diverged=str(error))
+                self.log(f"{piece.name} diverged: {error}")
             trained += 1
 
     # judging
@@ -249,14 +268,15 @@ class Comparison:
         )  # fmt: skip
         pieces = [piece for method in todo for piece in sweep(self.config, method)]
         self.log(f"choosing the learning rates of {', '.join(todo)}")
-        subjects = [self.subject(piece, piece.name, config) for piece in pieces]
-        results = evaluate(plan(config, read_rows(config), subjects), self.log)
+        subjects = [self.subject(piece, piece.name, config) for piece in pieces if self.usable(piece)]
+        what = plan(config, read_rows(config), subjects, only=(self.config.select,))
+        results = evaluate(what, self.log) if subjects else {"rows": []}
         chosen = self.chosen
         for piece in pieces:
             means = [
                 row["measures"][self.config.select]["mean"] for row in results["rows"] if row["model"] == piece.name
             ]  # fmt: skip
-            score = sum(means) / len(means) if all(m is not None for m in means) else -math.inf
+            score = sum(means) / len(means) if means and None not in means else None
             chosen.setdefault(piece.method, {})[f"{piece.lr:g}"] = score
         (self.out / "selection.json").write_text(json.dumps(chosen, indent=1) + "\n")
 
@@ -271,7 +291,7 @@ class Comparison:
         subjects = [teacher(config, config.steps)]
         for method in self.config.methods:
             if self.best(method) is not None:
-                subjects += [self.subject(p, method, config) for p in self.final(method) if self.done(p)]
+                subjects += [self.subject(p, method, config) for p in self.final(method) if self.usable(p)]
         if len(subjects) == 1:
             raise ConfigError(f"--out {self.out}: no method has a finished training at its best learning rate yet")
         results = evaluate(plan(config, rows, subjects, find_baseline(config)), self.log)
@@ -284,8 +304,9 @@ class Comparison:
             lr, scores = self.best(method), self.chosen.get(method, {})
             if lr is None:
                 continue
-            done = [found for piece in self.final(method) if (found := self.done(piece))]
-            tried = ", ".join(f"{rate}: {score:.2f}" for rate, score in scores.items()) or "one rate, none to choose of"
+            done = [found for p in self.final(method) if self.usable(p) and (found := self.done(p))]
+            told = {rate: "diverged" if score is None else f"{score:.2f}" for rate, score in scores.items()}
+            tried = ", ".join(f"{rate}: {score}" for rate, score in told.items()) or "one rate, none to choose of"
             cost = sum(found["seconds"] for found in done) / max(1, len(done))
             notes[f"training of {method}"] = (
                 f"lr {lr:g} ({self.config.select} on {self.config.selection_prompts} training captions: {tried}); "
@@ -317,10 +338,3 @@ def selection_captions(count: int) -> list[str]:
 def _captions(split: str) -> list[str]:
     rows = json.loads((paths.DATA / f"captions_{split}.json").read_text())["annotations"]
     return list(dict.fromkeys(row["caption"].strip() for row in rows))
-
-
-def summary(failed: Sequence[str], left: int) -> str:
-    """A last line."""
-    return "; ".join(
-        [*(f"failed: {line}" for line in failed), *([f"{left} pieces to do: the same command goes on"] if left else [])]
-    )

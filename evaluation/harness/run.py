@@ -68,8 +68,14 @@ class Plan:
         return [cell for cells in self.groups.values() for cell in cells]
 
 
-def plan(config: EvaluateConfig, rows: list[Row], subjects: Sequence[Subject], baseline: Subject | None = None) -> Plan:
-    """Which cells there are. Subjects of one name are one model, trained from several seeds.
+def plan(
+    config: EvaluateConfig,
+    rows: list[Row],
+    subjects: Sequence[Subject],
+    baseline: Subject | None = None,
+    only: Sequence[str] = (),
+) -> Plan:
+    """Which cells there are. Subjects of one name are one model, trained from several seeds. `only` these judges; none: all.
 
     Raises:
         ConfigError: judges' files are missing; two models that are not one have a name.
@@ -87,7 +93,7 @@ def plan(config: EvaluateConfig, rows: list[Row], subjects: Sequence[Subject], b
     if config.reference_steps:
         whole = teacher(config, [config.reference_steps])
         references = {seed: whole.cells(seed, dtype)[0] for seed in seeds}
-    specs = judge_specs(chosen_judges(config))
+    specs = [spec for spec in judge_specs(chosen_judges(config)) if not only or spec.name in only]
     names = list({subject.name: subject for subject in subjects}.values())
     return Plan(config, rows, names, baseline.name if baseline else "", specs, groups, references)
 

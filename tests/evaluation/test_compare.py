@@ -54,6 +54,20 @@ def test_three_rates_then_three_seeds_at_the_best(make_config):
     assert any("dmd-lr?-seed2" in line and "to do" in line for line in lines)
 
 
+def test_a_rate_that_diverges_is_out(make_config):
+    comparison = Comparison(make_config(methods=("lcm", "dmd"), rates=(1.0, 3.0), seeds=(0,)))
+    comparison.begin()
+    for piece in sweep(comparison.config, "lcm"):
+        comparison._finish(piece, runs=[], seconds=0.0, teacher_passes=0, diverged="NaN or inf")
+    assert not comparison.usable(sweep(comparison.config, "lcm")[0])
+    assert comparison.left == 2, "lcm has no further seeds"
+    assert "NaN or inf" in comparison.plan()[0]
+    (comparison.out / "selection.json").write_text(json.dumps({"lcm": {"0.001": 50.0, "0.003": None}}))
+    assert comparison.best("lcm") == 0.001
+    (comparison.out / "selection.json").write_text(json.dumps({"lcm": {"0.001": None, "0.003": None}}))
+    assert comparison.best("lcm") is None
+
+
 def test_every_method_has_a_sweep_of_one_size(make_config):
     config = make_config()
     assert set(config.methods) == set(METHODS)
@@ -125,7 +139,7 @@ def test_two_methods_from_end_to_end(ray_here, make_config, shards):
     )  # fmt: skip
     comparison = Comparison(config)
     comparison.begin()
-    assert comparison.train_all() == (0, [])
+    assert comparison.train_all() == 0
     runs = {path.name for path in (comparison.out / "runs").iterdir()}
     assert runs == {"lcm-lr0.001-seed0", "turbo-lr0.0002-seed0"}
     metrics = (comparison.out / "runs/lcm-lr0.001-seed0/metrics.jsonl").read_text().splitlines()
@@ -146,4 +160,4 @@ def test_two_methods_from_end_to_end(ray_here, make_config, shards):
     again, _ = Comparison(config).judge()
     assert again["done"]["made"] == 0 and again["rows"] == json.loads(json.dumps(again["rows"]))
     assert [row["measures"] for row in again["rows"]] == [row["measures"] for row in results["rows"]]
-    assert Comparison(config).train_all() == (0, [])
+    assert Comparison(config).train_all() == 0
