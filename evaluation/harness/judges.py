@@ -96,12 +96,15 @@ def chosen_judges(config: EvaluateConfig) -> JudgesConfig:
 
 
 def judge_specs(judges: JudgesConfig) -> list[JudgeSpec]:
-    """A spec for each judge that has weights.
+    """A spec for each judge that has weights, its paths absolute: actors work in folders of their own.
 
     Raises:
         ConfigError: a file is missing, or a judge lacks what it needs.
     """
-    specs = []
+    named = {
+        field: str(Path(path).expanduser().resolve()) if path else "" for field, path in judges.model_dump().items()
+    }
+    judges, specs = JudgesConfig(**named), []
     towers = {"aesthetic_v1": judges.clip_large, "aesthetic_v2": judges.clip_large}
     for name in TITLES:
         checkpoint = getattr(judges, name)

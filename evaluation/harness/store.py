@@ -108,23 +108,20 @@ class Store:
             _add(tar, "latents.npz", array.getvalue())
         self.write(cell.key, f"{shard_name(rows)}.tar", data.getvalue())
 
-    def _members(self, cell: str, rows: Sequence[Row]) -> dict[str, bytes]:
+    def members(self, cell: str, rows: Sequence[Row]) -> dict[str, bytes]:
+        """Files of a shard's tar by name."""
         with tarfile.open(fileobj=io.BytesIO(self.read(cell, f"{shard_name(rows)}.tar"))) as tar:
             return {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
 
     def read_pictures(self, cell: str, rows: Sequence[Row]) -> np.ndarray:
         """uint8 (n, 3, H, W)."""
-        members = self._members(cell, rows)
+        members = self.members(cell, rows)
         opened = [Image.open(io.BytesIO(members[f"{picture_name(row.key)}.png"])) for row in rows]
         return np.stack([np.asarray(picture.convert("RGB")).transpose(2, 0, 1) for picture in opened])
 
-    def read_png(self, cell: str, rows: Sequence[Row], key: str) -> bytes:
-        """One picture's file."""
-        return self._members(cell, rows)[f"{picture_name(key)}.png"]
-
     def read_latents(self, cell: str, rows: Sequence[Row]) -> np.ndarray:
         """float32 (n, C, h, w)."""
-        array = np.load(io.BytesIO(self._members(cell, rows)["latents.npz"]))
+        array = np.load(io.BytesIO(self.members(cell, rows)["latents.npz"]))
         return array["latents"].astype(np.float32)
 
     def write_values(

@@ -13,7 +13,7 @@ from PIL import Image
 
 from evaluation.harness.prompts import Row
 from evaluation.harness.run import shard_of
-from evaluation.harness.store import Store
+from evaluation.harness.store import Store, picture_name
 from evaluation.report.paper import FID_REMARK, TABLE_2
 from evaluation.report.plots import quality_plots
 from evaluation.report.tables import as_csv, latency_rows, latex, markdown, paper_rows, tables
@@ -26,14 +26,22 @@ SIDE = 256
 
 
 class Pictures:
-    """Pictures of the store as data URLs, each shard's tar read once at a time."""
+    """Pictures of the store as data URLs; the shard that was read last is kept."""
 
     def __init__(self, out: str, rows: Sequence[Row], per_shard: int):
         self.store, self.rows, self.per_shard = Store(out), rows, per_shard
+        self.last: tuple[tuple[str, str], dict[str, bytes]] = (("", ""), {})
+
+    def png(self, cell: str, key: str) -> bytes:
+        """The file of the picture of a row in a cell."""
+        name, part = shard_of(self.rows, self.per_shard, key)
+        if self.last[0] != (cell, name):
+            self.last = (cell, name), self.store.members(cell, part)
+        return self.last[1][f"{picture_name(key)}.png"]
 
     def url(self, cell: str, key: str) -> str:
         """Of the picture of a row in a cell."""
-        png = self.store.read_png(cell, shard_of(self.rows, self.per_shard, key)[1], key)
+        png = self.png(cell, key)
         picture = Image.open(io.BytesIO(png))
         if picture.width <= SIDE:
             return "data:image/png;base64," + base64.b64encode(png).decode()
@@ -43,8 +51,7 @@ class Pictures:
 
     def small(self, cell: str) -> bool:
         """Whether the pictures are so small that a browser must not smooth them."""
-        png = self.store.read_png(cell, shard_of(self.rows, self.per_shard, self.rows[0].key)[1], self.rows[0].key)
-        return Image.open(io.BytesIO(png)).width <= 96
+        return Image.open(io.BytesIO(self.png(cell, self.rows[0].key))).width <= 96
 
 
 def write_report(results: dict[str, Any], rows: Sequence[Row], folder: Path, title: str = "Evaluation") -> list[Path]:
