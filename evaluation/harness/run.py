@@ -314,7 +314,7 @@ def _spread(columns: Sequence[Measure], cells: Sequence[Cell], read: Read) -> di
     for measure in columns:
         each = [measure.estimate([cell], read) for cell in weights]
         means = [e.interval(100, 0).mean for e in each if e is not None]
-        if len(means) == len(weights):
+        if len(means) == len(weights) and all(map(math.isfinite, means)):
             found[measure.name] = float(np.std(means, ddof=1))
     return found
 
