@@ -37,7 +37,6 @@ from hypersd_ray.config.evaluate import EvaluateConfig, JudgesConfig
 from hypersd_ray.embedded import paths
 from hypersd_ray.models.checkpoint import read_base
 from hypersd_ray.models.export import TCD_GRID
-from hypersd_ray.trainer.run import connect
 
 
 class ThroughputConfig(Strict):
@@ -105,7 +104,6 @@ def main() -> None:
     """Measure in turns, print, write."""
     config: ThroughputConfig = read_options(ThroughputConfig, sys.argv[1:], __doc__ or "")
     rows = read_rows(EvaluateConfig(limit=config.prompts))
-    connect()
     turns = [{"bare": bare(config, rows), "pools": pools(config, rows)} for _ in range(config.repeats)]
     ratios = [turn["pools"] / turn["bare"] for turn in turns]
     for name in ("bare", "pools"):

@@ -31,10 +31,8 @@ def main() -> None:
         print("\n".join(comparison.plan()))
         return
     from evaluation.report.build import write_report
-    from hypersd_ray.trainer.run import connect
 
     comparison.begin()
-    connect()
     left = comparison.train_all()
     if left:
         print(f"{left} pieces to do: the same command goes on")

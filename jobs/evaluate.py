@@ -35,7 +35,6 @@ def main() -> None:
     from evaluation.harness.run import evaluate, plan
     from evaluation.harness.subjects import find_baseline, find_subject
     from evaluation.report.build import write_report
-    from hypersd_ray.trainer.run import connect
 
     def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -50,7 +49,6 @@ def main() -> None:
     if config.baseline:
         baseline = find_baseline(config)
     what = plan(config, rows, subjects, baseline)
-    connect()
     results = evaluate(what, log)
     folder = Path("runs") / "report" if "://" in config.out else Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from evaluation.harness.store import Store, shard_name, shards_of
 from evaluation.harness.subjects import Cell
 from hypersd_ray.config.base import ConfigError, RunError
 from hypersd_ray.config.data import EncoderPool
+from hypersd_ray.trainer.run import connect
 
 IMAGES_IN_FLIGHT = 2
 """Shards that an actor may hold beside the one in work."""
@@ -82,6 +83,8 @@ def make(
     """
     if not todo:
         return Done(0, 0, {}, 0.0)
+    if not local:
+        connect()
     store = Store(out)
     for cell in {task.cell.key: task.cell for task in todo}.values():
         store.write_cell(cell)

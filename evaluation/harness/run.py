@@ -41,6 +41,7 @@ from evaluation.rewards import named_objects
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.data import EncoderPool
 from hypersd_ray.config.evaluate import EvaluateConfig
+from hypersd_ray.trainer.run import connect
 
 ROOT = Path(__file__).resolve().parents[2]
 Log = Callable[[str], None]
@@ -99,7 +100,7 @@ def plan(
 
 
 def evaluate(what: Plan, log: Log = lambda _: None) -> dict[str, Any]:
-    """Make what is missing and return the results (see `results`); Ray must be connected, unless config.where is local."""
+    """Make what is missing and return the results (see `results`). Ray is joined, or started, when there is something to make."""
     config = what.config
     done = make_all(what, log)
     speeds = latencies(what, log) if config.latency_repeats else {}
@@ -145,6 +146,7 @@ def latencies(what: Plan, log: Log = lambda _: None) -> dict[str, latency.Latenc
 
 
 def _on_a_node(pool: EncoderPool, given: tuple) -> None:
+    connect()
     options: dict[str, Any] = {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus or None}
     if pool.label_selector:
         options["label_selector"] = pool.label_selector
