@@ -57,7 +57,7 @@ class Pictures:
 def write_report(results: dict[str, Any], rows: Sequence[Row], folder: Path, title: str = "Evaluation") -> list[Path]:
     """The four files in `folder`; `rows` are the prompts of `results`."""
     found = tables(results)
-    words = summary(results, title)
+    words = "\n\n".join([summary(results, title), *results.get("remarks", [])])
     texts = {
         "report.html": page(results, rows, title),
         "report.md": f"# {title}\n\n{words}\n\n{markdown(found, results)}\n\n{FID_REMARK}\n\n{provenance_text(results)}\n",
