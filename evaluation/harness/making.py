@@ -93,13 +93,18 @@ def make(
     try:
         pools = _here if local else _on_ray
         for row in pools(store.out, todo, specs, generators, scorers):
+            if row["error"]:
+                _raise(row["error"])
             done, made, judged = done + 1, made + int(row["made"]), judged + int(row["judged"])
             for name, count in json.loads(row["failures"]).items():
                 failures[name] = failures.get(name, 0) + count
             if progress is not None:
                 progress(done, len(todo), made)
-    except (RayError, ValueError, RunError) as error:
-        _raise_cause(error)
+    except RayError as error:
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise RunError(
+            f"an actor failed: {lines[-1].strip()}; what was done is kept, the same command goes on"
+        ) from error
     return Done(made, judged, failures, time.perf_counter() - begun)
 
 
@@ -146,17 +151,18 @@ def _pool(pool: EncoderPool) -> dict[str, Any]:
     }
 
 
-def _raise_cause(error: BaseException) -> None:
-    """Ray wraps what an actor raised, more than once: the innermost is what a user needs."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, (RunError, ConfigError)):
-            raise type(seen)(str(seen)) from None
-        if isinstance(seen, ValueError) and not isinstance(seen, RayError):
-            raise ValueError(str(seen)) from None
-        seen = getattr(seen, "cause", None) or seen.__cause__
-    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    raise RunError(f"an actor failed: {lines[-1].strip()}; what was done is kept, the same command goes on") from error
+KINDS = {kind.__name__: kind for kind in (RunError, ConfigError, ValueError)}
+"""What an actor may have to say to a user. It travels as a row: Ray would wrap it, and lose what it was."""
+
+
+def _told(error: Exception) -> str:
+    kind = next(name for name, kind in KINDS.items() if isinstance(error, kind))
+    return json.dumps([kind, " ".join(str(error).split())])
+
+
+def _raise(told: str) -> None:
+    kind, text = json.loads(told)
+    raise KINDS[kind](text)
 
 
 def _rows(text: str) -> list[Row]:
@@ -181,11 +187,14 @@ class Generator:
         return {name: [result[name] for result in results] for name in results[0]}
 
     def _task(self, cell_json: str, rows_json: str, judges: str) -> dict[str, Any]:
-        cell, rows = Cell.from_json(cell_json), _rows(rows_json)
-        names = self.store.fs.exists(f"{self.store.folder(cell.key)}/{shard_name(rows)}.tar")
-        pictures = self.store.read_pictures(cell.key, rows) if names else self._make(cell, rows)
+        cell, rows, error = Cell.from_json(cell_json), _rows(rows_json), ""
+        there = self.store.fs.exists(f"{self.store.folder(cell.key)}/{shard_name(rows)}.tar")
+        try:
+            pictures = self.store.read_pictures(cell.key, rows) if there else self._make(cell, rows)
+        except (RunError, ValueError) as wrong:
+            error, pictures = _told(wrong), np.zeros(0, np.uint8)
         return {
-            "cell": cell_json, "rows": rows_json, "judges": judges, "made": 0 if names else len(rows),
+            "cell": cell_json, "rows": rows_json, "judges": judges, "made": 0 if there else len(rows), "error": error,
             "pictures": pictures.tobytes(), "shape": json.dumps(pictures.shape),
         }  # fmt: skip
 
@@ -219,10 +228,19 @@ class Scorer:
         self.judges: dict[str, Any] = {}
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        tasks_of = zip(batch["cell"], batch["rows"], batch["judges"], batch["pictures"], batch["shape"], strict=True)
-        failures = [json.dumps(self._task(*task)) for task in tasks_of]
+        columns = ("cell", "rows", "judges", "pictures", "shape")
+        failures, errors = [], []
+        for task, error in zip(zip(*(batch[name] for name in columns), strict=True), batch["error"], strict=True):
+            counts: dict[str, int] = {}
+            if not error:
+                try:
+                    counts = self._task(*task)
+                except (RunError, ValueError) as wrong:
+                    error = _told(wrong)
+            failures.append(json.dumps(counts))
+            errors.append(str(error))
         judged = [len(json.loads(judges)) for judges in batch["judges"]]
-        return {"made": list(batch["made"]), "judged": judged, "failures": failures}
+        return {"made": list(batch["made"]), "judged": judged, "failures": failures, "error": errors}
 
     def _task(self, cell_json: str, rows_json: str, judges: str, pictures: bytes, shape: str) -> dict[str, int]:
         cell, rows = Cell.from_json(str(cell_json)), _rows(str(rows_json))
