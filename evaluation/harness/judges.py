@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hypersd_ray.config.base import ConfigError
-from hypersd_ray.config.evaluate import EvaluateConfig, JudgesConfig, embedded_judges
+from hypersd_ray.config.evaluate import EvaluateConfig, JudgesConfig
 from hypersd_ray.config.rewards import PerceptionConfig, RewardConfig, RewardName
 from hypersd_ray.embedded import paths
 from hypersd_ray.models.perception.registry import load_perception
@@ -86,6 +86,18 @@ TITLES: dict[RewardName, tuple[str, str, type[RewardModel]]] = {
     "hps_v21": ("HPS v2.1", "100 x cosine", HPSv2),
 }  # fmt: skip
 """reward -> title, scale, class."""
+
+
+def embedded_judges() -> JudgesConfig:
+    """The embedded world's own."""
+    return JudgesConfig(
+        clip_score=str(paths.EVALUATORS / "clip"),
+        clip_large=str(paths.EVALUATORS / "clip"),
+        aesthetic_v2=str(paths.EVALUATORS / "aesthetic.safetensors"),
+        solo=str(paths.EVALUATORS / "solo"),
+        annotations=str(paths.DATA / "instances_val.json"),
+        captions=str(paths.DATA / "captions_val.json"),
+    )
 
 
 def chosen_judges(config: EvaluateConfig) -> JudgesConfig:

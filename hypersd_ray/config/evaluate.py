@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
 from hypersd_ray.config.base import Strict
 from hypersd_ray.config.data import EncoderPool
-from hypersd_ray.embedded import paths
 
 SchedulerName = Literal["auto", "edges", "tcd", "ddim", "lcm"]
+EMBEDDED_TEACHER = str(Path(__file__).resolve().parents[1] / "embedded" / "teacher")
+"""As `hypersd_ray/embedded/paths.py` has it, which is a room above this one."""
 PromptSet = Literal["embedded", "coco5k", "parti", "file"]
 
 
@@ -46,22 +48,10 @@ class JudgesConfig(Strict):
         return not any(self.model_dump().values())
 
 
-def embedded_judges() -> JudgesConfig:
-    """The embedded world's own."""
-    return JudgesConfig(
-        clip_score=str(paths.EVALUATORS / "clip"),
-        clip_large=str(paths.EVALUATORS / "clip"),
-        aesthetic_v2=str(paths.EVALUATORS / "aesthetic.safetensors"),
-        solo=str(paths.EVALUATORS / "solo"),
-        annotations=str(paths.DATA / "instances_val.json"),
-        captions=str(paths.DATA / "captions_val.json"),
-    )
-
-
 class EvaluateConfig(Strict):
     """Few-step models beside each other: quality with intervals, diversity, fidelity, latency, memory."""
 
-    base: str = str(paths.TEACHER)
+    base: str = EMBEDDED_TEACHER
     """Folder of the base model in diffusers' layout."""
     steps: tuple[int, ...] = (1, 2, 4, 8)
     """Sampling steps."""
@@ -71,7 +61,9 @@ class EvaluateConfig(Strict):
     """TCD's gamma; None is the model's own, else 0."""
     guidance: float = Field(default=1.0, ge=1)
     """Guidance of the few-step models, as uncond + guidance (cond - uncond); 1 is none."""
-    prompts: PromptSet = "embedded"
+    prompts: EMBEDDED_TEACHER = str(Path(__file__).resolve().parents[1] / "embedded" / "teacher")
+"""As `hypersd_ray/embedded/paths.py` has it, which is a room above this one."""
+PromptSet = "embedded"
     """"embedded": the embedded model's held-out captions; "coco5k": jobs/coco5k.py's manifest; "parti": PartiPrompts;
     "file": a text file, one prompt a line, or parquet with a column caption, prompt or text."""
     prompts_file: str = ""
