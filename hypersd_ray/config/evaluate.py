@@ -61,9 +61,7 @@ class EvaluateConfig(Strict):
     """TCD's gamma; None is the model's own, else 0."""
     guidance: float = Field(default=1.0, ge=1)
     """Guidance of the few-step models, as uncond + guidance (cond - uncond); 1 is none."""
-    prompts: EMBEDDED_TEACHER = str(Path(__file__).resolve().parents[1] / "embedded" / "teacher")
-"""As `hypersd_ray/embedded/paths.py` has it, which is a room above this one."""
-PromptSet = "embedded"
+    prompts: PromptSet = "embedded"
     """"embedded": the embedded model's held-out captions; "coco5k": jobs/coco5k.py's manifest; "parti": PartiPrompts;
     "file": a text file, one prompt a line, or parquet with a column caption, prompt or text."""
     prompts_file: str = ""
