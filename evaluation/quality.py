@@ -254,8 +254,8 @@ class Subject:
             return self._chunks(lambda _, x_T, cond: samples.student_samples(self.roles, TEACHER, x_T, cond, how, seed))
         if sampler == "edges":
             return self._chunks(
-                lambda _, x_T, cond: samples.student_samples(
-                    self.roles, TEACHER, x_T, cond, samples.Sampling(steps, eta=eta), seed
+                lambda chunk, x_T, cond: samples.student_samples(
+                    self.roles, TEACHER, x_T, cond, samples.Sampling(steps, eta=eta), seed, chunk
                 )
             )
         config = self.pipe.scheduler.config
