@@ -149,6 +149,7 @@ class ModelObject(BaseModel):
     max_images: int
     default_steps: int
     max_steps: int
+    only_steps: int | None = Field(default=None, description="The one step count it can be sampled in, if it is tied.")
     examples: list[str] = Field(default=[], description="Prompts to begin with.")
 
 
@@ -283,7 +284,8 @@ def _lora(
     choice = request.lora
     named = _lora_of_model(request.model, catalog)
     if choice is None:
-        choice = LoRAChoice(name=named or catalog.choose(steps))
+        guided = (request.guidance_scale or 1.0) != 1 or bool(request.negative_prompt)
+        choice = LoRAChoice(name=named or catalog.choose(steps, guided))
     elif named is not None and named != choice.name:
         raise bad_field("lora", f"{choice.name!r} beside model={request.model!r}, which names another")
     if choice.scale > settings.limits.lora_scale:
@@ -293,6 +295,11 @@ def _lora(
     lora = catalog.lora(choice.name)
     if lora is None:
         raise bad_field("lora", f"{choice.name[:64]!r} is not one of {', '.join((*catalog.lora_names, NO_LORA))}")
+    if not lora.plays(steps):
+        at = ", ".join(map(str, lora.timesteps))
+        raise bad_field(
+            "num_inference_steps", f"{steps}: LoRA {lora.name!r} is for {len(lora.timesteps)} alone, at timesteps {at}"
+        )
     return lora, choice.scale
 
 

@@ -19,6 +19,12 @@ class LoRAInfo(Strict):
     steps: tuple[int, ...] = ()
     eta: float = 0.0
     keeps_guidance: bool = False
+    timesteps: tuple[int, ...] = ()
+    """The network's inputs that it was made for alone, one a step; () where the sampler chooses them."""
+
+    def plays(self, steps: int) -> bool:
+        """Whether it can be sampled in so many steps."""
+        return not self.timesteps or len(self.timesteps) == steps
 
 
 class Catalog(Strict):
@@ -44,11 +50,16 @@ class Catalog(Strict):
         """Every LoRA's name."""
         return tuple(lora.name for lora in self.loras)
 
-    def choose(self, steps: int) -> str:
-        """The LoRA of a request that names none: made for `steps`, else the one for the fewest; the base without any."""
+    def choose(self, steps: int, guided: bool = False) -> str:
+        """The LoRA of a request that names none: made for `steps`, else the one for the fewest; the base without any.
+
+        One that keeps guidance is for requests that ask for some (`guided`); the others cannot have any.
+        """
         if self.default_lora != AUTO_LORA:
             return self.default_lora
-        if not self.loras:
+        able = [lora for lora in self.loras if lora.plays(steps)]
+        able = [lora for lora in able if lora.keeps_guidance == guided] or able
+        if not able:
             return NO_LORA
-        exact = [lora for lora in self.loras if lora.k == steps]
-        return (exact or sorted(self.loras, key=lambda lora: (lora.k is None, lora.k)))[0].name
+        exact = [lora for lora in able if lora.k == steps]
+        return (exact or sorted(able, key=lambda lora: (lora.k is None, lora.k)))[0].name

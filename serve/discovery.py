@@ -89,6 +89,7 @@ def _lora(path: Path, settings: ModelSettings, family: Family) -> LoRAInfo:
         steps=metadata.steps,
         eta=metadata.eta,
         keeps_guidance=keeps or metadata.extra.get(GUIDANCE) == KEPT,
+        timesteps=metadata.timesteps,
     )
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import ControlNetModel, TCDScheduler
+from diffusers import ControlNetModel, LCMScheduler, TCDScheduler
 from torch import Tensor
 
 from hypersd_ray.diffusion.guidance import guide
@@ -77,6 +77,7 @@ class Engine:
         self.scheduler = TCDScheduler.from_pretrained(
             catalog.base, subfolder="scheduler", original_inference_steps=TCD_GRID, local_files_only=True
         )
+        self.named_timesteps = LCMScheduler.from_config(self.scheduler.config)
         # Requests are counted on one thread while another encodes: a fast tokenizer cannot be borrowed twice.
         self._counting = copy.deepcopy(self.encoders.tokenizers[0])
         self._factor = 2 ** (len(self.encoders.vae.config.block_out_channels) - 1)
@@ -184,21 +185,30 @@ class Engine:
         on_preview: OnPreview | None,
         wanted: Callable[[], bool] | None,
     ) -> Tensor:
-        """x_0 (B, C, h, w) by TCD's `key.steps` steps."""
+        """x_0 (B, C, h, w) by TCD's `key.steps` steps, or LCM's at the timesteps that the LoRA was made for."""
         generators = [torch.Generator().manual_seed(shot.seed) for shot in shots]
         shape = (1, self.info.latent_channels, key.height // self._factor, key.width // self._factor)
         x = torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
         network = self._network(key, shots, cond, null)
-        self.scheduler.set_timesteps(key.steps, device=self.device)
-        for step, t in enumerate(self.scheduler.timesteps, start=1):
+        scheduler, how = self._sampler(key)
+        for step, t in enumerate(scheduler.timesteps, start=1):
             if wanted is not None and not wanted():
                 raise Abandoned
             output = network(x, t)
             shown = [i for i, shot in enumerate(shots) if step in shot.show_after]
             if shown and on_preview is not None:
                 self._show(x[shown], output[shown], t, step, shown, on_preview)
-            x = self.scheduler.step(output, t, x, eta=key.eta, generator=generators, return_dict=False)[0]
+            x = scheduler.step(output, t, x, generator=generators, return_dict=False, **how)[0]
         return x
+
+    def _sampler(self, key: BatchKey) -> tuple[TCDScheduler | LCMScheduler, dict[str, float]]:
+        """The scheduler with its timesteps set, and what its `step` takes beside the usual."""
+        lora = self.catalog.lora(key.lora)
+        if lora is not None and lora.timesteps:
+            self.named_timesteps.set_timesteps(timesteps=list(lora.timesteps), device=self.device)
+            return self.named_timesteps, {}
+        self.scheduler.set_timesteps(key.steps, device=self.device)
+        return self.scheduler, {"eta": key.eta}
 
     def _network(
         self, key: BatchKey, shots: Sequence[Shot], cond: Conditioning, null: Conditioning | None

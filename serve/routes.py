@@ -134,13 +134,15 @@ def models_of(settings: Settings, catalog: Catalog) -> list[ModelObject]:
         "max_images": settings.limits.images, "max_steps": settings.limits.steps,
         "default_steps": settings.model.default_steps, "examples": list(catalog.examples),
     }  # fmt: skip
-    keeps = all(lora.keeps_guidance for lora in catalog.loras)
+    chosen = catalog.lora(catalog.choose(settings.model.default_steps, guided=True))
+    keeps = chosen is None or chosen.keeps_guidance
     models = [ModelObject(id=name, keeps_guidance=keeps, **common) for name in (catalog.id, *catalog.aliases)]
     for lora in catalog.loras:
         models.append(
             ModelObject(
                 id=f"{catalog.id}:{lora.name}", lora=lora.name, steps=list(lora.steps),
-                keeps_guidance=lora.keeps_guidance, **common,
+                keeps_guidance=lora.keeps_guidance,
+                **common | {"only_steps": len(lora.timesteps) or None},
             )
         )  # fmt: skip
     return [*models, ModelObject(id=f"{catalog.id}:{NO_LORA}", lora=NO_LORA, keeps_guidance=True, **common)]

@@ -45,10 +45,7 @@ async function loadModels() {
   $("size-field").hidden = base.sizes.length < 2;
   $("examples").replaceChildren(...base.examples.map(exampleButton));
   if (!$("prompt").value && base.examples.length) $("prompt").value = base.examples[0];
-  state.steps = STEPS.filter((steps) => steps <= base.max_steps);
-  $("code-steps").replaceChildren(...state.steps.map((n) => new Option(n, n)));
-  $("code-steps").value = String(Math.min(4, base.max_steps));
-  makeCards();
+  showSteps();
   showGuidance();
   showCode();
 }
@@ -59,6 +56,18 @@ function exampleButton(text) {
   button.textContent = text;
   button.addEventListener("click", () => { $("prompt").value = text; showCode(); draw(); });
   return button;
+}
+
+// A LoRA that was made for one step count is drawn in that alone.
+function showSteps() {
+  const only = chosenModel()?.only_steps, most = state.models[0]?.max_steps ?? Infinity;
+  const steps = only ? [only] : STEPS.filter((n) => n <= most);
+  if (state.cards.size && steps.join() === state.steps.join()) return;
+  state.running?.abort();
+  state.steps = steps;
+  $("code-steps").replaceChildren(...steps.map((n) => new Option(n, n)));
+  $("code-steps").value = String(steps.includes(4) ? 4 : steps.at(-1));
+  makeCards();
 }
 
 function makeCards() {
@@ -98,10 +107,13 @@ function settings() {
   };
 }
 
-function guided() {
+function chosenModel() {
   const chosen = $("lora").value;
-  const model = state.models.find((one) => (chosen ? one.lora === chosen : one.lora === null));
-  return Boolean(model?.keeps_guidance);
+  return state.models.find((one) => (chosen ? one.lora === chosen : one.lora === null));
+}
+
+function guided() {
+  return Boolean(chosenModel()?.keeps_guidance);
 }
 
 function showGuidance() {
@@ -252,6 +264,7 @@ function restore(entry) {
   $("negative").value = entry.negative;
   if (entry.size) $("size").value = entry.size;
   state.last = null; // the same seed again is what is asked for
+  showSteps();
   showGuidance();
   outputs();
   scrollTo({ top: 0 });
@@ -285,7 +298,7 @@ async function copy() {
 
 // ---------------------------------------------------------------------------------------------- wiring
 $("form").addEventListener("submit", (event) => { event.preventDefault(); draw(); });
-$("form").addEventListener("input", () => { outputs(); showGuidance(); showCode(); });
+$("form").addEventListener("input", () => { outputs(); showSteps(); showGuidance(); showCode(); });
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); draw(); }
 });
@@ -309,7 +322,7 @@ $("theme").addEventListener("click", () => {
 setTheme(stored.get("hypersd.theme") in THEMES ? stored.get("hypersd.theme") : "");
 newSeed();
 outputs();
-makeCards();
+showSteps();
 showHistory();
 watchHealth();
 loadModels().catch((error) => complain(error.message));

@@ -14,7 +14,14 @@ RANK = 4
 
 
 def write_lora(
-    folder: Path, name: str, unet: UNet2DConditionModel, k: int, seed: int, guidance: bool = False, family: str = "sd"
+    folder: Path,
+    name: str,
+    unet: UNet2DConditionModel,
+    k: int,
+    seed: int,
+    guidance: bool = False,
+    family: str = "sd",
+    timestep: str = "",
 ) -> Path:
     """A LoRA of random tensors for `unet` (which stays as it is), with our metadata."""
     with torch.device("meta"):
@@ -24,6 +31,6 @@ def write_lora(
     tensors = {n: 0.1 * torch.randn(t.shape, generator=generator) for n, t in shapes.named_tensors("student").items()}
     metadata = LoRAMetadata(
         base_model="tiny", family=family, k=k, steps=(k,), scheduler="TCDScheduler", eta=0.0, rank=RANK, alpha=8.0,
-        extra={"guidance": "kept"} if guidance else {},
+        extra=({"guidance": "kept"} if guidance else {}) | ({"timestep": timestep} if timestep else {}),
     )  # fmt: skip
     return save_diffusers_lora(tensors, folder / f"{name}.safetensors", metadata)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import (
     ControlNetModel,
+    LCMScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -79,6 +80,25 @@ def test_guidance_and_negative_prompts_are_those_of_diffusers(engine, lora_folde
     assert worst(ours, theirs) <= 1
     weaker = [Shot(p, s, n, guidance=1.5) for p, s, n in zip(PROMPTS, [1, 2, 3], negative, strict=True)]
     assert worst(ours, run(engine, key_of(lora="cfg", guided=True), weaker).pictures) > 8
+
+
+def test_a_lora_for_one_timestep_is_sampled_there(tmp_path):
+    """The network is given 800 in place of 999, as diffusers' LCMScheduler(timesteps=[800]) gives it."""
+    unet = UNet2DConditionModel.from_pretrained(paths.TEACHER / "unet", local_files_only=True)
+    file = write_lora(tmp_path, "at800", unet, k=1, seed=4, timestep="800")
+    settings = ModelSettings(loras=(str(tmp_path),))
+    engine = Engine(settings, read_catalog(settings))
+    pipe = pipeline_of(paths.TEACHER)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    pipe.load_lora_weights(str(file))
+    theirs = pipe(PROMPTS, timesteps=[800], guidance_scale=0, generator=generators([5, 6, 7])).images
+    shots = [Shot(prompt, seed) for prompt, seed in zip(PROMPTS, [5, 6, 7], strict=True)]
+    ours = run(engine, key_of(1, lora="at800"), shots).pictures
+    assert worst(ours, theirs) <= 1
+    pipe = pipeline_of(paths.TEACHER)
+    pipe.load_lora_weights(str(file))
+    elsewhere = pipe(PROMPTS, num_inference_steps=1, guidance_scale=0, generator=generators([5, 6, 7])).images
+    assert worst(ours, elsewhere) > 8, "999 must look different, or this test sees nothing"
 
 
 @pytest.mark.parametrize("steps", [1, 8])

@@ -23,6 +23,7 @@ from serve.catalog import Catalog, LoRAInfo
 from serve.discovery import read_catalog
 from serve.errors import ApiError
 from serve.links import Links
+from serve.routes import models_of
 from serve.safety import Guard
 from serve.settings import IngressSettings, ModelSettings, SafetySettings, Settings
 
@@ -66,7 +67,7 @@ def refused(body: bytes | dict, settings: Settings = SETTINGS, catalog: Catalog 
         ({"stepz": 4}, "stepz"), ({"model": "dall-e-9"}, "model"), ({"model": "m:nope"}, "model"), ({"lora": "nope"}, "lora"),
         ({"lora": 4}, "lora"), ({"lora": {"name": 4}}, "lora.name"), ({"lora": {"name": "k1", "scale": 9}}, "lora.scale"),
         ({"lora": {"name": "k1", "weight": 1}}, "lora.weight"), ({"lora": {"scale": 1}}, "lora.name"),
-        ({"lora": "k1", "model": "m:k4"}, "lora"), ({"guidance_scale": 3}, "guidance_scale"),
+        ({"lora": "k1", "model": "m:k4"}, "lora"), ({"guidance_scale": 3, "lora": "k1"}, "guidance_scale"),
         ({"guidance_scale": 0.5, "lora": "free"}, "guidance_scale"), ({"guidance_scale": 99, "lora": "free"}, "guidance_scale"),
         ({"negative_prompt": "dog"}, "negative_prompt"), ({"negative_prompt": "dog", "lora": "free"}, "negative_prompt"),
         ({"control_image": "!!!", "control": "edges"}, "control_image"), ({"control_image": "QUJD", "control": "edges"}, "control_image"),
@@ -208,10 +209,34 @@ def test_settings_from_the_command_line(lora_folder):
     catalog = read_catalog(settings.model)
     assert catalog.lora_names == ("cfg", "k1", "k8")
     assert [lora.keeps_guidance for lora in catalog.loras] == [True, False, False]
-    assert (catalog.choose(8), catalog.choose(4), catalog.choose(2)) == ("k8", "cfg", "k1")
+    assert (catalog.choose(8), catalog.choose(4), catalog.choose(2)) == ("k8", "k1", "k1")
+    assert {catalog.choose(n, guided=True) for n in (1, 4, 8)} == {"cfg"}
 
 
 def test_a_folder_without_loras_is_served_bare(tmp_path):
     catalog = read_catalog(ModelSettings(loras=(str(tmp_path),)))
     assert catalog.choose(4) == "none"
     assert asked(catalog=catalog, guidance_scale=3.0).key.lora == "none"
+
+
+def test_a_lora_for_named_timesteps_is_sampled_in_those_alone():
+    tied = LoRAInfo(name="a800", path="", k=1, steps=(1,), timesteps=(800,))
+    catalog = CATALOG.model_copy(update={"loras": (tied, *CATALOG.loras)})
+    assert asked(catalog=catalog, lora="a800", num_inference_steps=1).key.lora == "a800"
+    error = refused({"lora": "a800", "num_inference_steps": 2}, catalog=catalog)
+    assert error.body.param == "num_inference_steps" and "for 1 alone, at timesteps 800" in error.body.message
+    assert [catalog.choose(n) for n in (1, 2, 4)] == ["a800", "k1", "k4"]
+    only = catalog.model_copy(update={"loras": (tied,)})
+    assert (only.choose(1), only.choose(2)) == ("a800", "none")
+    by_name = {model.lora: model.only_steps for model in models_of(SETTINGS, catalog)}
+    assert by_name["a800"] == 1 and by_name["k4"] is None
+
+
+def test_guidance_goes_to_a_lora_that_keeps_it():
+    assert asked(num_inference_steps=4).key.lora == "k4"
+    chosen = asked(num_inference_steps=4, guidance_scale=2.0, negative_prompt="a dog")
+    assert chosen.key.lora == "free" and chosen.key.guided
+    assert models_of(SETTINGS, CATALOG)[0].keeps_guidance
+    without = CATALOG.model_copy(update={"loras": CATALOG.loras[:2]})
+    assert refused({"guidance_scale": 2.0}, catalog=without).body.param == "guidance_scale"
+    assert not models_of(SETTINGS, without)[0].keeps_guidance
