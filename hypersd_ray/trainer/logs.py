@@ -6,6 +6,7 @@ import json
 import math
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -47,19 +48,23 @@ class JsonLines:
         if self.remote and storage.exists(self.path):
             self.local.write_text(storage.read_text(self.path))
 
+        self.unwritten: list[str] = []
+
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        with self.local.open("a") as file:
-            # JSON has no NaN
-            file.write(
-                json.dumps({"step": step} | {n: v if math.isfinite(v) else None for n, v in values.items()}) + "\n"
-            )
+        # JSON has no NaN
+        numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.unwritten.append(json.dumps({"step": step} | numbers) + "\n")
+        with suppress(OSError), self.local.open("a") as file:  # a log does not end a run: with the next line, then
+            file.write("".join(self.unwritten))
+            self.unwritten.clear()
 
     def picture(self, step: int, name: str, image: Tensor) -> None:
         """Pictures have no place in JSON."""
 
     def flush(self) -> None:
         if self.remote and self.local.exists():
-            storage.put(self.local, self.path)
+            with suppress(OSError):
+                storage.put(self.local, self.path)
 
     def close(self) -> None:
         self.flush()

@@ -14,11 +14,16 @@ from safetensors.torch import load_file, save_file
 
 from hypersd_ray.training.protocol import Checkpointed
 
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint of which something is missing or not as it was written; one line says what."""
+
+
 WEIGHTS, MOMENTS, MANIFEST = "weights.safetensors", "optimizers.pt", "manifest.json"
 
 
-def save_checkpoint(folder: Path, training: Checkpointed) -> None:
-    """Write the weights, moments and manifest of a run into `folder`."""
+def save_checkpoint(folder: Path, training: Checkpointed, world_size: int = 1) -> None:
+    """Write the weights, moments and manifest of a run of `world_size` workers into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     state = training.optimizer_state()
     save_file({name: t.contiguous().cpu() for name, t in training.tensors().items()}, folder / WEIGHTS)
@@ -26,7 +31,9 @@ def save_checkpoint(folder: Path, training: Checkpointed) -> None:
     files = {
         name: {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in (WEIGHTS, MOMENTS)
     }
-    (folder / MANIFEST).write_text(json.dumps({"files": files, "progress": state["progress"]}))
+    (folder / MANIFEST).write_text(
+        json.dumps({"files": files, "progress": state["progress"], "world_size": world_size})
+    )
 
 
 def save_position(folder: Path, rank: int, world_size: int, position: dict) -> None:
@@ -39,22 +46,25 @@ def load_position(folder: Path, rank: int, world_size: int) -> dict | None:
     """Where rank `rank` was; None when the checkpoint is of another world size (its share of the data is another).
 
     Raises:
-        ValueError: the file is damaged.
+        DamagedCheckpoint: the file is damaged, or missing though the checkpoint is of this world size.
     """
     path = folder / _position_name(rank, world_size)
     if not path.exists():
+        manifest = folder / MANIFEST
+        if manifest.exists() and json.loads(manifest.read_text()).get("world_size") == world_size:
+            raise DamagedCheckpoint(f"{path} is missing; the checkpoint is damaged")
         return None
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}; the checkpoint is damaged") from None
+        raise DamagedCheckpoint(f"{path} is not JSON: {error}; the checkpoint is damaged") from None
 
 
-def load_checkpoint(folder: Path, training: Checkpointed) -> None:
-    """Bring a run's state back.
+def check_whole(folder: Path) -> None:
+    """What was written is there, byte by byte.
 
     Raises:
-        ValueError: the folder is incomplete or damaged, or of another configuration; one line says which.
+        DamagedCheckpoint: it is not; one line says which file.
     """
     try:
         for name, written in json.loads((folder / MANIFEST).read_text())["files"].items():
@@ -63,8 +73,23 @@ def load_checkpoint(folder: Path, training: Checkpointed) -> None:
                 raise ValueError(f"{name} has {found} bytes, {written['size']} were written: it is truncated")
             if _sha256(folder / name) != written["sha256"]:
                 raise ValueError(f"{name} is damaged: its SHA-256 is not the one that was written")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(
+            f"{folder} is not a whole checkpoint of this run: {' '.join(str(error).split())}"
+        ) from error
+
+
+def load_checkpoint(folder: Path, training: Checkpointed) -> None:
+    """Bring a run's state back.
+
+    Raises:
+        DamagedCheckpoint: the folder is incomplete or damaged.
+        ValueError: it is of another configuration; one line says which.
+    """
+    check_whole(folder)
+    try:
         training.load(load_file(folder / WEIGHTS), torch.load(folder / MOMENTS, weights_only=True))
-    except Exception as error:  # what the readers raise at a damaged file is of every kind
+    except Exception as error:  # what the readers raise is of every kind
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder} is not a whole checkpoint of this run: {reason}") from error
 

@@ -1,4 +1,4 @@
-"""The one collective of a step. LoRA gradients are small, so they travel as one flat bucket after the backward pass."""
+"""The collectives of a step. LoRA gradients are small, so they travel as one flat bucket after the backward pass."""
 
 from __future__ import annotations
 
@@ -25,3 +25,12 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
     flat /= world_size()
     for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))
+
+
+def most(value: int, device: torch.device | str = "cpu") -> int:
+    """The greatest of the workers' values, the same on all of them."""
+    if world_size() == 1:
+        return value
+    shared = torch.tensor([value], dtype=torch.int32, device=device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return int(shared.item())
