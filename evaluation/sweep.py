@@ -109,7 +109,6 @@ def _share(span: tuple[float, float], value: float) -> float:
 def measured(sweep: SweepConfig, trials: list[Trial], prompts: tuple[str, ...]) -> dict[str, Quality]:
     """Each run's last LoRA on `prompts`, all from the same x_T."""
     config = base_run(sweep)
-    assert config.measure is not None
     measure = config.measure.model_copy(update={"prompts": prompts})
     roles, _ = build_roles(config, "cpu")
     encoders = load_encoders(config.teacher)

@@ -13,8 +13,8 @@ class MeasureConfig(Strict):
     Not the loss: the weights of its parts change what it means.
     """
 
-    prompts: tuple[str, ...]
-    """What is sampled; x_T is a function of (seed, prompt)."""
+    prompts: tuple[str, ...] = ()
+    """What is sampled; x_T is a function of (seed, prompt). Without prompts nothing is measured."""
     steps: tuple[int, ...] = (1, 2, 4)
     """Sampling steps."""
     guidance: float = Field(default=3.0, ge=1)
@@ -35,10 +35,9 @@ class MeasureConfig(Strict):
     @field_validator("prompts")
     @classmethod
     def _enough(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(value)) != len(value) or len(value) < 2:
-            raise ValueError(
-                f"measure.prompts has {len(set(value))} distinct of {len(value)}: give at least 2, each once"
-            )
+        if len(set(value)) != len(value) or len(value) == 1:
+            found = f"{len(set(value))} distinct of {len(value)}"
+            raise ValueError(f"measure.prompts has {found}: none, or at least 2, each once")
         return value
 
     @field_validator("steps")

@@ -91,9 +91,9 @@ class SweepConfig(Strict):
 
     @model_validator(mode="after")
     def _fits(self) -> SweepConfig:
-        if self.base.measure is None:
+        if not self.base.measure.prompts:
             raise CombinationError(
-                "base.measure is not set: a sweep chooses by measured quality; give base.measure.prompts"
+                "base.measure.prompts is empty: a sweep chooses by measured quality; give at least 2"
             )
         if self.base.full_unet or type(self.base) is not TSCDConfig:
             raise CombinationError("base.full_unet=True: a sweep is over LoRA runs; set base.full_unet=False")

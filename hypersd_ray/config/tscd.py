@@ -264,8 +264,8 @@ class TSCDConfig(Strict):
     first_stage: str | None = None
     """LoRA that the first stage of another such run left, a .safetensors file in either layout, any fsspec URL: this run
     begins with its second stage from there."""
-    measure: MeasureConfig | None = None
-    """Quality that is measured at each stage's end, into the logs and quality.jsonl; None measures nothing."""
+    measure: MeasureConfig = MeasureConfig()
+    """Quality that is measured at each stage's end, into the logs and quality.jsonl."""
 
     @model_validator(mode="after")
     def _first_stage_fits(self) -> TSCDConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -71,26 +71,37 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Event files in the run's `tensorboard` folder; what an earlier process wrote past `step` is hidden."""
+    """Event files in the run's `tensorboard` folder; what an earlier process wrote past `step` is hidden.
+
+    While the folder cannot be written nothing is kept: metrics.jsonl has it.
+    """
 
     def __init__(self, folder: str, step: int):
+        self.folder, self.purge_step = f"{folder}/tensorboard", step + 1
+        self.writer: Any = None
+
+    def _write(self, action: Callable[[Any], object]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(f"{folder}/tensorboard", purge_step=step + 1)
+        try:
+            if self.writer is None:
+                self.writer = SummaryWriter(self.folder, purge_step=self.purge_step)
+            action(self.writer)
+        except OSError:  # of an earlier call too: a thread writes; a new writer has a new thread
+            self.writer = None
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+        self.purge_step = step
+        self._write(lambda writer: [writer.add_scalar(name, value, step) for name, value in values.items()])
 
     def picture(self, step: int, name: str, image: Tensor) -> None:
-        self.writer.add_image(name, image, step)
-        self.writer.flush()
+        self._write(lambda writer: (writer.add_image(name, image, step), writer.flush()))
 
     def flush(self) -> None:
-        self.writer.flush()
+        self._write(lambda writer: writer.flush())
 
     def close(self) -> None:
-        self.writer.close()
+        self._write(lambda writer: writer.close())
 
 
 class WeightsAndBiases:

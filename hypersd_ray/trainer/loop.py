@@ -254,8 +254,8 @@ class Worker:
 
     def _measure(self) -> dict[str, float]:
         """The stage's quality, where the run measures it: into the logs and the report of its end."""
-        measure = getattr(self.config, "measure", None)
-        if self.loggers is None or measure is None:
+        measure = getattr(self.config, "measure", None)  # not every kind has one
+        if self.loggers is None or measure is None or not measure.prompts:
             return {}
         self.clock.pause()
         if self.yardstick is None:

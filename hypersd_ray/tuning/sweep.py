@@ -29,8 +29,8 @@ from hypersd_ray.trainer.kinds.tscd import product
 from hypersd_ray.tuning.space import Point, applied, held, searched
 
 METRIC = "objective"
-ALMOST_NOTHING = {"CPU": 0.001}
-"""What a trial's own actor reserves: Ray Tune refuses nothing at all."""
+ALMOST_NOTHING = {"CPU": 0, "memory": 1}
+"""What a trial's own actor reserves, a byte: Ray Tune refuses nothing at all."""
 STATED = ("base", "space", "search", "scheduler", "reduction", "warm_start", "seed")
 """What a sweep that goes on must share with the one in its folder."""
 
@@ -67,7 +67,6 @@ def sweep_folder(sweep: SweepConfig) -> str:
 def _of_sweep(sweep: SweepConfig, config: TSCDConfig, part: str, name: str) -> TSCDConfig:
     """A run in the sweep's folder that shares latents and the teacher's end points with the others."""
     folder = sweep_folder(sweep)
-    assert config.measure is not None
     update: dict[str, Any] = {"run": config.run.model_copy(update={"out": f"{folder}/{part}", "name": name})}
     if config.data.cache == "disk" and config.data.cache_dir is None:
         update["data"] = config.data.model_copy(update={"cache_dir": f"{folder}/latents"})

@@ -35,7 +35,8 @@ def broken(trace: Path, faults: Mapping[int, Fault], rank: int = 0) -> Callable[
         import time
         from pathlib import Path
 
-        import ray
+        import ray.train.torch
+        import torch
 
         from hypersd_ray.data.stream import LatentStream
         from hypersd_ray.trainer import loop
@@ -60,6 +61,8 @@ def broken(trace: Path, faults: Mapping[int, Fault], rank: int = 0) -> Callable[
                 by_step[step](worker, step)
             return after_step(worker, metrics)
 
+        if not torch.cuda.is_available():  # where GPUs are pretended
+            ray.train.torch.get_device = lambda: torch.device("cpu")
         LatentStream.__next__ = remembered  # type: ignore[method-assign]
         loop.Worker._after_step = watched  # type: ignore[method-assign]
         loop.train_loop(arguments)

@@ -31,7 +31,7 @@ from tests.chaos.faults import (
 )
 from tests.trainer.helpers import folder_of, job, wait_for, write_config
 
-pytestmark = [pytest.mark.chaos, pytest.mark.cluster]
+pytestmark = [pytest.mark.chaos, pytest.mark.cluster, pytest.mark.timeout(1500)]
 
 
 def one_line(caught) -> str:
@@ -120,6 +120,7 @@ def test_shards_of_pictures_corrupt_and_vanishing(cluster, make, train_broken, s
     told = train_broken(config, {1: removing(gone)})
     rejects = (folder_of(config) / "rejects.jsonl").read_text()
     assert "truncated_shard" in rejects and names[0].name in rejects
+    assert "unreadable_shard" in rejects and gone.name in rejects
     assert sum(map(len, told.keys.values())) == 18 * 4
     assert told.restarts == 0
     record("corrupt shard, and one that vanishes mid-epoch (pictures)", "skipped and listed, finished", told)
@@ -186,7 +187,7 @@ def test_a_killed_driver_and_its_job_again(cluster, make, train_broken, assert_u
 def test_a_stopped_job_leaves_the_checkpoint_of_its_last_step(cluster, make, train_broken, assert_unchanged, tmp_path):
     """SIGTERM, as `ray job stop` sends: a checkpoint between two periodic ones, one line, and no step is made again."""
     config = make("stopped")
-    process, trace = drive(config, tmp_path, cluster, step=11, seconds=3)
+    process, trace = drive(config, tmp_path, cluster, step=11, seconds=3, every_step_s=0.4)
     wait_for(lambda: Path(f"{trace}.11").exists(), process=process)
     asked = time.monotonic()
     process.send_signal(signal.SIGTERM)

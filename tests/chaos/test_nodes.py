@@ -17,7 +17,7 @@ from tests.chaos.test_faults import drive
 from tests.jobs.conftest import ROOT
 from tests.trainer.helpers import folder_of, wait_for, write_config
 
-pytestmark = [pytest.mark.chaos, pytest.mark.cluster]
+pytestmark = [pytest.mark.chaos, pytest.mark.cluster, pytest.mark.timeout(1500)]
 
 
 def last_line(trace: Path) -> dict:
@@ -62,6 +62,20 @@ def test_a_notice_of_preemption(cluster, make, assert_unchanged, unbroken, tmp_p
     record(f"preemption notice, node gone {took:.0f} s after it", "checkpoint at the notice, same weights", told)
 
 
+GROW = """
+import functools, yaml
+from pathlib import Path
+from ray.train.torch import TorchConfig, TorchTrainer
+from hypersd_ray.config.cli import run_job
+from hypersd_ray.config.tscd import TSCDConfig
+from hypersd_ray.trainer import run
+from tests.chaos.faults import broken
+run.TorchTrainer = functools.partial(TorchTrainer, torch_config=TorchConfig(backend="gloo"))  # the GPUs are pretended
+run.train_loop = broken(Path({trace!r}), {{}})
+run_job(lambda: run.train(TSCDConfig.model_validate(yaml.safe_load(Path({config!r}).read_text()))) and 0)
+"""
+
+
 def test_a_cluster_grows_trains_and_shrinks(cluster, make, tmp_path):
     """2 workers with a "GPU" each on an empty cluster; and 3 where 2 is the most."""
     with growing(2, tmp_path) as empty:
@@ -72,9 +86,10 @@ def test_a_cluster_grows_trains_and_shrinks(cluster, make, tmp_path):
                 name, run={"workers": workers, "gpus_per_worker": 1, "cpus_per_worker": 1}, optim={"batch": 12}
             )
             write_config(config, tmp_path / f"{name}.yaml")
+            code = GROW.format(trace=str(tmp_path / f"{name}.trace"), config=str(tmp_path / f"{name}.yaml"))
             return subprocess.Popen(
-                [sys.executable, str(ROOT / "jobs/tscd.py"), "--config", str(tmp_path / f"{name}.yaml")],
-                env=empty.environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                [sys.executable, "-c", code], env=empty.environment, cwd=ROOT,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             )  # fmt: skip
 
         begun = time.monotonic()
@@ -82,18 +97,18 @@ def test_a_cluster_grows_trains_and_shrinks(cluster, make, tmp_path):
         said, _ = refused.communicate(timeout=300)
         told = said.strip().splitlines()[-1]
         assert refused.returncode == 2 and "Traceback" not in said, said
-        assert (
-            told.startswith("error: run.workers=3 ")
-            and "raise max_workers in the cluster's file, or lower run.workers" in told
-        )
+        assert told.startswith("error: run.workers=3 ")
+        assert told.endswith("raise max_workers in the cluster's file, or lower run.workers")
         record("3 GPU workers where the autoscaler may have 2", "stopped with one line", None, time.monotonic() - begun)
 
         begun = time.monotonic()
         process = start("grown", 2)
         assert until(lambda: empty.gpus() == 2, 300), "two nodes came"
         came = time.monotonic() - begun
-        said, _ = process.communicate(timeout=500)
+        said, _ = process.communicate(timeout=900)
         assert process.returncode == 0, said
+        lines = [json.loads(line) for line in (tmp_path / "grown.trace").read_text().splitlines()]
+        assert {line["world"] for line in lines} == {2} and len({line["node"] for line in lines}) == 2
         assert (folder_of(make("grown")) / "lora" / "tscd-k1.safetensors").exists()
         ended = time.monotonic()
         assert until(lambda: empty.gpus() == 0, 300), "and went"

@@ -64,7 +64,7 @@ def test_ranges_that_cannot_be(change, said):
 def test_a_sweep_needs_a_measure_and_other_prompts_to_confirm(sweep):
     values = sweep.model_dump()
     for change, said in (
-        ({"base": values["base"] | {"measure": None}}, "base.measure is not set"),
+        ({"base": values["base"] | {"measure": {}}}, "base.measure.prompts is empty"),
         ({"confirm": sweep.base.measure.prompts[:2]}, "share 2 prompts"),
         ({"base": values["base"] | {"full_unet": True}}, "set base.full_unet=False"),
     ):
