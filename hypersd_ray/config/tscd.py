@@ -220,6 +220,9 @@ class RunConfig(Strict):
     """Newest checkpoints kept."""
     max_failures: int = Field(default=3, ge=-1)
     """Worker failures a run survives by starting again from the last checkpoint; -1 is no limit."""
+    place_timeout_s: float = Field(default=45, gt=0)
+    """Where nodes come by need (RAY_AUTOSCALING): seconds without a place for the workers and without a node on its way,
+    after which the job ends."""
     storage_patience_s: float = Field(default=300, ge=0)
     """Seconds for which a checkpoint or product that cannot be written to `out` is tried again, before the run stops."""
     stop_patience_s: float = Field(default=60, ge=0)

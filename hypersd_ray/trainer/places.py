@@ -15,14 +15,12 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.tscd import RunConfig
 
-QUIET_S = 40.0
-"""Without a place and without a node on its way for so long, none will come."""
-
-
 @dataclass(frozen=True)
 class Autoscaler:
-    """What the cluster's autoscaler says: requests that no node type can ever meet, and nodes on their way."""
+    """What the cluster's autoscaler says: requests that its node types and limits can never meet, and nodes on their way.
+    `speaks` is whether there is one that says anything (v1 does not)."""
 
+    speaks: bool
     infeasible: int
     coming: int
 
@@ -34,10 +32,10 @@ def autoscaler() -> Autoscaler:
     reply.ParseFromString(client.get_cluster_status())
     state = reply.autoscaling_state
     coming = sum(request.count for request in state.pending_instance_requests) + len(state.pending_instances)
-    return Autoscaler(len(state.infeasible_gang_resource_requests), coming)
+    return Autoscaler(state.autoscaler_state_version > 0, len(state.infeasible_gang_resource_requests), coming)
 
 
-def await_places(run: RunConfig, quiet_s: float = QUIET_S) -> None:
+def await_places(run: RunConfig) -> None:
     """Ask for all of the run's workers at once, and give the places back to them once they are there.
 
     Raises:
@@ -52,7 +50,10 @@ def await_places(run: RunConfig, quiet_s: float = QUIET_S) -> None:
             now = autoscaler()
             if now.coming:
                 quiet_since = time.monotonic()
-            if now.infeasible or time.monotonic() - quiet_since > quiet_s:
+            quiet = time.monotonic() - quiet_since > run.place_timeout_s
+            if quiet and not now.speaks:
+                return  # nobody knows whether nodes come: Ray Train waits for them
+            if now.infeasible or quiet:
                 raise ConfigError(_why(run, bundle, now, time.monotonic() - begun))
     finally:
         remove_placement_group(group)
@@ -71,4 +72,5 @@ def _why(run: RunConfig, bundle: dict[str, float], now: Autoscaler, waited: floa
     return (
         f"run.workers={run.workers} with run.cpus_per_worker={run.cpus_per_worker:g} and run.gpus_per_worker="
         f"{run.gpus_per_worker:g} need {wanted}, and {why}: raise max_workers in the cluster's file, or lower run.workers"
+        + ("" if now.infeasible else f" (or raise run.place_timeout_s={run.place_timeout_s:g} where nodes are scarce)")
     )
