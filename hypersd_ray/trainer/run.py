@@ -52,9 +52,11 @@ class Result:
 
 def connect() -> None:
     """Join the cluster that RAY_ADDRESS or `ray job submit` names; else start one on this machine."""
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+    # Ray Train gives workers 60 s to start and then begins anew: on a busy machine PyTorch alone takes longer to import.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
     if ray.is_initialized():
         return
-    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     if "RAY_ADDRESS" not in os.environ:
         # On one's own machine the bar says what there is to say; what the processes print is in Ray's session logs, and
         # what fails comes back as an exception. Level "fatal" is for warnings of Ray's C++ side about its own actors.

@@ -99,7 +99,6 @@ class _StageEnds(TuneReportCallback):
 
 def run_trial(point: dict[str, float], values: dict[str, Any]) -> None:
     """Ray Tune's function trainable; `values` are the sweep's. A trial that was killed goes on where its run stands."""
-    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     sweep = SweepConfig.model_validate(values)
     config = trial_run(sweep, point, f"trial-{tune.get_context().get_trial_id()}")
     for record in keeping.read_quality(storage.run_folder(config.run)):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from pathlib import Path
 
 import pytest
 
@@ -67,3 +69,16 @@ def test_wrong_rates_are_one_line(given, said):
 def test_an_unknown_step_is_asked_for():
     with pytest.raises(ConfigError, match="give --plan seconds_per_image"):
         plan(RECIPES["tiny"]())
+
+
+def test_the_job_prints_it_and_trains_nothing(monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("tscd_job", Path(__file__).parents[2] / "jobs" / "tscd.py")
+    job = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(job)
+    given = ["tiny", "--plan", "storage=2", "seconds_per_image=0.01", "--optim.batch", "64"]
+    assert job.split_plan(given) == (["tiny", "--optim.batch", "64"], ["storage=2", "seconds_per_image=0.01"])
+    assert job.split_plan(["tiny"]) == (["tiny"], None)
+    monkeypatch.setattr("sys.argv", ["tscd.py", *given])
+    job.main()
+    said = capsys.readouterr().out
+    assert "storage=2" in said and "| 256 | " in said and "limit" in said
