@@ -7,9 +7,7 @@ between would lose it, and it does not know a damaged one.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +66,9 @@ def resume(
             with storage.local_folder(path) as local:
                 load_checkpoint(local, state)
                 position = load_position(local, rank, world) or {}
-        except (DamagedCheckpoint, OSError) as caught:
+        except Exception as caught:
+            if not isinstance(caught, DamagedCheckpoint) and not storage.is_trouble(caught):
+                raise
             error = str(caught)
         if not most(int(bool(error)), device):
             return Found(path, position, tuple(damaged))
@@ -95,9 +95,9 @@ def uploader(folder: str, patience_s: float) -> Callable[[ray.train.Checkpoint, 
             try:
                 for path in files:
                     storage.put(path, f"{target}/{path.name}")
-            except OSError:
+            except Exception:
                 for path in files:  # on a full disk half a file is in the way
-                    with suppress(OSError):
+                    with storage.tolerant():
                         storage.remove(f"{target}/{path.name}")
                 raise
 
@@ -110,10 +110,8 @@ def uploader(folder: str, patience_s: float) -> Callable[[ray.train.Checkpoint, 
 def prune(folder: str, keep: int) -> None:
     """Remove what Ray Train does not know of, since it was killed before it heard: it keeps `keep`, and two on the way."""
     for name in names(folder)[keep + 2 :]:
-        try:
+        with storage.tolerant():
             storage.remove(f"{folder}/{name}")
-        except OSError as error:
-            print(f"{folder}/{name} cannot be removed: {error}", file=sys.stderr)
 
 
 QUALITY = "quality.jsonl"

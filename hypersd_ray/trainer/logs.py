@@ -6,7 +6,6 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -54,7 +53,7 @@ class JsonLines:
         # JSON has no NaN
         numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self.unwritten.append(json.dumps({"step": step} | numbers) + "\n")
-        with suppress(OSError), self.local.open("a") as file:  # a log does not end a run: with the next line, then
+        with storage.tolerant(), self.local.open("a") as file:  # a log does not end a run: with the next line, then
             file.write("".join(self.unwritten))
             self.unwritten.clear()
 
@@ -63,7 +62,7 @@ class JsonLines:
 
     def flush(self) -> None:
         if self.remote and self.local.exists():
-            with suppress(OSError):
+            with storage.tolerant():
                 storage.put(self.local, self.path)
 
     def close(self) -> None:
@@ -83,12 +82,14 @@ class TensorBoard:
     def _write(self, action: Callable[[Any], object]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        try:
-            if self.writer is None:
-                self.writer = SummaryWriter(self.folder, purge_step=self.purge_step)
-            action(self.writer)
-        except OSError:  # of an earlier call too: a thread writes; a new writer has a new thread
-            self.writer = None
+        writer, self.writer = (
+            self.writer,
+            None,
+        )  # a writer that failed, now or in its own thread before, is not used again
+        with storage.tolerant():
+            writer = writer or SummaryWriter(self.folder, purge_step=self.purge_step)
+            action(writer)
+            self.writer = writer
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self.purge_step = step

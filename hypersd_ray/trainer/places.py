@@ -15,6 +15,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.tscd import RunConfig
 
+
 @dataclass(frozen=True)
 class Autoscaler:
     """What the cluster's autoscaler says: requests that its node types and limits can never meet, and nodes on their way.

@@ -69,6 +69,25 @@ def put(local: Path, path: str) -> None:
     fs.put(str(local), plain, recursive=local.is_dir())
 
 
+CLIENTS = frozenset({"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs", "urllib3"})
+"""Packages behind fsspec URLs; what they raise when a server is away is not always an OSError."""
+
+
+def is_trouble(error: BaseException) -> bool:
+    """Whether storage, and not our own code, is at fault."""
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in CLIENTS
+
+
+@contextmanager
+def tolerant() -> Iterator[None]:
+    """What storage refuses within the block is let go."""
+    try:
+        yield
+    except Exception as error:
+        if not is_trouble(error):
+            raise
+
+
 def patiently(action: Callable[[], None], what: str, patience_s: float) -> None:
     """`action`, again and again while storage refuses it; says so at the first refusal and when it is over.
 
@@ -79,7 +98,9 @@ def patiently(action: Callable[[], None], what: str, patience_s: float) -> None:
     while True:
         try:
             action()
-        except OSError as error:  # fsspec's and pyarrow's are; botocore's are wrapped by s3fs
+        except Exception as error:
+            if not is_trouble(error):
+                raise
             waited, reason = time.monotonic() - begun, " ".join(str(error).split())[:200]
             if waited >= patience_s:
                 raise StorageError(

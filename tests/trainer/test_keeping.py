@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 import time
@@ -146,6 +147,46 @@ def test_storage_that_does_not_come_back(tmp_path):
     ) as caught:
         storage.patiently(lambda: storage.put(tmp_path / "made", f"{tmp_path}/run/x"), f"{tmp_path}/run/x", 1)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_storages_fault():
+    class EndpointConnectionError(Exception):
+        pass
+
+    EndpointConnectionError.__module__ = "botocore.exceptions"
+    assert storage.is_trouble(EndpointConnectionError()) and storage.is_trouble(TimeoutError())
+    assert not storage.is_trouble(KeyError("x"))
+    with storage.tolerant():
+        raise EndpointConnectionError
+    with pytest.raises(KeyError), storage.tolerant():
+        raise KeyError("x")
+
+
+def test_logs_survive_a_folder_that_is_away(tmp_path):
+    """Lines wait for it; TensorBoard goes on with what comes after."""
+    from hypersd_ray.trainer.logs import JsonLines, TensorBoard
+
+    run, aside = tmp_path / "run", tmp_path / "aside"
+    run.mkdir()
+    lines, board = JsonLines(str(run)), TensorBoard(str(run), 0)
+    for step in range(1, 7):
+        if step == 3:
+            run.rename(aside)
+            run.write_text("")
+        if step == 5:
+            run.unlink()
+            aside.rename(run)
+        for logger in (lines, board):
+            logger.scalars(step, {"loss": float(step)})
+            logger.flush()
+    board.close()
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    found = [e.step for e in events.Scalars("loss")]
+    assert {1, 2, 6} <= set(found)
 
 
 def test_a_run_from_anothers_first_stage_is_that_run_after_it(make_micro, tmp_path):
