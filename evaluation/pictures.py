@@ -39,7 +39,7 @@ def sample_rows(
     config: TSCDConfig, lora: Path | None, prompts: Sequence[str], omega: float, device: str = "cpu"
 ) -> dict[str, torch.Tensor]:
     """Pictures uint8 (B, 3, H, W) of teacher and student from the same noise, by row name ("teacher 4", "student 1", ...)."""
-    roles, null = build_roles(config, device)
+    roles, null = build_roles(config, torch.device(device))
     if lora is not None:
         roles.load(STUDENT, read_lora(lora)[0])
     encoders = load_encoders(config.teacher, device=device)

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 
 import torch
 import tyro
-from diffusers import DDIMScheduler, DiffusionPipeline, TCDScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, TCDScheduler
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -61,6 +61,10 @@ class QualityConfig(Strict):
     pipeline with load_lora_weights as a user would; "edges" this project's own sampler on the training edges."""
     eta: float = Field(default=0.0, ge=0, le=1)
     """TCD's gamma: how much noise each step puts back."""
+    start: int | None = Field(default=None, ge=0, le=999)
+    """The network's input in a single step, set by hand for all LoRAs; None is what a LoRA's file names (800 where it was
+    made for that alone, and then no other number of steps gets a row), else the sampler's own 999. A step from a named
+    input is diffusers' LCMScheduler(timesteps=[start]), or "edges"."""
     prompts: int = Field(default=512, ge=2)
     """How many prompts: the first distinct ones."""
     prompts_file: Path | None = None
@@ -83,13 +87,15 @@ class QualityConfig(Strict):
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. `versus_teacher`: distance minus the teacher's at as many steps, prompt by prompt."""
+    """One line of the table. `versus_teacher`: distance minus the teacher's at as many steps, prompt by prompt;
+    `inputs`: the network's, where the sampler's own are not used."""
 
     model: str
     steps: int
     distance: Interval
     sharpness: Interval
     versus_teacher: Interval | None = None
+    inputs: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -155,6 +161,10 @@ def check_sampling(config: QualityConfig) -> None:
         raise ValueError(
             f"--steps {config.steps}: at least one, each within 1..{limit} with --sampler {config.sampler}"
         )
+    if config.start is not None and 1 not in config.steps:
+        raise ValueError(
+            f"--start {config.start} with --steps {config.steps}: it is for a single step; add 1 to --steps"
+        )
     if config.eta > 0 and config.sampler == "ddim":
         raise ValueError(f"--eta {config.eta} with --sampler ddim, whose eta is another thing: use tcd, or eta 0")
 
@@ -194,6 +204,18 @@ class Subject:
         )  # fmt: skip
         self.roles = _AsLoaded(pipe.unet.eval(), self.info.schedule, self.info.parameterization)
         self.shape = (pipe.unet.config.in_channels, *[pipe.unet.config.sample_size] * 2)
+        self.named: tuple[int, ...] = ()
+
+    def inputs(self, steps: int) -> tuple[int, ...]:
+        """What the network is told in the steps of the LoRA that is loaded; () leaves it to the sampler."""
+        start = self.config.start
+        if start is not None and steps == 1:
+            return (start,)
+        return self.named if len(self.named) == steps else ()
+
+    def can(self, steps: int) -> bool:
+        """Whether the LoRA that is loaded samples in that many steps: one made for certain inputs has no others."""
+        return not self.named or bool(self.inputs(steps))
 
     def _chunks(self, sample: Callable[[list[str], Tensor, Conditioning], Tensor]) -> Tensor:
         """`sample` over all prompts in batches, on the CPU."""
@@ -224,26 +246,34 @@ class Subject:
 
     def student(self, steps: int, sampler: str) -> Tensor:
         """Latents (P, C, h, w) of the pipeline as it is now (with the LoRA that is loaded), without guidance."""
-        eta, seed = self.config.eta, self.config.seed
+        eta, seed, inputs = self.config.eta, self.config.seed, self.inputs(steps)
+        if sampler == "edges" and inputs:
+            # Several steps to clean data have all noise put back between them; after the last none is.
+            how = samples.Sampling(steps, (*(t + 1 for t in inputs), 0), eta=1.0 if steps > 1 else 0.0)
+            return self._chunks(lambda _, x_T, cond: samples.student_samples(self.roles, TEACHER, x_T, cond, how, seed))
         if sampler == "edges":
             return self._chunks(
-                lambda _, x_T, cond: samples.student_samples(
-                    self.roles, TEACHER, x_T, cond, samples.Sampling(steps, eta=eta), seed
+                lambda chunk, x_T, cond: samples.student_samples(
+                    self.roles, TEACHER, x_T, cond, samples.Sampling(steps, eta=eta), seed, chunk
                 )
             )
         config = self.pipe.scheduler.config
-        if sampler == "tcd":
+        if inputs:
+            self.pipe.scheduler = LCMScheduler.from_config(config)
+        elif sampler == "tcd":
             self.pipe.scheduler = TCDScheduler.from_config(config, original_inference_steps=TCD_GRID)
         else:
             # Latents are not confined to [-1, 1]; released configs say so too, but DDIM's own default clips.
             self.pipe.scheduler = DDIMScheduler.from_config(config, timestep_spacing="trailing", clip_sample=False)
 
+        told: dict[str, Any] = {"timesteps": list(inputs)} if inputs else {"eta": eta}
+
         def sample(chunk: list[str], x_T: Tensor, _: Conditioning) -> Tensor:
             # One generator a prompt: its noise does not depend on the batch it is in.
             generators = [generator_of(seed, "eta", prompt) for prompt in chunk]
             return self.pipe(
-                prompt=chunk, latents=x_T, num_inference_steps=steps, guidance_scale=0.0, eta=eta,
-                generator=generators, output_type="latent",
+                prompt=chunk, latents=x_T, num_inference_steps=steps, guidance_scale=0.0,
+                generator=generators, output_type="latent", **told,
             ).images  # fmt: skip
 
         return self._chunks(sample)
@@ -251,6 +281,8 @@ class Subject:
     def load_lora(self, path: Path) -> None:
         """As a user does; the LoRA before it goes. Raises ValueError when it is not of this base."""
         self.pipe.unload_lora_weights()
+        metadata = read_lora(path)[1]
+        self.named = () if metadata is None else metadata.timesteps
         try:
             self.pipe.load_lora_weights(str(path))
         except (RuntimeError, ValueError, KeyError) as error:
@@ -319,16 +351,22 @@ def evaluate(config: QualityConfig, log: Callable[[str], None] = lambda _: None)
         else:
             versus = paired_difference(distance, teacher[steps], seed=config.seed)
         sharpness = bootstrap_interval(subject.gradient_norms(latents) / sharp, seed=config.seed)
-        report.rows.append(Row(model, steps, bootstrap_interval(distance, seed=config.seed), sharpness, versus))
-        log(f"{model}, {steps} steps: distance {report.rows[-1].distance.mean:.4f}")
+        inputs = () if model == "teacher" else subject.inputs(steps)
+        report.rows.append(Row(model, steps, bootstrap_interval(distance, seed=config.seed), sharpness, versus, inputs))
+        log(f"{name_of(report.rows[-1])}, {steps} steps: distance {report.rows[-1].distance.mean:.4f}")
 
     for steps in config.steps:
         add("teacher", steps, subject.teacher(steps))
     for name, lora in loras.items():
         subject.load_lora(Path(lora["path"]))
-        for steps in config.steps:
+        for steps in filter(subject.can, config.steps):
             add(name, steps, subject.student(steps, config.sampler))
     return report
+
+
+def name_of(row: Row) -> str:
+    """The model, and the network's inputs where they are not the sampler's own."""
+    return f"{row.model} from {', '.join(map(str, row.inputs))}" if row.inputs else row.model
 
 
 def table(report: Report) -> str:
@@ -340,7 +378,7 @@ def table(report: Report) -> str:
     lines = ["| model | steps | distance | minus teacher's at as many steps | sharpness |", "|---|---:|---:|---:|---:|"]
     for row in report.rows:
         numbers = [cell(row.distance), cell(row.versus_teacher), f"{row.sharpness.mean:.3f}"]
-        lines.append(f"| {row.model} | {row.steps} | {' | '.join(numbers)} |")
+        lines.append(f"| {name_of(row)} | {row.steps} | {' | '.join(numbers)} |")
     s = report.settings
     lines += [
         "",

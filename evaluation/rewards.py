@@ -95,15 +95,24 @@ class Report:
     rows: list[Row] = field(default_factory=list)
 
 
-def named_labels(config: RewardsConfig, prompts: Sequence[str]) -> list[list[int]]:
-    """The classes that each prompt names, from the annotated picture whose caption it is."""
-    annotations = CocoAnnotations(config.annotations)
-    captions = {a["image_id"]: a["caption"] for a in json.loads(config.captions.read_text())["annotations"]}
+def named_objects(annotations_file: Path, captions_file: Path, prompts: Sequence[str]) -> list[list[int]]:
+    """The classes that each prompt names, from the annotated picture whose caption it is; none for another prompt."""
+    annotations = CocoAnnotations(annotations_file)
+    found = json.loads(captions_file.read_text())["annotations"]
+    captions: dict[int, list[str]] = {}
+    for a in found:  # real COCO has five a picture
+        captions.setdefault(a["image_id"], []).append(" ".join(a["caption"].split()))
     labels: dict[str, list[int]] = {}
     for image in annotations.images.values():
         rows = annotations.by_image.get(image["id"], [])
-        labels.setdefault(captions.get(image["id"], ""), [annotations.label_of[r["category_id"]] for r in rows])
-    return [labels.get(prompt, []) for prompt in prompts]
+        for caption in captions.get(image["id"], ()):
+            labels.setdefault(caption, [annotations.label_of[r["category_id"]] for r in rows])
+    return [labels.get(" ".join(prompt.split()), []) for prompt in prompts]
+
+
+def named_labels(config: RewardsConfig, prompts: Sequence[str]) -> list[list[int]]:
+    """`named_objects` of the configuration's files."""
+    return named_objects(config.annotations, config.captions, prompts)
 
 
 class Judges:
@@ -149,7 +158,7 @@ def evaluate(config: RewardsConfig, log: Callable[[str], None] = lambda _: None)
     seed = config.sampling.seed
     for name, lora in loras.items():
         subject.load_lora(Path(lora["path"]))
-        for steps in config.sampling.steps:
+        for steps in filter(subject.can, config.sampling.steps):
             latents = subject.student(steps, config.sampling.sampler)
             pictures = torch.cat([subject.encoders.decode(z) for z in latents.split(config.sampling.batch)]) / 255.0
             rewards, objects = judges(pictures)

@@ -110,7 +110,7 @@ def measured(sweep: SweepConfig, trials: list[Trial], prompts: tuple[str, ...]) 
     """Each run's last LoRA on `prompts`, all from the same x_T."""
     config = base_run(sweep)
     measure = config.measure.model_copy(update={"prompts": prompts})
-    roles, _ = build_roles(config, "cpu")
+    roles, _ = build_roles(config, torch.device("cpu"))
     encoders = load_encoders(config.teacher)
     side = float(config.data.resolution)
     time_ids = torch.tensor([[side, side, 0, 0, side, side]]) if encoders.is_sdxl else None

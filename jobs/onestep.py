@@ -4,6 +4,8 @@ Or make a few-step model of the base by score distillation (Turbo, DMD).
 python jobs/onestep.py tiny --init runs/tiny-minutes/lora/tscd-k1.safetensors                  # minutes on a CPU
 python jobs/onestep.py tiny --mode dedicated --init runs/tiny-minutes/lora/tscd-k1.safetensors
 python jobs/onestep.py sd15 --teacher PATH --init LORA --data.shards 's3://...'
+python jobs/onestep.py tiny --init LORA --full-unet --zero.stage 2 --run.workers 2              # DeepSpeed ZeRO
+python jobs/onestep.py sdxl --full-unet --plan --gpus 8 --gpu-memory 80                         # what a GPU would hold
 python jobs/onestep.py few-tiny --method turbo
 python jobs/onestep.py few-sd15 --method dmd --teacher PATH --data.shards 's3://...'
 ray job submit --working-dir . -- python jobs/onestep.py tiny --init LORA                       # on a cluster
@@ -11,25 +13,72 @@ ray job submit --working-dir . -- python jobs/onestep.py tiny --init LORA       
 
 from __future__ import annotations
 
+import inspect
 import sys
 import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
 
-from hypersd_ray.config.cli import parse, run_job
+from hypersd_ray.config.base import ConfigError
+from hypersd_ray.config.cli import Parser, parse, run_job
 from hypersd_ray.config.onestep import OneStepConfig
 from hypersd_ray.recipes import ONESTEP_RECIPES
 
 
 def main() -> None:
-    """Train, draw, and say where everything is."""
+    """Train, draw, and say where everything is; with --plan only say what a GPU would hold."""
+    if "--plan" in sys.argv[1:]:
+        print_plan(sys.argv[1:])
+        return
     config = parse(ONESTEP_RECIPES, OneStepConfig, __doc__)
     from hypersd_ray.trainer import run  # Ray and torch come after the configuration is known to be right
 
     result = run.train(config)
     pictures = draw(config, result.folder)
     report(config, result, pictures)
+
+
+def print_plan(arguments: list[str]) -> None:
+    """The memory plan of the run that `arguments` ask for. Teacher and LoRA may be left out where a recipe's name says
+    the family: no weight is read, and no cluster asked for."""
+    parser = Parser(__doc__)
+    parser.add_argument("--plan", action="store_true")
+    parser.add_argument("--gpus", type=int, help="how many, one a worker; without it run.workers")
+    parser.add_argument("--gpu-memory", type=float, default=80.0, help="GB of each")
+    how, rest = parser.parse_known_args(arguments)
+    if how.gpu_memory <= 0 or (how.gpus is not None and how.gpus < 1):
+        raise ConfigError(f"--gpus {how.gpus} --gpu-memory {how.gpu_memory:g}: both must be above 0")
+    rest += [] if how.gpus is None else ["--run.workers", str(how.gpus)]
+    with tempfile.TemporaryDirectory() as folder:
+        config = parse(ONESTEP_RECIPES, OneStepConfig, __doc__ or "", rest + stand_ins(rest, Path(folder)))
+        if not config.full_unet:
+            raise ConfigError(
+                "--plan without --full-unet: a LoRA's moments are small, it needs no ZeRO; add --full-unet"
+            )
+        from hypersd_ray.training.memory_report import model_of, report
+
+        print(report(config, model_of(config), how.gpu_memory))
+
+
+def stand_ins(arguments: list[str], folder: Path) -> list[str]:
+    """Options for what a recipe asks for and a plan does not: the shape of the family's UNet, a LoRA without numbers."""
+    recipe = next((argument for argument in arguments if argument in ONESTEP_RECIPES), None)
+    if recipe is None:
+        return []
+    given = {argument.partition("=")[0] for argument in arguments}
+    parameters = inspect.signature(ONESTEP_RECIPES[recipe]).parameters
+    wanted = [name for name in ("teacher", "init") if name in parameters and f"--{name}" not in given]
+    options = []
+    if "teacher" in wanted:
+        from hypersd_ray.models.shapes import write_shape
+
+        write_shape(folder, "sdxl" if "sdxl" in recipe else "sd")
+        options += ["--teacher", str(folder)]
+    if "init" in wanted:
+        (folder / "lora.safetensors").touch()
+        options += ["--init", str(folder / "lora.safetensors")]
+    return options
 
 
 def draw(config: OneStepConfig, folder: str) -> list[str]:

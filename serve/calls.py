@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
@@ -60,7 +60,7 @@ class Calls:
             response.cancel()  # the client has gone or the time is up: out of the queue
             raise
 
-    async def events(self, work: Work) -> AsyncIterator[Preview | Picture]:
+    async def events(self, work: Work) -> AsyncGenerator[Preview | Picture, None]:
         """Previews as they come, and the images.
 
         Raises:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ logger = logging.getLogger("ray.serve")
 class Denoiser:
     """One replica: one engine, one batch at a time."""
 
-    async def __init__(self, settings: Settings, catalog: Catalog):
+    async def __init__(self, settings: Settings, catalog: Catalog):  # type: ignore[misc]  # Serve awaits it
         transformers.utils.logging.disable_progress_bar()  # bars of a replica end up in other people's consoles
         self.settings, self.catalog = settings, catalog
         self.engine = Engine(settings.model, catalog)
@@ -91,9 +92,16 @@ class Denoiser:
             return
         events: asyncio.Queue[Preview | Picture | BaseException] = asyncio.Queue()
         tickets = self._tickets(work)
+
+        def shown(i: int, step: int, pixels: np.ndarray) -> None:
+            events.put_nowait(Preview(i, step, pixels))
+
+        def made(i: int, future: asyncio.Future[Picture]) -> None:
+            events.put_nowait(self._outcome(i, future, tokens))
+
         for i, ticket in enumerate(tickets):
-            ticket.on_preview = lambda step, pixels, i=i: events.put_nowait(Preview(i, step, pixels))
-            ticket.future.add_done_callback(lambda future, i=i: events.put_nowait(self._outcome(i, future, tokens)))
+            ticket.on_preview = partial(shown, i)
+            ticket.future.add_done_callback(partial(made, i))
         try:
             await self._enter(tickets)
             left = len(tickets)

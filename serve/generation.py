@@ -131,14 +131,13 @@ class Generation:
 
     async def _event(self, asked: Asked, event: Preview | Picture, watch: _Watch) -> str:
         await self.guard.check_images([event.pixels], watch)
-        final = isinstance(event, Picture)
         file = await asyncio.to_thread(self._file, asked, event)
         content = {
             "b64_json": base64.b64encode(file).decode(), "created_at": int(time.time()), "background": "opaque",
             "output_format": asked.output_format, "quality": "high", "index": event.index,
             "seed": asked.seed + event.index, **self._echo(asked, plain=True),
         }  # fmt: skip
-        if not final:
+        if isinstance(event, Preview):
             place = asked.show_after().index(event.step)
             content |= {"partial_image_index": place, "step": event.step}
             return _sse("image_generation.partial_image", content)

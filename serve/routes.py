@@ -129,7 +129,7 @@ def _add_images(app: FastAPI, generation: Generation, links: Links, guarded: lis
 
 def models_of(settings: Settings, catalog: Catalog) -> list[ModelObject]:
     """The base with its default LoRA, every LoRA on it, and the bare base."""
-    common = {
+    common: dict[str, Any] = {
         "created": catalog.created, "sizes": list(catalog.sizes), "controls": list(catalog.controlnets),
         "max_images": settings.limits.images, "max_steps": settings.limits.steps,
         "default_steps": settings.model.default_steps, "examples": list(catalog.examples),

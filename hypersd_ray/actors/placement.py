@@ -46,6 +46,8 @@ def start_evaluators(
 
 def _start(model: RewardConfig | PerceptionConfig, placement: PlacementConfig, name: str) -> ray.actor.ActorHandle:
     options: dict[str, Any] = {"label_selector": placement.label_selector} if placement.label_selector else {}
+    if isinstance(model, RewardConfig) and model.python:
+        options["runtime_env"] = {"py_executable": model.python}
     return EvaluatorActor.options(  # type: ignore[attr-defined]
         name=name,
         get_if_exists=True,

@@ -23,7 +23,7 @@ from hypersd_ray.config.base import CombinationError, ConfigError, RunError
 Config = TypeVar("Config", bound=pydantic.BaseModel)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """One that raises what it has to complain of."""
 
     def __init__(self, description: str | None = None):
@@ -49,7 +49,7 @@ def parse(
         SystemExit: 0 after --help.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _Parser(description)
+    parser = Parser(description)
     parser.add_argument("recipe", nargs="?", help=f"one of {', '.join(recipes)}; its options: RECIPE --help")
     parser.add_argument("--config", metavar="FILE", help="a config.yaml that a run left, in place of a recipe")
     known, rest = parser.parse_known_args(arguments)
@@ -159,7 +159,7 @@ def _from_file(kind: type[Config], path: Path) -> Config:
 
 
 def _from_recipe(recipe: Callable[..., Config], rest: list[str], description: str) -> tuple[Config, list[str]]:
-    parser = _Parser(description)
+    parser = Parser(description)
     signature = inspect.signature(recipe, eval_str=True)
     for name, parameter in signature.parameters.items():
         if parameter.annotation is bool:

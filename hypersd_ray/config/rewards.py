@@ -8,14 +8,16 @@ from pydantic import Field
 
 from hypersd_ray.config.base import Strict
 
-RewardName = Literal["aesthetic_v1", "aesthetic_v2", "image_reward", "clip_score", "pick_score", "hps_v21"]
+RewardName = Literal[
+    "aesthetic_v1", "aesthetic_v2", "image_reward", "image_reward_package", "clip_score", "pick_score", "hps_v21"
+]
 
 
 class RewardConfig(Strict):
     """One reward model r_d of Eq. 15."""
 
     name: RewardName
-    """Which class: LAION's aesthetic predictors, ImageReward, CLIP score, PickScore, HPS v2.1."""
+    """Which class: LAION's aesthetic predictors, ImageReward (or its authors' package), CLIP score, PickScore, HPS v2.1."""
     checkpoint: str
     """Its weights: the published file, or a folder that says its own sizes."""
     tower: str = ""
@@ -23,7 +25,9 @@ class RewardConfig(Strict):
     architecture: str = ""
     """open_clip's name of the CLIP; empty takes the published one. A folder says itself."""
     tokenizer: str = ""
-    """image_reward: bert-base-uncased's vocab.txt; a folder has its own."""
+    """image_reward*: bert-base-uncased's vocab.txt; a folder has its own."""
+    python: str = ""
+    """Interpreter of the actor, at this path on every node: image_reward_package's own (jobs/image_reward_env.py)."""
     role: Literal["train", "watch"] = "train"
     """"train": its hinge is in the loss; "watch": held out, only measured, to catch reward hacking."""
     alpha: float = 2.0

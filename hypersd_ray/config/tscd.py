@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from hypersd_ray.config.base import CombinationError, Strict
 from hypersd_ray.config.data import DataConfig
 from hypersd_ray.config.measure import MeasureConfig
+from hypersd_ray.config.zero import ZeroConfig
 from hypersd_ray.diffusion.segments import StartRule, TEndRule, check_grid
 from hypersd_ray.losses.adversarial import AdversarialKind
 from hypersd_ray.losses.schedule import LossWeights, loss_weights
@@ -260,6 +261,8 @@ class TSCDConfig(Strict):
     """The student's adapter."""
     full_unet: bool = False
     """Train a full copy of the UNet in place of a LoRA."""
+    zero: ZeroConfig = ZeroConfig()
+    """How the full UNet's training is shared out over the workers."""
     optim: OptimConfig = OptimConfig()
     """The optimiser."""
     run: RunConfig = RunConfig()
@@ -300,6 +303,15 @@ class TSCDConfig(Strict):
             raise CombinationError(
                 f"adversarial.adv_end={self.adversarial.adv_end} with distill.path='straight': there the loss compares "
                 "velocities, which no discriminator judges; set adversarial.adv_end=0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _zero_has_something_to_share(self) -> TSCDConfig:
+        if self.zero.stage and not self.full_unet:
+            raise CombinationError(
+                f"zero.stage={self.zero.stage} without full_unet: a LoRA's moments are small, it needs no ZeRO; "
+                "leave zero.stage out or set full_unet"
             )
         return self
 

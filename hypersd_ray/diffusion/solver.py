@@ -59,14 +59,14 @@ def consistency_sample(
     x_T: Tensor,
     steps: int,
     eta: float = 0.0,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     times: Sequence[int] | None = None,
 ) -> Tensor:
     """Few-step sampling from x_T (B, ...) at times[0] to times[-1]; one network call a step.
 
     times: steps + 1 falling times; by default the training edges T, ..., round(T/steps), 0. eta in [0, 1] is TCD's
     gamma: each step goes on to t' = floor((1 - eta) t_next) and noises back up to t_next. eta = 0 is deterministic
-    DDIM on the edges. Ends at t = 0 (alpha = 1), where diffusers' TCDScheduler ends at our t = 1. Raises ValueError for
+    DDIM on the edges. generator: one for the batch, or one a sample, whose noise is then its own in any batch. Ends at t = 0 (alpha = 1), where diffusers' TCDScheduler ends at our t = 1. Raises ValueError for
     eta outside [0, 1], eta > 0 without a generator, times that do not fall or are not steps + 1. Paper: Sec. 3.3.
     """
     if not 0 <= eta <= 1:
@@ -83,9 +83,19 @@ def consistency_sample(
         t_low = math.floor((1 - eta) * t_next + 1e-9)
         x = ddim_step(schedule, denoiser, x, _full(x, t), _full(x, t_low))
         if generator is not None and t_low < t_next:
-            noise = torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype).to(x.device)
+            noise = _noise_like(x, generator)
             x = renoise(schedule, x, _full(x, t_low), _full(x, t_next), noise)
     return x
+
+
+def _noise_like(x: Tensor, generator: torch.Generator | Sequence[torch.Generator]) -> Tensor:
+    """Drawn where each generator is."""
+    if isinstance(generator, torch.Generator):
+        return torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype).to(x.device)
+    if len(generator) != len(x):
+        raise ValueError(f"{len(generator)} generators for {len(x)} samples: one each, or one for all")
+    drawn = [torch.randn(x.shape[1:], generator=g, device=g.device, dtype=x.dtype) for g in generator]
+    return torch.stack(drawn).to(x.device)
 
 
 def _full(x: Tensor, t: int) -> Tensor:

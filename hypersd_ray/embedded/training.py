@@ -92,6 +92,7 @@ def train(
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay)
     lengths = (steps,) if isinstance(steps, int) else tuple(steps)
     schedule, steps = Cycles(optimizer, lengths, lr), sum(lengths)
+    out.mkdir(parents=True, exist_ok=True)
     first, path = 0, out / f"{name}_state.pt"
     if path.exists():
         state = torch.load(path, weights_only=True)

@@ -70,6 +70,12 @@ class LoRAMetadata:
     recipe: str = ""
     extra: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def timesteps(self) -> tuple[int, ...]:
+        """The network's inputs that the LoRA was made for alone; () where a sampler chooses them."""
+        named = self.extra.get(TIMESTEP, "")
+        return tuple(int(t) for t in named.split(",")) if named else ()
+
     def to_strings(self) -> dict[str, str]:
         """As safetensors' string-to-string metadata, each key under `hypersd_ray.`."""
         own = {

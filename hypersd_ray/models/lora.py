@@ -8,7 +8,7 @@ operation (`low_rank.py`). The tensors have PEFT's shapes: A (r, in) or (r, in, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -135,7 +135,7 @@ class Adapters:
         return named
 
     @torch.no_grad()
-    def load(self, role: str, tensors: dict[str, Tensor]) -> None:
+    def load(self, role: str, tensors: Mapping[str, Tensor]) -> None:
         """Copy tensors (PEFT's names) into a role.
 
         Raises:

@@ -6,7 +6,9 @@ Shapes: x_t (B, C, h, w); t (B,) our time 1..T; Conditioning of batch B.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -43,7 +45,7 @@ class Roles:
         """Context in which the returned network plays `role`."""
         raise NotImplementedError
 
-    def add(self, role: str, like: str | None = None) -> None:
+    def add(self, role: str, like: str | None = None, trainable: bool = False) -> None:
         """A new role with the tensors of `like` (None: the base)."""
         raise NotImplementedError
 
@@ -99,9 +101,26 @@ class Roles:
         """The student's parameters."""
         return list(self.named_tensors(STUDENT).values())
 
-    def load(self, role: str, tensors: dict[str, Tensor]) -> None:
+    def load(self, role: str, tensors: Mapping[str, Tensor]) -> None:
         """Copy tensors by name into a role; raises ValueError when they do not fit."""
         raise NotImplementedError
+
+    def gather(self, role: str) -> dict[str, Tensor]:
+        """The role's tensors, whole, by name; all workers ask together, and where weights are shared out only rank 0
+        gets them."""
+        return {name: p.detach() for name, p in self.named_tensors(role).items()}
+
+    def save_own(self, folder: Path) -> None:
+        """Beside what `gather` gives, each worker's share as it is, into `folder`; nothing where nothing is shared."""
+
+    def load_own(self, folder: Path) -> bool:
+        """Bring back what `save_own` wrote there, moments too; False when it is not there, or of other shares."""
+        return False
+
+    @property
+    def together(self) -> bool:
+        """A network must be called by all workers at once, for each holds a share of it."""
+        return False
 
     def checkpoint_activations(self) -> None:
         """From now on keep only each block's input for the backward pass, and compute the block again there.
@@ -130,9 +149,9 @@ class LoRARoles(Roles):
         self.adapters.add(STUDENT, trainable=True, seed=seed)
         self.add(EMA, like=STUDENT)
 
-    def add(self, role: str, like: str | None = None) -> None:
+    def add(self, role: str, like: str | None = None, trainable: bool = False) -> None:
         if role not in next(iter(self.adapters.layers.values())).A:
-            self.adapters.add(role, trainable=False)
+            self.adapters.add(role, trainable)
         if like is not None:
             self.copy(like, role)
 
@@ -142,7 +161,7 @@ class LoRARoles(Roles):
     def named_tensors(self, role: str) -> dict[str, nn.Parameter]:
         return self.adapters.named_tensors(role)
 
-    def load(self, role: str, tensors: dict[str, Tensor]) -> None:
+    def load(self, role: str, tensors: Mapping[str, Tensor]) -> None:
         self.adapters.load(role, tensors)
 
     def checkpoint_activations(self) -> None:
@@ -174,13 +193,12 @@ class FullRoles(Roles):
     def __init__(self, unet: UNet2DConditionModel, schedule: Schedule, parameterization: Parameterization):
         super().__init__(unet, schedule, parameterization)
         self.networks: dict[str, UNet2DConditionModel] = {TEACHER: unet.requires_grad_(False)}
-        self.add(STUDENT)
-        self.networks[STUDENT].requires_grad_(True)
+        self.add(STUDENT, trainable=True)
         self.add(EMA)
 
-    def add(self, role: str, like: str | None = None) -> None:
+    def add(self, role: str, like: str | None = None, trainable: bool = False) -> None:
         if role not in self.networks:
-            self.networks[role] = copy.deepcopy(self.unet).float().requires_grad_(False)
+            self.networks[role] = copy.deepcopy(self.unet).float().requires_grad_(trainable)
         if like is not None:
             self.copy(like, role)
 
@@ -192,15 +210,9 @@ class FullRoles(Roles):
     def named_tensors(self, role: str) -> dict[str, nn.Parameter]:
         return dict(self.networks[role].named_parameters())
 
-    def load(self, role: str, tensors: dict[str, Tensor]) -> None:
+    def load(self, role: str, tensors: Mapping[str, Tensor]) -> None:
         own = self.named_tensors(role)
-        differ = sorted(own.keys() ^ tensors.keys())
-        differ += [n for n in own if n in tensors and own[n].shape != tensors[n].shape]
-        if differ:
-            raise ValueError(
-                f"UNet tensors do not fit: {len(differ)} differ in name or shape (first {differ[0]}); "
-                "is it of the same base model?"
-            )
+        check_fit({name: p.shape for name, p in own.items()}, tensors)
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(tensors[name])
@@ -208,6 +220,17 @@ class FullRoles(Roles):
     def checkpoint_activations(self) -> None:
         for role in (TEACHER, STUDENT):  # gradients reach an adversarial student through the teacher's features
             self.networks[role].enable_gradient_checkpointing()
+
+
+def check_fit(shapes: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError when names or shapes of a UNet's tensors are others."""
+    differ = sorted(shapes.keys() ^ tensors.keys())
+    differ += [name for name in shapes if name in tensors and shapes[name] != tensors[name].shape]
+    if differ:
+        raise ValueError(
+            f"UNet tensors do not fit: {len(differ)} differ in name or shape (first {differ[0]}); "
+            "is it of the same base model?"
+        )
 
 
 class _Autocast(AbstractContextManager):

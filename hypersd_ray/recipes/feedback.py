@@ -39,7 +39,11 @@ def feedback_tiny(lora: str, learn: Literal["both", "reward", "structure"] = "bo
     )
 
 
-def _published_rewards(models: str) -> tuple[RewardConfig, ...]:
+ImageRewardBackend = Literal["image_reward", "image_reward_package"]
+"""On transformers' classes, or the authors' package in the environment of jobs/image_reward_env.py."""
+
+
+def _published_rewards(models: str, reward: ImageRewardBackend, python: str) -> tuple[RewardConfig, ...]:
     """The paper's choice (Sec. 4.1), and held-out ones, as their authors' files are named, in one folder."""
     folder = models.rstrip("/")
     return (
@@ -50,7 +54,8 @@ def _published_rewards(models: str) -> tuple[RewardConfig, ...]:
             alpha=6.5,
         ),
         RewardConfig(
-            name="image_reward",
+            name=reward,
+            python=python,
             checkpoint=f"{folder}/ImageReward.pt",
             tokenizer=f"{folder}/bert-base-uncased-vocab.txt",
             alpha=2.0,
@@ -59,7 +64,14 @@ def _published_rewards(models: str) -> tuple[RewardConfig, ...]:
     )
 
 
-def feedback_sd15(teacher: str, lora: str, models: str, shards: str = "data/*.tar") -> FeedbackConfig:
+def feedback_sd15(
+    teacher: str,
+    lora: str,
+    models: str,
+    shards: str = "data/*.tar",
+    reward: ImageRewardBackend = "image_reward",
+    image_reward_python: str = "",
+) -> FeedbackConfig:
     """Stable Diffusion 1.5 above a TSCD LoRA on 8 GPUs; `models` is the folder of the reward models' and SOLO's files."""
     base = sd15(teacher, shards)
     return FeedbackConfig(
@@ -67,7 +79,7 @@ def feedback_sd15(teacher: str, lora: str, models: str, shards: str = "data/*.ta
         tscd=lora,
         data=base.data,
         steps=5000,
-        rewards=_published_rewards(models),
+        rewards=_published_rewards(models, reward, image_reward_python),
         structure=StructureConfig(model=PerceptionConfig(checkpoint=f"{models.rstrip('/')}/solo_r50_fpn_3x_coco.pth")),
         placement=PlacementConfig(num_gpus=0.25, precision="bf16"),
         decode_batch=2,
@@ -77,9 +89,17 @@ def feedback_sd15(teacher: str, lora: str, models: str, shards: str = "data/*.ta
     )
 
 
-def feedback_sdxl(teacher: str, lora: str, models: str, shards: str = "data/*.tar") -> FeedbackConfig:
-    """SDXL at 1024 px above a TSCD LoRA on 32 GPUs; `models` as for sd15."""
-    base, small = sdxl(teacher, shards), feedback_sd15(teacher, lora, models, shards)
+def feedback_sdxl(
+    teacher: str,
+    lora: str,
+    models: str,
+    shards: str = "data/*.tar",
+    reward: ImageRewardBackend = "image_reward",
+    image_reward_python: str = "",
+) -> FeedbackConfig:
+    """SDXL at 1024 px above a TSCD LoRA on 32 GPUs; `models` and the ImageReward as for sd15."""
+    base = sdxl(teacher, shards)
+    small = feedback_sd15(teacher, lora, models, shards, reward, image_reward_python)
     return small.model_copy(
         update={
             "data": base.data,

@@ -6,6 +6,7 @@ between would lose it, and it does not know a damaged one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 
 from hypersd_ray.config.base import RunError
 from hypersd_ray.trainer import storage
-from hypersd_ray.training.checkpoint import MANIFEST, DamagedCheckpoint, load_checkpoint, load_position
+from hypersd_ray.training.checkpoint import MANIFEST, DamagedCheckpoint, check_whole, load_checkpoint, load_position
 from hypersd_ray.training.distributed import most
 from hypersd_ray.training.protocol import Training
 
@@ -62,16 +63,19 @@ def resume(
     for name in names(folder):
         path, error = f"{folder}/{name}", ""
         position: dict[str, Any] = {}
-        try:
-            with storage.local_folder(path) as local:
-                load_checkpoint(local, state)
+        with contextlib.ExitStack() as stack:
+            try:
+                local = stack.enter_context(storage.local_folder(path))
+                check_whole(local)
                 position = load_position(local, rank, world) or {}
-        except Exception as caught:
-            if not isinstance(caught, DamagedCheckpoint) and not storage.is_trouble(caught):
-                raise
-            error = str(caught)
-        if not most(int(bool(error)), device):
-            return Found(path, position, tuple(damaged))
+            except Exception as caught:
+                if not isinstance(caught, DamagedCheckpoint) and not storage.is_trouble(caught):
+                    raise
+                error = str(caught)
+            # before anything is loaded: a share of a ZeRO state is loaded by all workers or by none
+            if not most(int(bool(error)), device):
+                load_checkpoint(local, state)
+                return Found(path, position, tuple(damaged))
         damaged.append(name)
         last = last or error
         if rank == 0:

@@ -218,8 +218,8 @@ class Worker:
         self.board.post.remote(snapshot)
 
     def _grid(self) -> None:
-        """Samples of the run's prompts, in the logs."""
-        if self.loggers is None:  # not rank 0
+        """Samples of the run's prompts, in the logs; rank 0's alone, but where the network needs all ranks."""
+        if self.loggers is None and not self.distiller.roles.together:
             return
         self.clock.pause()
         roles, prompts = self.distiller.roles, self.config.run.prompts
@@ -233,19 +233,20 @@ class Worker:
             square_time_ids(self.config, len(prompts), self.device) if encoders.is_sdxl else None,
         )
         name, rows = self.kind.grid(self.config, self.distiller, x_T, cond)
-        picture = samples.tile([encoders.decode(row).cpu() for row in rows])
-        progress = self.distiller.progress
-        self.loggers.picture(self.clock.global_step(progress.stage, progress.step), f"samples/{name}", picture)
+        if self.loggers is not None:
+            picture = samples.tile([encoders.decode(row).cpu() for row in rows])
+            progress = self.distiller.progress
+            self.loggers.picture(self.clock.global_step(progress.stage, progress.step), f"samples/{name}", picture)
         self.clock.go_on()
 
     def _export(self) -> None:
         """What a stage leaves is a product: usable as it is."""
-        if self.rank != 0:
-            return
         self.clock.pause()
         with tempfile.TemporaryDirectory() as temporary:
             made = Path(temporary)
-            self.kind.export(self.config, self.distiller, self.distiller.progress.stage, made)
+            self.kind.export(
+                self.config, self.distiller, self.distiller.progress.stage, made if self.rank == 0 else None
+            )
             for path in sorted(p for p in made.rglob("*") if p.is_file()):
                 target = f"{self.folder}/{path.relative_to(made).as_posix()}"
                 put = functools.partial(storage.put, path, target)
@@ -279,8 +280,8 @@ class Worker:
         run = self.config.run
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            if self.rank == 0:
-                save_checkpoint(folder, self.distiller, self.world)
+            save_checkpoint(folder, self.distiller, self.rank, self.world)
+            self.distiller.roles.save_own(folder)
             positions = {"images": self.position.to_dict(), "pairs": self.pairs_position.to_dict()}
             save_position(folder, self.rank, self.world, positions)
             values = {name: float(value) for name, value in metrics.items()}

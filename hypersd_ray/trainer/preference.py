@@ -168,7 +168,7 @@ class Fitting:
     def _report(self, metrics: dict[str, float], position: Position) -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
+            save_checkpoint(folder, self.training, self.rank)
             if self.rank == 0:
-                save_checkpoint(folder, self.training)
                 (folder / POSITION).write_text(json.dumps({"position": asdict(position), "world": self.world}))
             ray.train.report(metrics | self.measured, checkpoint=ray.train.Checkpoint.from_directory(temporary))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +13,25 @@ from dataclasses import dataclass
 
 import ray
 from rich.progress import BarColumn, Progress, TextColumn
+
+
+@contextmanager
+def stderr_held() -> Iterator[None]:
+    """What this process writes to its standard error meanwhile, C++ libraries too, is shown only if it then fails."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(kept, held.read())
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -19,6 +20,7 @@ import pydantic
 import ray
 import ray.train
 import yaml
+from packaging.version import Version
 from ray.train import CheckpointConfig, FailureConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchTrainer
 
@@ -26,7 +28,7 @@ from hypersd_ray.actors.placement import Handles, start_evaluators, stop_evaluat
 from hypersd_ray.config.base import CombinationError, ConfigError, RunError
 from hypersd_ray.config.feedback import FeedbackConfig
 from hypersd_ray.config.onestep import OneStepConfig
-from hypersd_ray.config.tscd import RunConfig
+from hypersd_ray.config.tscd import RunConfig, TSCDConfig
 from hypersd_ray.data.precompute import resolve, validate
 from hypersd_ray.data.rejects import start_reject_log
 from hypersd_ray.data.sources import find_shards
@@ -36,9 +38,11 @@ from hypersd_ray.trainer.kinds import KINDS, AnyConfig, Kind, kind_of
 from hypersd_ray.trainer.loop import LoopArguments, PairSource, train_loop
 from hypersd_ray.trainer.pairs import pair_folder
 from hypersd_ray.trainer.places import await_places
-from hypersd_ray.trainer.progress import watching
+from hypersd_ray.trainer.progress import stderr_held, watching
 
 ROOT = Path(__file__).parents[2]
+OLDEST_DEEPSPEED = "0.19.8"
+"""With which gradient accumulation can be left to the caller."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,13 @@ def connect() -> None:
         # Ray's workers are at nice 15: one busy program on one of two cores would then stop a training that uses both.
         os.environ.setdefault("RAY_worker_niceness", "0")
         # At least 4 logical CPUs: a reader, an encoder and a worker must be able to stand side by side.
-        ray.init(
-            num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, logging_level="ERROR", log_to_driver=False
-        )
+        with stderr_held():  # a line of Ray's that it has read the level above
+            ray.init(
+                num_cpus=max(4, os.cpu_count() or 1),
+                include_dashboard=False,
+                logging_level="ERROR",
+                log_to_driver=False,
+            )
         return
     inherited = (
         bool(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", ""))
@@ -92,6 +100,7 @@ def check(config: AnyConfig) -> None:
     kind = KINDS[kind_of(config)]
     if config.run.precision == "bf16" and config.run.gpus_per_worker == 0:
         raise ConfigError("run.precision=bf16 with run.gpus_per_worker=0: bf16 is for GPUs; set run.precision=fp32")
+    check_deepspeed(config)
     kind.check(config)
     find_pairs(config)
     for name in {"wandb", "mlflow"} & set(config.run.loggers):
@@ -105,6 +114,22 @@ def check(config: AnyConfig) -> None:
         validate(config.data, config.teacher, config.data.cache_dir or f"{folder}/latents")
     else:
         resolve(config.data, config.teacher, folder)  # makes nothing here, so it needs no Ray
+
+
+def check_deepspeed(config: AnyConfig) -> None:
+    """What ZeRO needs is installed.
+
+    Raises:
+        ConfigError: what is missing, and the command that installs it.
+    """
+    if not isinstance(config, TSCDConfig) or config.zero.stage == 0:
+        return
+    found = importlib.metadata.version("deepspeed") if importlib.util.find_spec("deepspeed") else "not there"
+    if found == "not there" or Version(found) < Version(OLDEST_DEEPSPEED):
+        raise ConfigError(
+            f"zero.stage={config.zero.stage} needs DeepSpeed {OLDEST_DEEPSPEED} or newer, it is {found}: "
+            "pip install 'hypersd-ray[zero]', or set zero.stage=0"
+        )
 
 
 def check_same_run(config: AnyConfig, folder: str) -> None:
@@ -167,20 +192,35 @@ def check_resources(config: AnyConfig) -> None:
     Raises:
         ConfigError: the resource that is missing and the setting to change.
     """
-    if os.environ.get("RAY_AUTOSCALING"):
-        await_places(config.run)
-        return
-    have = ray.cluster_resources()
+    have, most = ray.cluster_resources(), _most_there_will_be()
     for name, each, knob in (
         ("CPU", config.run.cpus_per_worker, "run.cpus_per_worker"),
         ("GPU", config.run.gpus_per_worker, "run.gpus_per_worker"),
     ):
         wanted = config.run.workers * each
-        if wanted > have.get(name, 0):
+        if wanted <= have.get(name, 0):
+            continue
+        needs = f"run.workers={config.run.workers} with {knob}={each} need {wanted:g} {name}"
+        if most is not None and wanted > max(have.get(name, 0), most.get(name, 0)):
             raise ConfigError(
-                f"run.workers={config.run.workers} with {knob}={each} need {wanted:g} {name}, the cluster has {have.get(name, 0):g}: "
+                f"{needs}, the cluster's autoscaler adds nodes up to {most.get(name, 0):g}: lower run.workers or {knob}, "
+                "or raise max_workers in the cluster's configuration"
+            )
+        if not os.environ.get("RAY_AUTOSCALING"):
+            raise ConfigError(
+                f"{needs}, the cluster has {have.get(name, 0):g}: "
                 f"lower run.workers or {knob}, or set RAY_AUTOSCALING=1 where nodes may still come"
             )
+    if os.environ.get("RAY_AUTOSCALING"):
+        await_places(config.run)
+
+
+def _most_there_will_be() -> dict[str, float] | None:
+    """Resources of all nodes that an autoscaler may ever have; None where none has said so. It has no public name."""
+    from ray._private.state import state
+
+    found = state.get_max_resources_from_cluster_config()
+    return None if found is None else {name: float(most) for name, most in found.items()}
 
 
 def find_pairs(config: AnyConfig) -> PairSource | None:

@@ -1,39 +1,46 @@
-"""A checkpoint folder: weights as safetensors, moments as a `weights_only` file, and a manifest that is written last.
+"""A checkpoint folder: each part of a state as safetensors, what is no tensor in a manifest that is written last.
 
-Rank 0 writes the weights (they are the same on every worker); every rank writes its own data position.
+Parts are whole whatever the weights were shared out over, so any number of workers goes on from them. Rank 0 writes them;
+every rank writes its own data position.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from hypersd_ray.training.protocol import Checkpointed
+
+MANIFEST = "manifest.json"
 
 
 class DamagedCheckpoint(ValueError):
     """A checkpoint of which something is missing or not as it was written; one line says what."""
 
 
-WEIGHTS, MOMENTS, MANIFEST = "weights.safetensors", "optimizers.pt", "manifest.json"
+def _file_name(part: str) -> str:
+    return f"{part}.safetensors"
 
 
-def save_checkpoint(folder: Path, training: Checkpointed, world_size: int = 1) -> None:
-    """Write the weights, moments and manifest of a run of `world_size` workers into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    state = training.optimizer_state()
-    save_file({name: t.contiguous().cpu() for name, t in training.tensors().items()}, folder / WEIGHTS)
-    torch.save(state, folder / MOMENTS)
-    files = {
-        name: {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in (WEIGHTS, MOMENTS)
-    }
-    (folder / MANIFEST).write_text(
-        json.dumps({"files": files, "progress": state["progress"], "world_size": world_size})
-    )
+def save_checkpoint(folder: Path, training: Checkpointed, rank: int = 0, world_size: int = 1) -> None:
+    """Write a run's parts and manifest into `folder`. All ranks call it, for shares are gathered; rank 0 writes."""
+    files = {}
+    for part, tensors in training.parts():
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / _file_name(part)
+            save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, path)
+            files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+    if rank == 0:
+        written = {"files": files, "notes": training.notes(), "world_size": world_size}
+        (folder / MANIFEST).write_text(json.dumps(written))
 
 
 def save_position(folder: Path, rank: int, world_size: int, position: dict) -> None:
@@ -60,19 +67,21 @@ def load_position(folder: Path, rank: int, world_size: int) -> dict | None:
         raise DamagedCheckpoint(f"{path} is not JSON: {error}; the checkpoint is damaged") from None
 
 
-def check_whole(folder: Path) -> None:
-    """What was written is there, byte by byte.
+def check_whole(folder: Path) -> dict[str, Any]:
+    """What was written is there, byte by byte; returns the manifest.
 
     Raises:
         DamagedCheckpoint: it is not; one line says which file.
     """
     try:
-        for name, written in json.loads((folder / MANIFEST).read_text())["files"].items():
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name, written in manifest["files"].items():
             found = (folder / name).stat().st_size
             if found != written["size"]:
                 raise ValueError(f"{name} has {found} bytes, {written['size']} were written: it is truncated")
             if _sha256(folder / name) != written["sha256"]:
                 raise ValueError(f"{name} is damaged: its SHA-256 is not the one that was written")
+        return manifest
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(
             f"{folder} is not a whole checkpoint of this run: {' '.join(str(error).split())}"
@@ -80,18 +89,52 @@ def check_whole(folder: Path) -> None:
 
 
 def load_checkpoint(folder: Path, training: Checkpointed) -> None:
-    """Bring a run's state back.
+    """Bring a run's state back; all ranks call it.
 
     Raises:
         DamagedCheckpoint: the folder is incomplete or damaged.
         ValueError: it is of another configuration; one line says which.
     """
-    check_whole(folder)
+    manifest = check_whole(folder)
     try:
-        training.load(load_file(folder / WEIGHTS), torch.load(folder / MOMENTS, weights_only=True))
-    except Exception as error:  # what the readers raise is of every kind
+        training.load(Parts(folder, manifest["files"]), manifest["notes"])
+    except Exception as error:  # what the readers raise at a damaged file is of every kind
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder} is not a whole checkpoint of this run: {reason}") from error
+
+
+class Parts:
+    """What a training state is loaded from."""
+
+    def __init__(self, folder: Path, files: Mapping[str, object]):
+        self.folder, self.files = folder, files
+
+    def __call__(self, part: str) -> Mapping[str, Tensor]:
+        """Its tensors by name. Raises LookupError when there is no such part."""
+        if _file_name(part) not in self.files:
+            raise LookupError(f"{_file_name(part)} is missing, it is of another configuration")
+        return Stored(self.folder / _file_name(part))
+
+
+class Stored(Mapping[str, Tensor]):
+    """A safetensors file of which a tensor is read when it is asked for."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.file = safe_open(path, framework="pt")
+        self.names = dict.fromkeys(self.file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.file.get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def _position_name(rank: int, world_size: int) -> str:

@@ -1,4 +1,4 @@
-"""The collectives of a step. LoRA gradients are small, so they travel as one flat bucket after the backward pass."""
+"""The collectives of a plain step. LoRA gradients are small: they travel as one flat bucket after the backward pass."""
 
 from __future__ import annotations
 
@@ -14,17 +14,26 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+BUCKET = 2**25
+"""Numbers that travel as one message; as many are copied at a time."""
+
+
 @torch.no_grad()
 def average_gradients(parameters: Sequence[Tensor]) -> None:
     """Replace every `.grad` by its mean over the workers; a NaN on one of them reaches all."""
     if world_size() == 1:
         return
+    bucket: list[Tensor] = []
     gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.reshape(-1) for g in gradients])
-    dist.all_reduce(flat)
-    flat /= world_size()
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    for gradient in gradients:
+        bucket.append(gradient)
+        if gradient is gradients[-1] or sum(g.numel() for g in bucket) >= BUCKET:
+            flat = torch.cat([g.reshape(-1) for g in bucket])
+            dist.all_reduce(flat)
+            flat /= world_size()
+            for own, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                own.copy_(mean.view_as(own))
+            bucket = []
 
 
 def most(value: int, device: torch.device | str = "cpu") -> int:

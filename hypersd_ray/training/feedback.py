@@ -9,7 +9,7 @@ Shapes: x0, x_T, x_t (B, C, h, w) latents; images (B, 3, H, W) in [0, 1]; t (B,)
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,9 +28,10 @@ from hypersd_ray.models.export import merge_lora, read_lora
 from hypersd_ray.models.perception.protocol import Instances
 from hypersd_ray.models.roles import STUDENT, TEACHER, LoRARoles, Roles
 from hypersd_ray.models.scoring import RewardClient, Scores
-from hypersd_ray.training.distiller import Progress, learning_rate
-from hypersd_ray.training.distributed import average_gradients
+from hypersd_ray.training.learner import learner_of
 from hypersd_ray.training.pictures import decode, diversity, saturation
+from hypersd_ray.training.progress import Progress, learning_rate
+from hypersd_ray.training.protocol import Saved
 from hypersd_ray.training.randomness import generator_of
 from hypersd_ray.training.watch import HackingWatch
 
@@ -162,10 +163,7 @@ class Feedback:
         self.progress = Progress()
         self.hacking = HackingWatch(config.watch.patience, config.watch.smoothing)
         self.watched: dict[str, Tensor] = {}
-        c = config.optim
-        self.optimizer = torch.optim.AdamW(
-            roles.trainable(), lr=c.lr, betas=(c.beta1, c.beta2), weight_decay=c.weight_decay
-        )
+        self.student = learner_of(roles, STUDENT, config.optim)
 
     @property
     def steps(self) -> int:
@@ -208,7 +206,7 @@ class Feedback:
             aes, scores = self._aes(images, micro.captions)
             drift = loss_drift(made.x0, made.reference)
             loss = loss_feedback(aes, 0.0, drift, c.refl.weight, 0.0, c.drift)
-            (loss / parts).backward()
+            self.student.backward(loss / parts)
             total = total + loss.detach()
             metrics |= {"aes": aes.detach(), "drift": drift.detach()} | scores
             metrics |= {"saturation": saturation(images.detach()), "diversity": diversity(images.detach())}
@@ -219,7 +217,7 @@ class Feedback:
             percep = self._percep(decode(self.vae, made.x0, c.decode_batch), micro)
             drift = loss_drift(made.x0, made.reference)
             loss = loss_feedback(0.0, percep, drift, 0.0, c.structure.weight, c.drift)
-            (loss / parts).backward()
+            self.student.backward(loss / parts)
             total = total + loss.detach()
             metrics |= {"percep": percep.detach(), "drift_structure": drift.detach()}
         return metrics | {"loss": total}
@@ -267,46 +265,39 @@ class Feedback:
 
     def _update(self) -> Tensor:
         """Average, clip, step; returns the gradient's norm."""
-        parameters, progress = self.roles.trainable(), self.progress
-        average_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.optim.clip)
+        progress = self.progress
+        norm = self.student.step(learning_rate(self.config.optim, progress.step, self.steps))
         finite = bool(torch.isfinite(norm))
-        if finite:
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.config.optim, progress.step, self.steps)
-            self.optimizer.step()
         progress.skipped += not finite
         progress.bad_in_a_row = 0 if finite else progress.bad_in_a_row + 1
-        self.optimizer.zero_grad()
-        return norm.detach()
+        return norm
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every weight that training changes: `student/{name}`."""
-        return {f"{STUDENT}/{name}": p.detach() for name, p in self.roles.named_tensors(STUDENT).items()}
+    def parts(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """The student and its moments."""
+        yield STUDENT, self.roles.gather(STUDENT)
+        yield f"{STUDENT}-moments", self.student.moments()
 
-    def optimizer_state(self) -> dict:
-        """Moments, progress, and what was counted and compared so far: plain containers and tensors."""
-        watch = {"row": self.hacking.row, "means": dict(self.hacking.means)}
+    def notes(self) -> dict[str, Any]:
+        """Progress, and what was counted and compared so far."""
         return {
             "progress": asdict(self.progress),
-            "student": self.optimizer.state_dict(),
             "dropped": dict(self.client.dropped),
-            "watch": watch,
+            "watch": {"row": self.hacking.row, "means": dict(self.hacking.means)},
             "watched": {name: float(v) for name, v in self.watched.items()},
         }
 
-    def load(self, tensors: dict[str, Tensor], state: dict) -> None:
-        """Bring back what `tensors` and `optimizer_state` gave.
+    def load(self, saved: Saved, notes: dict[str, Any]) -> None:
+        """Bring back what `parts` and `notes` gave.
 
         Raises:
             ValueError: they are of another configuration.
         """
-        self.roles.load(STUDENT, {name.removeprefix(f"{STUDENT}/"): t for name, t in tensors.items()})
-        self.progress = Progress(**state["progress"])
-        self.optimizer.load_state_dict(state["student"])
-        self.client.dropped = dict(state["dropped"])
-        self.hacking.row, self.hacking.means = state["watch"]["row"], dict(state["watch"]["means"])
-        self.watched = {name: torch.tensor(v) for name, v in state["watched"].items()}
+        self.roles.load(STUDENT, saved(STUDENT))
+        self.progress = Progress(**notes["progress"])
+        self.student.load_moments(saved(f"{STUDENT}-moments"))
+        self.client.dropped = dict(notes["dropped"])
+        self.hacking.row, self.hacking.means = notes["watch"]["row"], dict(notes["watch"]["means"])
+        self.watched = {name: torch.tensor(v) for name, v in notes["watched"].items()}
 
 
 def _mean(scores: Scores) -> Tensor:

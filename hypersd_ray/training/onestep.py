@@ -11,6 +11,7 @@ Shapes: x_T, x_t, x (B, C, h, w) noise, noised and generated latents; t (B,).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +25,10 @@ from hypersd_ray.losses.dmd import dmd_loss, fake_score_loss, renoising_times, s
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.roles import FAKE, STUDENT, TEACHER, Roles
 from hypersd_ray.training.adversarial import adversarial_losses
-from hypersd_ray.training.distiller import Distiller, learning_rate
-from hypersd_ray.training.distributed import average_gradients
+from hypersd_ray.training.distiller import Distiller
+from hypersd_ray.training.learner import Learner, learner_of
+from hypersd_ray.training.progress import learning_rate
+from hypersd_ray.training.protocol import Saved
 from hypersd_ray.training.randomness import generator_of
 from hypersd_ray.training.tscd import Batch, Pair, consistency_loss, make_pair
 
@@ -79,8 +82,8 @@ class OneStep(Distiller):
     config: OneStepConfig
 
     def __init__(self, config: OneStepConfig, roles: Roles, null: Conditioning, rank: int = 0):
-        roles.add(FAKE)  # the base: the teacher's own score, as DMD starts
-        self.fake = [p.requires_grad_(True) for p in roles.named_tensors(FAKE).values()]
+        roles.add(FAKE, trainable=True)  # the base: the teacher's own score, as DMD starts
+        self.fake = learner_of(roles, FAKE, config.optim)
         super().__init__(config, roles, null, rank)
 
     @property
@@ -88,13 +91,9 @@ class OneStep(Distiller):
         """The fake score still learns what the student does; the student is not told yet."""
         return self.progress.step < self.config.dmd.warmup_share * self.steps
 
-    def _new_optimizers(self) -> None:
-        super()._new_optimizers()
-        c = self.config.optim
-        self.fake_lr = self.config.dmd.fake_lr or c.lr
-        self.fake_optimizer = torch.optim.AdamW(
-            self.fake, lr=self.fake_lr, betas=(c.beta1, c.beta2), weight_decay=c.weight_decay, fused=True
-        )
+    def _enter_stage(self) -> None:
+        super()._enter_stage()
+        self.fake.forget()
 
     def step(self, batch: Batch, pairs: Pairs | None = None) -> dict[str, Tensor]:
         """Several updates of the fake score, one of the student, on this worker's share; returns detached scalars.
@@ -110,12 +109,7 @@ class OneStep(Distiller):
             generator = generator_of(self.config.run.seed, self.rank, progress.stage, progress.step, index)
             for name, value in self._learn_student(micro, micro_pairs, generator, parts).items():
                 totals[name] = totals.get(name, 0) + value / parts
-        learning = self.roles.trainable() + (
-            [] if self.discriminator is None else list(self.discriminator.parameters())
-        )
-        if any(p.grad is not None for p in learning):
-            for p in learning:  # a warm-up of one of the two leaves the other without
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if self.student.pending or (self.heads is not None and self.heads.pending):
             totals["grad_norm"] = self._update()
         if not fake_is_well and progress.bad_in_a_row == 0:
             progress.skipped, progress.bad_in_a_row = progress.skipped + 1, bad_before + 1
@@ -133,7 +127,7 @@ class OneStep(Distiller):
             for index, micro in enumerate(micros):
                 generator = generator_of(c.run.seed, self.rank, progress.stage, progress.step, index, "fake", update)
                 part = self._fake_loss(rows(micro, c.consistency_rows(len(micro.x0)), len(micro.x0)), generator)
-                (part / len(micros)).backward()
+                self.fake.backward(part / len(micros))
                 loss += part.detach() / len(micros)
             well &= self._update_fake()
         return {"fake_score": loss}, well
@@ -168,53 +162,50 @@ class OneStep(Distiller):
 
     def _update_fake(self) -> bool:
         """Average, clip, step; False when a NaN stopped it."""
-        average_gradients(self.fake)
-        norm = torch.nn.utils.clip_grad_norm_(self.fake, self.config.optim.clip)
-        finite = bool(torch.isfinite(norm))
-        if finite:
-            optim = self.config.optim.model_copy(update={"lr": self.fake_lr})
-            for group in self.fake_optimizer.param_groups:
-                group["lr"] = learning_rate(optim, self.progress.step, self.steps)
-            self.fake_optimizer.step()
-        self.fake_optimizer.zero_grad()
-        return finite
+        c = self.config
+        optim = c.optim.model_copy(update={"lr": c.dmd.fake_lr or c.optim.lr})
+        return bool(torch.isfinite(self.fake.step(learning_rate(optim, self.progress.step, self.steps))))
 
     def _learn_student(
         self, micro: Batch, pairs: Pairs | None, generator: torch.Generator, parts: int
     ) -> dict[str, Tensor]:
-        """Accumulate the student's (and the discriminator's) gradients of one micro-batch."""
+        """Accumulate the student's (and the discriminator's) gradients of one micro-batch.
+
+        Each loss goes backward by itself: one graph in memory at a time, and one call of the network for DeepSpeed.
+        """
         c, split = self.config, self.config.consistency_rows(len(micro.x0))
-        metrics, losses = {}, []
+        metrics: dict[str, Tensor] = {}
         if split:
             pair = make_pair(self.roles, rows(micro, 0, split), self.null, c.distill, self.progress.stage, generator)
             metrics["consistency"] = consistency_loss(pair, self.measure)
-            losses.append(self.weights.mse * metrics["consistency"])
+            self._learn(self.weights.mse * metrics["consistency"], metrics, parts)
         if pairs is not None:
             x = single_step(self.roles, STUDENT, pairs.x_T, pairs.cond, c.t_input)
             metrics["regression"] = mse(x, pairs.x0).mean()
-            losses.append(c.regression.weight * metrics["regression"])
-        more, matching = self._single_step_losses(rows(micro, split, len(micro.x0)), generator, parts)
-        losses += more
-        if losses:
-            metrics["loss"] = torch.stack(losses).sum()
-            (metrics["loss"] / parts).backward()
-        return {name: value.detach() for name, value in (metrics | matching).items()}
+            self._learn(c.regression.weight * metrics["regression"], metrics, parts)
+        self._learn_single_step(rows(micro, split, len(micro.x0)), metrics, generator, parts)
+        return {name: value.detach() for name, value in metrics.items()}
 
-    def _single_step_losses(
-        self, batch: Batch, generator: torch.Generator, parts: int
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Weighted losses of newly generated latents, and metrics. The discriminator's gradients are accumulated here."""
+    def _learn(self, loss: Tensor, metrics: dict[str, Tensor], parts: int) -> None:
+        """One loss of the student backward; it counts in metrics["loss"]."""
+        self.student.backward(loss / parts)
+        metrics["loss"] = metrics.get("loss", 0) + loss.detach()
+
+    def _learn_single_step(
+        self, batch: Batch, metrics: dict[str, Tensor], generator: torch.Generator, parts: int
+    ) -> None:
+        """The losses of newly generated latents backward, the discriminator's too; metrics are added."""
         c = self.config
         told = c.dmd.weight > 0 and not self.warming_up
-        if not told and self.discriminator is None:
-            return [], {}
+        if not told and self.heads is None:
+            return
         x_t, t = self._set_out(batch, generator)
         x = to_clean(self.roles, STUDENT, x_t, t, batch.cond)
-        losses, metrics = [], {}
+        losses = []
         if told:
             metrics["dmd"] = self.matching_loss(x, batch.cond, generator)
             losses.append(c.dmd.weight * metrics["dmd"])
-        if self.discriminator is not None:
+        if self.discriminator is not None and self.heads is not None:
             # Judged at all noise levels, whichever step an end is of.
             first, zero = torch.full_like(t, c.t_input), torch.zeros_like(t)
             pair = Pair(x, batch.x0, Times(first, zero, zero, zero), x_t)  # against the data: Eq. 8, 9
@@ -223,9 +214,10 @@ class OneStep(Distiller):
             )
             if self.progress.step >= c.adversarial.warmup_share * self.steps:
                 losses.append(self.weights.adversarial * student)
-            (heads / parts).backward()
+            self.heads.backward(heads / parts)
             metrics |= {"adversarial": student, "discriminator": heads}
-        return losses, metrics
+        if losses:
+            self._learn(torch.stack(losses).sum(), metrics, parts)
 
     # Eq. 10
     def matching_loss(self, x: Tensor, cond: Conditioning, generator: torch.Generator) -> Tensor:
@@ -248,19 +240,19 @@ class OneStep(Distiller):
     def _role_names(self) -> list[str]:
         return [*super()._role_names(), FAKE]
 
-    def optimizer_state(self) -> dict:
-        """All optimisers' moments and the progress."""
-        return super().optimizer_state() | {"fake": self.fake_optimizer.state_dict()}
+    def _learners(self) -> dict[str, Learner]:
+        return super()._learners() | {FAKE: self.fake}
 
-    def load(self, tensors: dict[str, Tensor], state: dict) -> None:
-        """Bring back what `tensors` and `optimizer_state` gave.
+    def load(self, saved: Saved, notes: dict[str, Any]) -> None:
+        """Bring back what `parts` and `notes` gave.
 
         Raises:
             ValueError: they are of another configuration.
         """
-        if "fake" not in state:
+        try:
+            saved(FAKE)
+        except LookupError:
             raise ValueError(
                 "the checkpoint holds no fake score, it is of another kind of run: set run.name to start another"
-            )
-        super().load(tensors, state)
-        self.fake_optimizer.load_state_dict(state["fake"])
+            ) from None
+        super().load(saved, notes)

@@ -5,9 +5,9 @@ Shapes: chosen, rejected (B, 3, R, R) in [0, 1]; scores (B,).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,12 @@ from hypersd_ray.config.preference import PreferenceConfig
 from hypersd_ray.losses.feedback import loss_rm
 from hypersd_ray.models.rewards.image_reward import ImageReward
 from hypersd_ray.models.rewards.protocol import RewardModel
-from hypersd_ray.training.distiller import Progress, learning_rate
-from hypersd_ray.training.distributed import average_gradients
+from hypersd_ray.training.learner import adamw
+from hypersd_ray.training.progress import Progress, learning_rate
+from hypersd_ray.training.protocol import Saved
 from hypersd_ray.training.randomness import seed_of
+
+MODEL = "model"
 
 
 class Pairs(Protocol):
@@ -77,10 +80,8 @@ class PreferenceTraining:
         self.config, self.model, self.rank = config, model.train(), rank
         self.learning = freeze_bottom(model, config.freeze)
         self.progress = Progress()
-        c = config.optim
-        self.optimizer = torch.optim.AdamW(
-            self.learning, lr=c.lr, betas=(c.beta1, c.beta2), weight_decay=c.weight_decay
-        )
+        names = {id(p): name for name, p in model.named_parameters()}
+        self.learner = adamw({names[id(p)]: p for p in self.learning}, config.optim)
 
     @property
     def steps(self) -> int:
@@ -124,31 +125,26 @@ class PreferenceTraining:
         for p in self.learning:
             if p.grad is None:  # a pooling layer that the score does not use
                 p.grad = torch.zeros_like(p)
-        average_gradients(self.learning)
-        norm = nn.utils.clip_grad_norm_(self.learning, self.config.optim.clip)
+        norm = self.learner.step(learning_rate(self.config.optim, progress.step, self.steps))
         finite = bool(torch.isfinite(norm))
-        if finite:
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.config.optim, progress.step, self.steps)
-            self.optimizer.step()
         progress.skipped += not finite
         progress.bad_in_a_row = 0 if finite else progress.bad_in_a_row + 1
-        self.optimizer.zero_grad()
-        return norm.detach()
+        return norm
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The whole model, so that a checkpoint is usable by itself."""
-        return {name: t.detach() for name, t in self.model.state_dict().items()}
+    def parts(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """The whole model, so that a checkpoint is usable by itself, and its moments."""
+        yield MODEL, {name: t.detach() for name, t in self.model.state_dict().items()}
+        yield f"{MODEL}-moments", self.learner.moments()
 
-    def optimizer_state(self) -> dict:
-        """Moments and progress."""
-        return {"progress": asdict(self.progress), "model": self.optimizer.state_dict()}
+    def notes(self) -> dict[str, Any]:
+        """The progress."""
+        return {"progress": asdict(self.progress)}
 
-    def load(self, tensors: dict[str, Tensor], state: dict) -> None:
-        """Bring back what `tensors` and `optimizer_state` gave. Raises ValueError when they are of another model."""
+    def load(self, saved: Saved, notes: dict[str, Any]) -> None:
+        """Bring back what `parts` and `notes` gave. Raises ValueError when they are of another model."""
         try:
-            self.model.load_state_dict(tensors)
+            self.model.load_state_dict(dict(saved(MODEL)))
         except RuntimeError as error:
             raise ValueError(f"the checkpoint is of another reward model: {str(error).splitlines()[0]}") from None
-        self.progress = Progress(**state["progress"])
-        self.optimizer.load_state_dict(state["model"])
+        self.progress = Progress(**notes["progress"])
+        self.learner.load_moments(saved(f"{MODEL}-moments"))

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from hypersd_ray.models.roles import Roles
-from hypersd_ray.training.distiller import Progress
+from hypersd_ray.training.progress import Progress
+
+
+class Saved(Protocol):
+    """The parts of a checkpoint; each tensor is read when it is asked for."""
+
+    @property
+    def folder(self) -> Path:
+        """Where they lie."""
+
+    def __call__(self, part: str) -> Mapping[str, Tensor]:
+        """Its tensors by name. Raises LookupError when there is no such part."""
 
 
 class Checkpointed(Protocol):
     """What a checkpoint asks of a state."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every weight that training changes, by name."""
+    def parts(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """What training changes, weights and moments, by name: a file's worth at a time.
 
-    def optimizer_state(self) -> dict[str, Any]:
-        """Moments and, under "progress", where the run is: plain containers and tensors."""
+        All workers iterate together; where tensors are shared out, only rank 0 gets them.
+        """
 
-    def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Bring back what `tensors` and `optimizer_state` gave. Raises ValueError when they are of another run."""
+    def notes(self) -> dict[str, Any]:
+        """What is no tensor, as JSON has it; under "progress", where the run is."""
+
+    def load(self, saved: Saved, notes: dict[str, Any]) -> None:
+        """Bring back what `parts` and `notes` gave. Raises ValueError when they are of another run."""
 
 
 class Training(Checkpointed, Protocol):

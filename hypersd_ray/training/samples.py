@@ -55,15 +55,26 @@ def teacher_samples(
 
 @torch.no_grad()
 def student_samples(
-    roles: Roles, role: str, x_T: Tensor, cond: Conditioning, sampling: Sampling | int, seed: int = 0
+    roles: Roles,
+    role: str,
+    x_T: Tensor,
+    cond: Conditioning,
+    sampling: Sampling | int,
+    seed: int = 0,
+    keys: Sequence[str] | None = None,
 ) -> Tensor:
-    """A role's x_0, without guidance; `sampling` as a number of steps is that many jumps on the training edges."""
+    """A role's x_0, without guidance; `sampling` as a number of steps is that many jumps on the training edges.
+
+    `keys` names the samples: the noise of eta > 0 is then a function of (seed, key), whatever the batch.
+    """
     how = Sampling(sampling) if isinstance(sampling, int) else sampling
     denoiser = roles.denoiser(role, cond)
     if how.windows is not None:
         times = how.times or edges(roles.schedule.T, how.steps)[::-1]
         return straight_sample(roles.schedule, denoiser, x_T, times, how.windows)
-    generator = generator_of(seed, "eta") if how.eta > 0 else None
+    generator: torch.Generator | list[torch.Generator] | None = None
+    if how.eta > 0:
+        generator = generator_of(seed, "eta") if keys is None else [generator_of(seed, "eta", key) for key in keys]
     return consistency_sample(roles.schedule, denoiser, x_T, how.steps, how.eta, generator, how.times)
 
 

@@ -65,6 +65,9 @@ def test_the_recipes_are_whole(recipe, init, tmp_path):
             ["--regression.pairs", "x", "--regression.batch", "3", "--run.workers", "2"],
             r"regression\.batch=3 is not divis",
         ),
+        (["--zero.stage", "2"], r"zero\.stage=2 without full_unet: .* it needs no ZeRO; leave zero\.stage out or set"),
+        (["--full-unet", "--zero.offload"], r"zero\.offload needs zero\.stage=1, 2 or 3"),
+        (["--full-unet", "--zero.stage", "2", "--zero.teacher"], r"zero\.teacher needs zero\.stage=3, it is 2"),
     ],
 )
 def test_an_impossible_combination_is_one_line(arguments, said, init):
@@ -74,7 +77,14 @@ def test_an_impossible_combination_is_one_line(arguments, said, init):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"), [(["tiny"], "--init"), (["tiny", "--init", "/no"], "error: init='/no'")]
+    ("arguments", "said"),
+    [
+        (["tiny"], "--init"),
+        (["tiny", "--init", "/no"], "error: init='/no'"),
+        (["sdxl", "--plan"], "error: --plan without --full-unet: a LoRA's moments are small"),
+        (["sdxl", "--full-unet", "--plan", "--gpus", "0"], "error: --gpus 0 --gpu-memory 80: both must be above 0"),
+        (["sdxl", "--full-unet", "--plan", "--gpus", "7"], "error: optim.batch=512 is not divisible"),
+    ],
 )
 def test_the_job_says_so_without_a_traceback(arguments, said):
     job = [sys.executable, ROOT / "jobs" / "onestep.py", *arguments]

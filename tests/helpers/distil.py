@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from hypersd_ray.embedded.text import MAX_TOKENS
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.roles import FullRoles, LoRARoles, Roles
 from hypersd_ray.training.distiller import Distiller
+from hypersd_ray.training.protocol import Checkpointed
 from hypersd_ray.training.tscd import Batch
 from tests.helpers.pipelines import BETAS, micro_unet
 
@@ -78,9 +81,31 @@ def disturb(roles: Roles, role: str, seed: int, size: float = 0.05) -> None:
             p.add_(torch.randn(p.shape, generator=g).to(p.dtype) * size)
 
 
-def snapshot(distiller: Distiller) -> dict[str, Tensor]:
-    """Copies of all that training changes."""
-    return {name: tensor.clone() for name, tensor in distiller.tensors().items()}
+def snapshot(training: Checkpointed, moments: bool = False) -> dict[str, Tensor]:
+    """Copies of all weights that training changes, `{part}/{name}`; with `moments`, these alone."""
+    return {
+        f"{part}/{name}": tensor.clone()
+        for part, tensors in training.parts()
+        for name, tensor in tensors.items()
+        if part.endswith("-moments") == moments
+    }
+
+
+class InMemory:
+    """The parts of a state, kept to load another one from."""
+
+    folder = Path("/nowhere")
+
+    def __init__(self, training: Checkpointed):
+        self.kept = {part: {n: t.clone() for n, t in tensors.items()} for part, tensors in training.parts()}
+        self.notes = copy.deepcopy(training.notes())
+
+    def __call__(self, part: str) -> dict[str, Tensor]:
+        return self.kept[part]
+
+    def into(self, training: Checkpointed) -> None:
+        """Load."""
+        training.load(self, self.notes)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -20,36 +20,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from hypersd_ray.embedded.text import MAX_TOKENS, train_tokenizer
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.lora import Adapters
+from hypersd_ray.models.shapes import SD15_UNET, SDXL_UNET
 
 Family = Literal["sd", "sdxl"]
 
-# runwayml/stable-diffusion-v1-5, unet/config.json (what differs from the class's defaults, and what matters here)
-SD15_UNET = {
-    "sample_size": 64,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    "layers_per_block": 2,
-    "attention_head_dim": 8,
-    "cross_attention_dim": 768,
-}
-# stabilityai/stable-diffusion-xl-base-1.0, unet/config.json
-SDXL_UNET = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 2,
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-
-# The same, narrow. Both end at 2x2: over one position attention knows no queries, their gradient would be 0.
+# The published shapes, narrow. Both end at 2x2: over one position attention knows no queries, their gradient would be 0.
 TINY_SD = SD15_UNET | {
     "sample_size": 16,
     "block_out_channels": (32, 64, 96, 96),

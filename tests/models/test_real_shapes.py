@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 
 from hypersd_ray.models.export import _module_of
 from hypersd_ray.models.lora import Adapters
-from tests.helpers.pipelines import SD15_UNET, SDXL_UNET
+from hypersd_ray.models.shapes import SD15_UNET, SDXL_UNET
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 from dataclasses import replace
 
 import pytest
@@ -114,3 +116,51 @@ def test_pairs_that_are_none(config, tmp_path):
 
 def test_bf16_without_a_gpu(config):
     refused(changed(config, run=config.run.model_dump() | {"precision": "bf16"}), "bf16 is for GPUs")
+
+
+def test_zero_without_deepspeed(config, monkeypatch):
+    sharded = changed(config, full_unet=True, zero={"stage": 2}, lora={"rank": 8})  # what is merged may have any rank
+    run.check(sharded)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.18.1")
+    refused(sharded, r"zero\.stage=2 needs DeepSpeed 0\.19\.8 or newer, it is 0\.18\.1: pip install")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    refused(sharded, r"it is not there: pip install 'hypersd-ray\[zero\]', or set zero\.stage=0")
+
+
+@pytest.mark.parametrize("change", [{"full_unet": True}, {"init": "other"}])
+def test_a_fake_score_of_another_run(config, parts, tmp_path, change):
+    """What its checkpoints hold was trained beside another student."""
+    write_config(config, tmp_path)
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(parts[1].read_bytes())
+    refused(
+        changed(config, **change | ({"init": str(other)} if "init" in change else {})),
+        "differs from the run that is in",
+    )
+
+
+@pytest.mark.parametrize(
+    ("have", "most", "autoscaling", "said"),
+    [
+        ({"CPU": 4.0}, None, "", r"run\.workers=9 with run\.cpus_per_worker=1\.0 need 9 CPU, the cluster has 4: lower"),
+        (
+            {"CPU": 4.0},
+            {"CPU": 8.0},
+            "1",
+            r"need 9 CPU, the cluster's autoscaler adds nodes up to 8: lower run\.workers",
+        ),
+        ({"CPU": 4.0}, {"CPU": 9.0}, "1", None),
+        ({"CPU": 9.0}, {"CPU": 0.0}, "", None),
+        ({"CPU": 4.0}, None, "1", None),
+    ],
+)
+def test_more_workers_than_there_will_ever_be(config, monkeypatch, have, most, autoscaling, said):
+    monkeypatch.setattr(run.ray, "cluster_resources", lambda: have)
+    monkeypatch.setattr(run, "_most_there_will_be", lambda: most)
+    monkeypatch.setenv("RAY_AUTOSCALING", autoscaling)
+    nine = changed(config, run=config.run.model_dump() | {"workers": 9}, optim={"batch": 18})
+    if said is None:
+        run.check_resources(nine)
+    else:
+        with pytest.raises(ValueError, match=said):
+            run.check_resources(nine)

@@ -166,12 +166,13 @@ def test_two_workers_stay_equal_and_resume(cluster, make_config, unbroken, monke
         import torch
 
         from hypersd_ray.trainer import loop
+        from tests.helpers.distil import snapshot
 
         inner = loop.Worker.run
 
         def outer(worker):
             inner(worker)
-            torch.save(worker.distiller.tensors(), f"{folder}/rank-{worker.rank}.pt")
+            torch.save(snapshot(worker.distiller), f"{folder}/rank-{worker.rank}.pt")
 
         loop.Worker.run = outer
         loop.train_loop(arguments)

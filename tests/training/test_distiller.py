@@ -8,7 +8,7 @@ import torch
 from hypersd_ray.config.tscd import OptimConfig
 from hypersd_ray.models.roles import EMA, PREVIOUS, STUDENT, TEACHER
 from hypersd_ray.training.adversarial import adversarial_losses, draw_t_star
-from hypersd_ray.training.distiller import learning_rate
+from hypersd_ray.training.progress import learning_rate
 from hypersd_ray.training.randomness import generator_of
 from hypersd_ray.training.tscd import Batch, consistency_loss, empty_some, make_pair, solver
 from tests.helpers.distil import (
@@ -104,7 +104,7 @@ def test_the_gradient_is_clipped(tmp_path):
     d = make_distiller(make_config(tmp_path, optim={"clip": 1e-3}))
     norm = d.step(make_batch())["grad_norm"]
     assert norm > 1e-2
-    moments = [state["exp_avg"].flatten() for state in d.optimizer.state.values()]
+    moments = [m.flatten() for name, m in d.student.moments().items() if name.startswith("exp_avg/")]
     assert float(torch.cat(moments).norm()) == pytest.approx(0.1 * 1e-3, rel=1e-3)
 
 
@@ -113,15 +113,13 @@ def test_the_gradient_is_clipped(tmp_path):
 def test_a_bad_step_changes_nothing_and_the_next_goes_on(bad, adversarial, tmp_path):
     d = make_distiller(make_config(tmp_path, **({"adversarial": ADVERSARIAL} if adversarial else {})))
     d.step(make_batch(0))
-    before, state = snapshot(d), d.optimizer_state()
-    moments = {i: s["exp_avg"].clone() for i, s in state["student"]["state"].items()}
+    before, moments = snapshot(d), snapshot(d, moments=True)
     poisoned = make_batch(1)
     poisoned.x0[2, 1, 3, 3] = bad
     metrics = d.step(poisoned)
     assert not torch.isfinite(metrics["grad_norm"])
     assert same(snapshot(d), before)
-    after = d.optimizer_state()["student"]["state"]
-    assert all(torch.equal(after[i]["exp_avg"], m) for i, m in moments.items())
+    assert same(snapshot(d, moments=True), moments)
     assert (d.progress.step, d.progress.skipped, d.progress.bad_in_a_row) == (2, 1, 1)
     d.step(poisoned)
     assert (d.progress.step, d.progress.skipped, d.progress.bad_in_a_row) == (3, 2, 2)
@@ -130,7 +128,7 @@ def test_a_bad_step_changes_nothing_and_the_next_goes_on(bad, adversarial, tmp_p
     assert (d.progress.step, d.progress.skipped, d.progress.bad_in_a_row) == (4, 2, 0)
     assert not any(torch.equal(a, b) for n, a in snapshot(d).items() if n.startswith("ema/") and "lora_B" in n
                    for b in [before[n]])  # fmt: skip
-    assert all(torch.isfinite(t).all() for t in d.tensors().values())
+    assert all(torch.isfinite(t).all() for t in snapshot(d).values())
 
 
 def test_a_bad_discriminator_gradient_skips_the_step_too(tmp_path):
@@ -160,7 +158,7 @@ def test_the_optimizer_follows_the_learning_rate(tmp_path):
     rates = []
     for step in range(4):
         d.step(make_batch(step))
-        rates.append(d.optimizer.param_groups[0]["lr"])
+        rates.append(d.student.optimizer.param_groups[0]["lr"])
     assert rates == [learning_rate(d.config.optim, step, 4) for step in range(4)]
 
 
@@ -232,7 +230,7 @@ def test_a_new_stage_starts_from_the_student_with_new_moments(tmp_path):
     assert same(student, role_tensors(d, STUDENT))
     assert same(student, role_tensors(d, EMA))
     assert same(student, role_tensors(d, PREVIOUS))
-    assert not d.optimizer.state
+    assert not d.student.moments()
     assert not same(heads, d.discriminator.state_dict())
     d.step(make_batch(4))
     assert same(student, role_tensors(d, PREVIOUS))  # the teacher of this stage stands still

@@ -1,6 +1,5 @@
 """The feedback step on a tiny pipeline: gradients, parts of the loss, NaN, resuming, watching."""
 
-import copy
 import logging
 
 import pytest
@@ -22,6 +21,7 @@ from hypersd_ray.models.scoring import LocalBackend, RewardClient
 from hypersd_ray.training.feedback import Feedback, FeedbackBatch, build_roles
 from hypersd_ray.training.pictures import decode
 from hypersd_ray.training.watch import HackingWatch
+from tests.helpers.distil import InMemory, same, snapshot
 from tests.helpers.pipelines import build_pipeline, randomize, tiny_unet
 
 PROMPTS = ("a drawn panda", "a drawn bicycle", "a twemoji panda", "a red apple")
@@ -207,14 +207,12 @@ def test_resuming_gives_the_same_weights(folder, tscd, batch, encoders):
     first, _ = make(config, encoders)
     for _ in range(2):
         first.step(batch)
-    tensors = {k: v.clone() for k, v in first.tensors().items()}
-    state = copy.deepcopy(first.optimizer_state())
+    kept = InMemory(first)
     second, _ = make(config, encoders)
-    second.load(tensors, state)
+    kept.into(second)
     second.step(batch)
-    for (name, a), b in zip(straight.tensors().items(), second.tensors().values(), strict=True):
-        assert torch.equal(a, b), name
-    assert second.optimizer_state()["watch"] == straight.optimizer_state()["watch"]
+    assert same(snapshot(second), snapshot(straight))
+    assert second.notes() == straight.notes()
 
 
 def test_hacking_is_noticed_once(caplog):

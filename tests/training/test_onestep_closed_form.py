@@ -25,15 +25,13 @@ class GaussianRoles(Roles):
     def __init__(self) -> None:
         self.schedule, self.device, self.dtype = scaled_linear(), torch.device("cpu"), torch.float32
         self.known: dict[str, dict[str, nn.Parameter]] = {}
-        for role in (STUDENT, "ema"):
-            self.add(role)
-        self.known[STUDENT]["mean"].requires_grad_(True)
-        self.known[STUDENT]["log_std"].requires_grad_(True)
+        self.add(STUDENT, trainable=True)
+        self.add("ema")
 
-    def add(self, role: str, like: str | None = None) -> None:
+    def add(self, role: str, like: str | None = None, trainable: bool = False) -> None:
         self.known[role] = {
-            "mean": nn.Parameter(torch.zeros(4), requires_grad=False),
-            "log_std": nn.Parameter(torch.full((4,), -1.0), requires_grad=False),
+            "mean": nn.Parameter(torch.zeros(4), requires_grad=trainable),
+            "log_std": nn.Parameter(torch.full((4,), -1.0), requires_grad=trainable),
         }
 
     def named_tensors(self, role: str) -> dict[str, nn.Parameter]:

@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 
 
 def _work(rank: int, folder: str) -> None:
+    from tests.helpers.distil import snapshot
     from tests.training.onestep_parts import batch_of, config, one_step
 
     torch.set_num_threads(1)
@@ -23,7 +24,7 @@ def _work(rank: int, folder: str) -> None:
         if step == 1 and rank == 1:
             batch.cond.prompt_embeds[-1] = torch.nan  # reaches both
         training.step(batch)
-    torch.save((training.tensors(), vars(training.progress)), f"{folder}/{rank}.pt")
+    torch.save((snapshot(training), vars(training.progress)), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 

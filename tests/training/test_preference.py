@@ -1,6 +1,5 @@
 """Preference training: column names, splits, the order of pairs, learning, resuming."""
 
-import copy
 import io
 import json
 
@@ -19,6 +18,7 @@ from hypersd_ray.embedded import paths, preferences
 from hypersd_ray.embedded.pictures import load_pictures
 from hypersd_ray.models.rewards.image_reward import load_image_reward
 from hypersd_ray.training.preference import PreferenceTraining, freeze_bottom, pairwise_accuracy
+from tests.helpers.distil import InMemory, same, snapshot
 
 
 def png(grey: int) -> bytes:
@@ -130,12 +130,11 @@ def test_resuming_gives_the_same_weights(folder):
     first = PreferenceTraining(config, load_image_reward(config.init))
     for batch in batches[:2]:
         first.step(batch)
-    tensors, state = {k: v.clone() for k, v in first.tensors().items()}, copy.deepcopy(first.optimizer_state())
+    kept = InMemory(first)
     second = PreferenceTraining(config, load_image_reward(config.init))
-    second.load(tensors, state)
+    kept.into(second)
     second.step(batches[2])
-    for name, tensor in straight.tensors().items():
-        assert torch.equal(tensor, second.tensors()[name]), name
+    assert same(snapshot(second), snapshot(straight))
 
 
 def test_freezing(folder):

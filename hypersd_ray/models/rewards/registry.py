@@ -10,6 +10,7 @@ from hypersd_ray.config.rewards import RewardConfig
 from hypersd_ray.models.rewards.aesthetic import AestheticPredictor, load_head
 from hypersd_ray.models.rewards.clip import CLIPScore, HPSv2, load_pick_score, load_tower
 from hypersd_ray.models.rewards.image_reward import load_image_reward
+from hypersd_ray.models.rewards.image_reward_package import load_image_reward_package
 from hypersd_ray.models.rewards.protocol import RewardModel
 
 ARCHITECTURES = {
@@ -33,6 +34,7 @@ LOADERS: Mapping[str, Callable[[RewardConfig], RewardModel]] = {
     "aesthetic_v1": _aesthetic,
     "aesthetic_v2": _aesthetic,
     "image_reward": lambda c: load_image_reward(c.checkpoint, c.tokenizer or None),
+    "image_reward_package": lambda c: load_image_reward_package(c.checkpoint, c.tokenizer or None),
     "clip_score": lambda c: CLIPScore(load_tower(c.architecture or ARCHITECTURES["clip_score"], c.checkpoint)),
     "hps_v21": lambda c: HPSv2(load_tower(c.architecture or ARCHITECTURES["hps_v21"], c.checkpoint, fit="pad")),
     "pick_score": lambda c: load_pick_score(c.checkpoint),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from hypersd_ray.config.feedback import FeedbackConfig
@@ -54,7 +55,8 @@ class Kind:
         check: finds out before anything starts what cannot work; raises ValueError or ConfigError.
         build: (config, Place) -> the training state of one worker.
         batch: (rows of a stream, device) -> what `step` takes first.
-        export: (config, state, stage, folder) writes the products of a stage into an empty folder.
+        export: (config, state, stage, folder) writes the products of a stage into an empty folder; all ranks call it,
+            for weights may be gathered, and but for rank 0 with None for a folder.
         grid: (config, state, x_T, cond) -> name and rows of latents of a sample grid.
         product: (config, steps) -> the LoRA in the run's folder that is meant for sampling in `steps` steps.
         samplings: config -> how its students are sampled.
@@ -66,7 +68,7 @@ class Kind:
     check: Callable[[Any], Any]
     build: Callable[[Any, Place], Training]
     batch: Callable[[dict[str, Any], torch.device], Any]
-    export: Callable[[Any, Any, int, Path], None]
+    export: Callable[[Any, Any, int, Path | None], None]
     grid: Callable[[Any, Any, Tensor, Conditioning], tuple[str, list[Tensor]]]
     product: Callable[[Any, int], str]
     samplings: Callable[[Any], Sequence[Sampling]]
@@ -90,6 +92,15 @@ def distillation_grid(samplings: Callable[[Any], Sequence[Sampling]]) -> Callabl
         return f"teacher25_student{''.join(str(how.steps) for how in chosen)}", rows
 
     return grid
+
+
+def student_unet(roles: Roles) -> UNet2DConditionModel:
+    """The student trained in full, whole; where it is shared out all ranks ask, and only rank 0's has weights."""
+    tensors = roles.gather(STUDENT)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(roles.unet.config)
+    unet.load_state_dict(tensors, strict=False, assign=True)
+    return unet
 
 
 def lora_file(name: str) -> str:

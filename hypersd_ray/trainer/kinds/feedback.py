@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,6 +42,14 @@ def check(config: FeedbackConfig) -> None:
     for field, file in _files(config).items():
         if not storage.exists(file):
             raise ConfigError(f"{field}={file} does not exist")
+    for reward in config.rewards:
+        apart = config.placement.where == "actors" and reward.python
+        if reward.name == "image_reward_package" and not apart and importlib.util.find_spec("ImageReward") is None:
+            raise ConfigError(
+                f"rewards.image_reward_package with placement.where={config.placement.where} and python={reward.python!r}: "
+                "image-reward is not installed beside this project; `python jobs/image_reward_env.py --out DIR`, then "
+                "--image-reward-python DIR/bin/python with placement.where=actors"
+            )
     if config.structure.weight and config.structure.annotations:
         CocoAnnotations(config.structure.annotations)
 
@@ -93,8 +102,10 @@ def tscd_metadata(config: FeedbackConfig, found: LoRAMetadata | None, rank: int)
     return found or LoRAMetadata(info.path.name, info.family, 1, steps, "TCDScheduler", 0.0, rank, float(rank))
 
 
-def export(config: FeedbackConfig, state: Feedback, stage: int, folder: Path) -> None:
+def export(config: FeedbackConfig, state: Feedback, stage: int, folder: Path | None) -> None:
     """The feedback LoRA, and the exact merge with the TSCD LoRA, each in both layouts."""
+    if folder is None:
+        return
     with storage.local_copy(config.tscd, "tscd") as path:
         tensors, found = read_lora(path)
     rank = len(next(t for name, t in tensors.items() if name.endswith("lora_A.weight")))

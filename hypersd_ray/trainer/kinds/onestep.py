@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from hypersd_ray.config.onestep import OneStepConfig
@@ -23,6 +24,7 @@ from hypersd_ray.trainer.kinds.base import (
     lora_file,
     save_loras,
     student_tensors,
+    student_unet,
 )
 from hypersd_ray.trainer.kinds.tscd import build_roles
 from hypersd_ray.training.onestep import OneStep
@@ -45,16 +47,17 @@ def initial_lora(config: OneStepConfig) -> dict[str, Tensor] | None:
 
 def build(config: OneStepConfig, place: Place) -> OneStep:
     """Score distillation from a TSCD LoRA (merged into the student's UNet where that is trained in full), or the base."""
-    roles, null = build_roles(config, place.device)
     tensors = initial_lora(config)
-    if tensors is None:
-        return OneStep(config, roles, null, place.rank)
-    if config.full_unet:
-        with roles.playing(STUDENT) as unet:
-            merge_lora(unet, tensors, alpha=next(t.shape[0] for n, t in tensors.items() if n.endswith("lora_A.weight")))
-    else:
+
+    def begin(student: UNet2DConditionModel) -> None:
+        if tensors is not None:
+            rank = next(t.shape[0] for n, t in tensors.items() if n.endswith("lora_A.weight"))
+            merge_lora(student, tensors, alpha=rank)
+
+    roles, null = build_roles(config, place.device, begin)
+    if tensors is not None and not config.full_unet:
         roles.load(STUDENT, tensors)
-    roles.copy(STUDENT, EMA)
+        roles.copy(STUDENT, EMA)
     return OneStep(config, roles, null, place.rank)
 
 
@@ -88,12 +91,15 @@ def onestep_card(config: OneStepConfig) -> UNetCard:
     return UNetCard(config.teacher, read_base(config.teacher), timesteps, config.run.name)
 
 
-def export(config: OneStepConfig, state: OneStep, stage: int, folder: Path) -> None:
+def export(config: OneStepConfig, state: OneStep, stage: int, folder: Path | None) -> None:
     """The LoRA in both layouts; where the single step is all it can, the merged UNet too. In full training the UNet."""
     name, where = onestep_name(config), f"{storage.run_folder(config.run)}/unet-{onestep_name(config)}"
     if config.full_unet:
-        with state.roles.playing(STUDENT) as unet:
-            save_unet_with_card(unet, folder / f"unet-{name}", where, onestep_card(config))
+        whole = student_unet(state.roles)
+        if folder is not None:
+            save_unet_with_card(whole, folder / f"unet-{name}", where, onestep_card(config))
+        return
+    if folder is None:
         return
     tensors = student_tensors(state.roles)
     save_loras(tensors, folder, name, onestep_metadata(config))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from diffusers import UNet2DConditionModel
 
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.tscd import TSCDConfig
@@ -13,7 +15,8 @@ from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import load_encoders
 from hypersd_ray.models.export import GUIDANCE, KEPT, LoRAMetadata, save_unet
 from hypersd_ray.models.initial import fitting_lora
-from hypersd_ray.models.roles import STUDENT, FullRoles, LoRARoles, Roles
+from hypersd_ray.models.roles import EMA, STUDENT, FullRoles, LoRARoles, Roles
+from hypersd_ray.models.zero import ZeroRoles
 from hypersd_ray.trainer import storage
 from hypersd_ray.trainer.kinds.base import (
     DISTILL_SAME_RUN,
@@ -24,22 +27,40 @@ from hypersd_ray.trainer.kinds.base import (
     lora_file,
     save_loras,
     student_tensors,
+    student_unet,
 )
 from hypersd_ray.training.distiller import Distiller
 from hypersd_ray.training.samples import Sampling
 
 
-def build_roles(config: TSCDConfig, device: torch.device | str) -> tuple[Roles, Conditioning]:
-    """The base with its roles, and the unconditional input of guidance."""
+def build_roles(
+    config: TSCDConfig, device: torch.device, begin: Callable[[UNet2DConditionModel], None] = lambda student: None
+) -> tuple[Roles, Conditioning]:
+    """The base with its roles, and the unconditional input of guidance.
+
+    `begin` changes the student's UNet before it is trained in full, in float32.
+    """
     info = read_base(config.teacher)
     null = load_encoders(config.teacher, device="cpu", vae=False).null_conditioning().to(device)
-    unet = load_unet(info, torch.bfloat16 if config.run.precision == "bf16" else torch.float32, device)
-    parts = (unet, info.schedule, info.parameterization)
-    roles = (
-        FullRoles(*parts)
-        if config.full_unet
-        else LoRARoles(*parts, config.lora.rank, config.lora.effective_alpha, seed=config.run.seed)
-    )
+    dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
+
+    def whole() -> UNet2DConditionModel:
+        return load_unet(info, torch.float32, "cpu")
+
+    roles: Roles
+    if config.zero.stage:
+        student = whole()
+        begin(student)
+        how = (info.schedule, info.parameterization, dtype, device, config.optim, config.zero)
+        roles = ZeroRoles(whole, student, *how)
+    elif config.full_unet:
+        roles = FullRoles(load_unet(info, dtype, device), info.schedule, info.parameterization)
+        with roles.playing(STUDENT) as network:
+            begin(network)
+        roles.copy(STUDENT, EMA)
+    else:
+        parts = (load_unet(info, dtype, device), info.schedule, info.parameterization)
+        roles = LoRARoles(*parts, config.lora.rank, config.lora.effective_alpha, seed=config.run.seed)
     if config.optim.checkpointing:
         roles.checkpoint_activations()
     return roles, null
@@ -83,12 +104,15 @@ def check(config: TSCDConfig) -> None:
     first_stage_lora(config)
 
 
-def export(config: TSCDConfig, state: Distiller, stage: int, folder: Path) -> None:
+def export(config: TSCDConfig, state: Distiller, stage: int, folder: Path | None) -> None:
     """The stage's LoRA in both layouts (or its UNet), usable at k steps."""
     k = config.distill.k_list[stage]
     if config.full_unet:
-        with state.roles.playing(STUDENT) as unet:
-            save_unet(unet, folder / f"unet-k{k}")
+        whole = student_unet(state.roles)
+        if folder is not None:
+            save_unet(whole, folder / f"unet-k{k}")
+        return
+    if folder is None:
         return
     save_loras(student_tensors(state.roles), folder, lora_name(config, k), lora_metadata(config, k))
 

@@ -1,0 +1,190 @@
+"""Whether few-step LoRAs follow a ControlNet as their teacher does (paper, Fig. 10): agreement of edges.
+
+    python evaluation/control.py --controlnet runs/controlnet/canny --loras hypersd_ray/embedded/loras/tscd-k1.safetensors ...
+
+Held-out pictures give the hints and the captions. Each model draws them with and without the ControlNet from the same x_T;
+edges of what it drew, against the hint, give an F1 within one pixel. In brackets 95% bootstrap intervals over the pictures.
+The hints' own row has the real pictures after the autoencoder, the most that can be had.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
+
+import torch
+import tyro
+from diffusers import ControlNetModel, DDIMScheduler, StableDiffusionControlNetPipeline, TCDScheduler
+from pydantic import Field
+from torch import Tensor
+
+from evaluation.bootstrap import Interval, bootstrap_interval, paired_difference
+from evaluation.quality import check_loras
+from hypersd_ray.config.base import Strict
+from hypersd_ray.config.cli import run_job
+from hypersd_ray.embedded import paths
+from hypersd_ray.embedded.pictures import load_pictures, to_unit
+from hypersd_ray.models.edges import Hint, edge_agreement, edge_map
+from hypersd_ray.models.export import TCD_GRID
+from hypersd_ray.training.samples import start_noise
+
+
+class ControlConfig(Strict):
+    """The ControlNet, the LoRAs and the pictures."""
+
+    controlnet: Path
+    """Folder of the ControlNet; its name says which hints it takes, if `kind` does not."""
+    kind: Hint | None = None
+    """Hints: "canny" or "scribble"."""
+    loras: tuple[Path, ...] = ()
+    """LoRA files of the teacher; the teacher itself is always measured."""
+    teacher: Path = paths.TEACHER
+    """Folder of the base model in diffusers' layout."""
+    data: Path = paths.DATA
+    """Folder with val-*.tar."""
+    steps: tuple[int, ...] = (1, 2, 4, 8)
+    """Sampling steps of the LoRAs, by diffusers' TCDScheduler."""
+    teacher_steps: int = Field(default=25, ge=1)
+    """DDIM steps of the teacher."""
+    guidance: float = Field(default=3.0, ge=1)
+    """The teacher's guidance scale."""
+    pictures: int = Field(default=256, ge=2)
+    """Held-out pictures."""
+    seed: int = 0
+    """x_T and the bootstrap are functions of it."""
+    batch: int = Field(default=64, ge=1)
+    """Pictures at a time."""
+    out: Path = Path("runs/control.json")
+    """The JSON file that is written."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Agreement with and without the ControlNet."""
+
+    model: str
+    steps: int
+    agreement: Interval
+    gain: Interval | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the JSON file holds."""
+
+    settings: dict[str, Any]
+    loras: dict[str, dict[str, Any]]
+    rows: list[Row] = field(default_factory=list)
+
+
+class Drawing:
+    """The pipeline with a ControlNet, the pictures and their hints."""
+
+    def __init__(self, config: ControlConfig, kind: Hint):
+        pictures, captions = load_pictures(config.data, "val")
+        self.config, self.kind = config, kind
+        self.pictures, self.captions = pictures[: config.pictures], captions[: config.pictures]
+        self.hints = edge_map(self.pictures, kind)
+        net = ControlNetModel.from_pretrained(config.controlnet, local_files_only=True, use_safetensors=True)
+        self.pipe = StableDiffusionControlNetPipeline.from_pretrained(
+            config.teacher, controlnet=net, safety_checker=None, local_files_only=True, use_safetensors=True
+        )
+        self.pipe.set_progress_bar_config(disable=True)
+        unet = self.pipe.unet.config
+        self.x_T = start_noise(config.seed, self.captions, (unet.in_channels, *[unet.sample_size] * 2))
+
+    def as_seen(self) -> Tensor:
+        """The real pictures after the autoencoder, uint8."""
+        parts = []
+        with torch.no_grad():
+            for part in self.pictures.split(self.config.batch):
+                parts.append(_bytes(self.pipe.vae(to_unit(part)).sample / 2 + 0.5))
+        return torch.cat(parts)
+
+    def __call__(self, scheduler: Any, steps: int, guidance: float, scale: float) -> Tensor:
+        """Pictures uint8 with the ControlNet at `scale`; 0 is without."""
+        self.pipe.scheduler = scheduler
+        parts = []
+        for i in range(0, len(self.captions), self.config.batch):
+            chunk = slice(i, i + self.config.batch)
+            drawn = self.pipe(
+                prompt=self.captions[chunk], image=self.hints[chunk].float() / 255, latents=self.x_T[chunk],
+                num_inference_steps=steps, guidance_scale=guidance, controlnet_conditioning_scale=scale, eta=0.0,
+                output_type="pt",
+            ).images  # fmt: skip
+            parts.append(_bytes(drawn))
+        return torch.cat(parts)
+
+
+def _bytes(pictures: Tensor) -> Tensor:
+    return (pictures.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+def evaluate(config: ControlConfig, log: Callable[[str], None] = lambda _: None) -> Report:
+    """The autoencoder's row, the teacher's, then each LoRA's at every step count.
+
+    Raises:
+        ValueError: a file that is missing or does not fit; one line says which.
+    """
+    if not (config.controlnet / "config.json").is_file():
+        raise ValueError(f"--controlnet {config.controlnet} is not a ControlNet's folder: jobs/controlnet.py makes one")
+    kinds: dict[str, Hint] = {"canny": "canny", "scribble": "scribble"}
+    kind = kinds.get(config.kind or config.controlnet.name)
+    if kind is None:
+        raise ValueError(f"--controlnet {config.controlnet}: say which hints it takes, --kind canny or scribble")
+    loras, drawing = check_loras(config.loras), Drawing(config, kind)
+    report = Report(config.model_dump(mode="json") | {"kind": kind}, loras)
+
+    def agreement(pictures: Tensor) -> Tensor:
+        return edge_agreement(edge_map(pictures, kind), drawing.hints)
+
+    def add(model: str, steps: int, scheduler: Any, guidance: float) -> None:
+        with_it = agreement(drawing(scheduler, steps, guidance, 1.0))
+        without = agreement(drawing(scheduler, steps, guidance, 0.0))
+        gain = paired_difference(with_it, without, seed=config.seed)
+        report.rows.append(Row(model, steps, bootstrap_interval(with_it, seed=config.seed), gain))
+        log(f"{model}, {steps} steps: edges agree {report.rows[-1].agreement.mean:.3f}, {gain.mean:+.3f}")
+
+    own = bootstrap_interval(agreement(drawing.as_seen()), seed=config.seed)
+    report.rows.append(Row("real pictures, autoencoded", 0, own, None))
+    # Latents are not confined to [-1, 1]: DDIM's own default would clip.
+    scheduler = drawing.pipe.scheduler.config
+    ddim = DDIMScheduler.from_config(scheduler, timestep_spacing="trailing", clip_sample=False)
+    add("teacher", config.teacher_steps, ddim, config.guidance)
+    for name, lora in loras.items():
+        drawing.pipe.unload_lora_weights()
+        drawing.pipe.load_lora_weights(lora["path"])
+        tcd = TCDScheduler.from_config(scheduler, original_inference_steps=TCD_GRID)
+        for steps in config.steps:
+            add(name, steps, tcd, 0.0)
+    return report
+
+
+def table(report: Report) -> str:
+    """The rows in Markdown."""
+    lines = ["| model | steps | edges agree (F1) | gained by the ControlNet |", "|---|---:|---:|---:|"]
+    for row in report.rows:
+        a, g = row.agreement, row.gain
+        gain = "" if g is None else f"{g.mean:+.3f} [{g.low:+.3f}, {g.high:+.3f}]"
+        lines.append(f"| {row.model} | {row.steps or ''} | {a.mean:.3f} [{a.low:.3f}, {a.high:.3f}] | {gain} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, print the table, write the JSON file."""
+    config = tyro.cli(ControlConfig, description=__doc__)
+    report = evaluate(config, log=lambda line: print(line, file=sys.stderr, flush=True))
+    print(table(report))
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    config.out.write_text(json.dumps(asdict(report), indent=1) + "\n")
+    print(f"\nwritten to {config.out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,1 @@
+"""Evaluation over Ray Data: prompts, models, generators, judges, and what their numbers say."""

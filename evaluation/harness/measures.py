@@ -1,0 +1,260 @@
+"""From judged pictures to numbers with intervals: one measure a column, each with its card.
+
+Shapes: P prompts, R resamples; values (P,), draws (R,), features (P, D) of norm 1, latents (P, C, h, w).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evaluation.bootstrap import Interval, bootstrap_interval, paired_difference
+from evaluation.harness.judges import FEATURES, OBJECTS, JudgeSpec, MetricCard, reward_card
+from evaluation.harness.subjects import Cell
+from evaluation.objects import object_precision
+from hypersd_ray.models.perception.protocol import Instances
+from hypersd_ray.training.randomness import generator_of
+
+LATENTS = "latents"
+"""What fidelity reads in place of a judge's values."""
+
+
+@dataclass(frozen=True, eq=False)
+class Values:
+    """One number a prompt, NaN where it is missing; the mean over prompts is the column's."""
+
+    values: Tensor
+
+    @property
+    def missing(self) -> int:
+        """Prompts without a number."""
+        return int(self.values.isnan().sum())
+
+    def interval(self, resamples: int, seed: int) -> Interval:
+        """The mean and its percentile interval over the prompts that have a number."""
+        there = self.values[~self.values.isnan()]
+        if len(there) < 2:
+            return Interval(math.nan, math.nan, math.nan)
+        return bootstrap_interval(there, resamples=resamples, seed=seed)
+
+    def minus(self, other: Values, resamples: int, seed: int) -> Interval:
+        """The paired difference over the prompts that have both."""
+        both = ~(self.values.isnan() | other.values.isnan())
+        if int(both.sum()) < 2:
+            return Interval(math.nan, math.nan, math.nan)
+        return paired_difference(self.values[both], other.values[both], resamples=resamples, seed=seed)
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """A number of the whole set, and its resamples. `centred`: the resamples' spread around their own mean is put around
+    the point, for numbers that resampling shifts (it repeats pictures, which lowers diversity and raises MMD)."""
+
+    point: float
+    draws: Tensor
+    centred: bool = False
+    missing: int = 0
+
+    def interval(self, resamples: int, seed: int) -> Interval:
+        """The 95% interval."""
+        draws = self.draws.double()
+        if self.centred:
+            draws = draws - draws.mean() + self.point
+        low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        return Interval(self.point, low, high)
+
+    def minus(self, other: Draws, resamples: int, seed: int) -> Interval:
+        """The difference with the prompts kept together."""
+        return Draws(self.point - other.point, self.draws - other.draws, self.centred).interval(resamples, seed)
+
+
+Estimate = Values | Draws
+Read = Callable[[Cell, str], np.ndarray]
+"""(cell, judge's name or LATENTS) -> its values, prompts first."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column.
+
+    Attributes:
+        card: what stands behind it.
+        estimate: (cells of one model at one number of steps, Read) -> the number; None where these cells have none.
+        cases: the judge whose values say which pictures are best and worst; empty where single pictures have none.
+    """
+
+    card: MetricCard
+    estimate: Callable[[Sequence[Cell], Read], Estimate | None]
+    cases: str = ""
+
+    @property
+    def name(self) -> str:
+        """The card's."""
+        return self.card.name
+
+
+def reward_measure(spec: JudgeSpec) -> Measure:
+    """A reward model's mean."""
+    return Measure(reward_card(spec), lambda cells, read: mean_values([read(c, spec.name) for c in cells]), spec.name)
+
+
+def mean_values(arrays: Sequence[np.ndarray]) -> Values:
+    """Of several cells, prompt by prompt; a prompt is missing where any lacks it."""
+    return Values(torch.from_numpy(np.stack([a.astype(np.float64) for a in arrays]).mean(0)))
+
+
+def fidelity_measure(references: dict[int, Cell], steps: int, guidance: float) -> Measure:
+    """Distance of the latents to where the teacher's ODE ends from the same noise."""
+    card = MetricCard(
+        "distance", "distance to teacher", f"none: latents against the teacher's {steps} DDIM steps at guidance {guidance:g}", "",
+        "latents as they are, same noise", "mean squared difference / variance of the reference latents; 0 is the teacher", "lower",
+    )  # fmt: skip
+
+    def estimate(cells: Sequence[Cell], read: Read) -> Estimate | None:
+        parts = []
+        for cell in cells:
+            if cell.seed not in references:
+                return None
+            ends = torch.from_numpy(read(references[cell.seed], LATENTS))
+            latents = torch.from_numpy(read(cell, LATENTS))
+            if latents.shape != ends.shape:
+                return None
+            parts.append(((latents - ends).square().flatten(1).mean(1) / ends.var()).numpy())
+        return mean_values(parts)
+
+    return Measure(card, estimate)
+
+
+def vendi(features: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Vendi score (Friedman, Dieng 2022) of features (P, D) of norm 1 under the cosine kernel: exp of the entropy of the
+    eigenvalues of K / P; 1 when all are alike, P when all are orthogonal. `weights` (R, P) counts -> (R,)."""
+    x = features.double()
+    if weights is None:
+        weights = torch.ones(1, len(x), dtype=torch.float64)
+    shares = weights / weights.sum(1, keepdim=True)
+    # K's eigenvalues are those of X^T X, which is D by D
+    values = torch.stack([torch.linalg.eigvalsh((x * w.unsqueeze(1)).T @ x) for w in shares]).clamp(min=0)
+    values = values / values.sum(1, keepdim=True)
+    return torch.special.entr(values).sum(1).exp()
+
+
+def counts(prompts: int, resamples: int, seed: int) -> Tensor:
+    """(R, P) how often each prompt is in each resample, the same for every model."""
+    generator = generator_of(seed, "counts", prompts, resamples)
+    index = torch.randint(prompts, (resamples, prompts), generator=generator)
+    return torch.zeros(resamples, prompts, dtype=torch.float64).scatter_add_(
+        1, index, torch.ones_like(index, dtype=torch.float64)
+    )
+
+
+def averaged(of_cell: Callable[[Cell, Read], Draws]) -> Callable[[Sequence[Cell], Read], Draws]:
+    """The mean over cells of a number of a cell, each worked out once: it is asked for alone and among others."""
+    kept: dict[str, Draws] = {}
+
+    def estimate(cells: Sequence[Cell], read: Read) -> Draws:
+        for cell in cells:
+            if cell.key not in kept:
+                kept[cell.key] = of_cell(cell, read)
+        each = [kept[cell.key] for cell in cells]
+        point, draws = sum(e.point for e in each) / len(each), torch.stack([e.draws for e in each]).mean(0)
+        return Draws(point, draws, each[0].centred, sum(e.missing for e in each))
+
+    return estimate
+
+
+def _whole_set(measure: Callable[[Tensor, Tensor | None], Tensor], resamples: int, seed: int) -> Callable:
+    """The estimate of a measure of all pictures of a cell."""
+
+    def of_cell(cell: Cell, read: Read) -> Draws:
+        features = torch.from_numpy(read(cell, FEATURES))
+        there = ~features.isnan().any(1)
+        draw = counts(len(features), resamples, seed)[:, there]
+        point = measure(features[there], None).item()
+        return Draws(point, measure(features[there], draw), True, int((~there).sum()))
+
+    return averaged(of_cell)
+
+
+def vendi_measure(spec: JudgeSpec, resamples: int, seed: int) -> Measure:
+    """Diversity over all prompts."""
+    card = MetricCard(
+        "vendi", "Vendi score", f"image features of the judge clip_score, cosine kernel, {resamples} resamples", spec.sha256,
+        "as CLIP score", "effective number of different pictures among all prompts",
+        note="pictures that leave the prompts raise it too: read it beside CLIP score",
+    )  # fmt: skip
+    return Measure(card, _whole_set(vendi, resamples, seed))
+
+
+def seed_measure(spec: JudgeSpec) -> Measure:
+    """Diversity between pictures of one prompt."""
+    card = MetricCard(
+        "between_seeds", "diversity between seeds", "image features of the judge clip_score", spec.sha256, "as CLIP score",
+        "1 - mean cosine of the pictures of one prompt from different noise",
+        note="LPIPS would need AlexNet or VGG weights, which no package ships",
+    )  # fmt: skip
+
+    def estimate(cells: Sequence[Cell], read: Read) -> Estimate | None:
+        of_weights: dict[str, list[Tensor]] = {}
+        for cell in cells:
+            of_weights.setdefault(cell.weights_sha256, []).append(torch.from_numpy(read(cell, FEATURES)).double())
+        several = [torch.stack(parts) for parts in of_weights.values() if len(parts) > 1]
+        if not several:
+            return None
+        return mean_values([between_seeds(parts).numpy() for parts in several])
+
+    return Measure(card, estimate)
+
+
+def between_seeds(features: Tensor) -> Tensor:
+    """(S, P, D) of norm 1, S seeds -> (P,) 1 - mean cosine of the pairs."""
+    seeds = len(features)
+    total = features.sum(0).square().sum(1)  # sum over all ordered pairs, the S equal ones included
+    return 1 - (total - seeds) / (seeds * (seeds - 1))
+
+
+def cmmd(x: Tensor, y: Tensor, weights: Tensor | None = None, sigma: float = 10.0, scale: float = 1000.0) -> Tensor:
+    """CMMD (Jayasumana et al. 2024): scale * MMD^2 of features x (P, D) and y (N, D) under a Gaussian kernel of width
+    sigma, diagonals included. `weights` (R, P) counts of x -> (R,)."""
+    x, y = x.double(), y.double()
+    kernel = lambda a, b: torch.exp(-torch.cdist(a, b).square() / (2 * sigma**2))
+    if weights is None:
+        weights = torch.ones(1, len(x), dtype=torch.float64)
+    w = weights / weights.sum(1, keepdim=True)
+    within = ((w @ kernel(x, x)) * w).sum(1)
+    return scale * (within + kernel(y, y).mean() - 2 * w @ kernel(x, y).mean(1))
+
+
+def cmmd_measure(spec: JudgeSpec, real: Tensor, where: str, resamples: int, seed: int) -> Measure:
+    """Distance of all pictures to real ones."""
+    card = MetricCard(
+        "cmmd", "CMMD", f"image features of the judge clip_score, against {len(real)} real pictures ({where})", spec.sha256,
+        "as CLIP score", "1000 x MMD^2, Gaussian kernel of width 10", "lower",
+        note="its authors take ViT-L/14 at 336 px. The paper reports no such number: it finds that FID does not reflect the "
+        "quality of the pictures well",
+    )  # fmt: skip
+    return Measure(card, _whole_set(lambda x, w: cmmd(x, real, w), resamples, seed))
+
+
+def objects_measure(spec: JudgeSpec, named: Sequence[Sequence[int]], resamples: int, seed: int) -> Measure:
+    """Average precision of the objects that prompts name."""
+    card = MetricCard(
+        "objects", "objects", "SOLO", spec.sha256, "as its checkpoint asks",
+        "average precision of the objects that the prompts name, by class",
+    )  # fmt: skip
+
+    def of_cell(cell: Cell, read: Read) -> Draws:
+        found = read(cell, OBJECTS)
+        interval, values = object_precision([_instances(f) for f in found], named, resamples, seed)
+        return Draws(interval.mean, values, False, int(np.isnan(found).any((1, 2)).sum()))
+
+    return Measure(card, averaged(of_cell))
+
+
+def _instances(found: np.ndarray) -> Instances:
+    kept = torch.from_numpy(found[found[:, 0] >= 0])
+    return Instances(torch.zeros(len(kept), 1, 1, dtype=torch.bool), kept[:, 0].long(), kept[:, 1])

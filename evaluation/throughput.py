@@ -1,0 +1,117 @@
+"""Pictures a second of the evaluation's pools, beside a bare loop of diffusers' pipeline at the same batch size.
+
+    python evaluation/throughput.py --lora hypersd_ray/embedded/loras/tscd-k4.safetensors
+    python evaluation/throughput.py --lora LORA --base FOLDER --generators.num-gpus 1 --generators.max-size 2 --generators.min-size 2
+
+The bare loop makes pictures and nothing else; the pools make, write and judge them (`--judge` takes a CLIP). Both are timed from
+their first batch's end to their last's, so that neither starting actors nor loading models counts, and they take turns.
+Aim: at least 0.9 of the bare loop with one generator, more than 1 with two on machines of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
+
+import torch
+from diffusers import DiffusionPipeline, TCDScheduler
+from pydantic import Field
+
+from evaluation.harness.judges import judge_specs
+from evaluation.harness.making import make, tasks
+from evaluation.harness.prompts import Row, read_rows
+from evaluation.harness.run import plan
+from evaluation.harness.store import Store, shards_of
+from evaluation.harness.subjects import find_subject
+from hypersd_ray.config.base import Strict
+from hypersd_ray.config.cli import read_options, run_job
+from hypersd_ray.config.data import EncoderPool
+from hypersd_ray.config.evaluate import EvaluateConfig, JudgesConfig
+from hypersd_ray.embedded import paths
+from hypersd_ray.models.checkpoint import read_base
+from hypersd_ray.models.export import TCD_GRID
+
+
+class ThroughputConfig(Strict):
+    """What is measured."""
+
+    lora: Path
+    """LoRA of the base."""
+    base: str = str(paths.TEACHER)
+    """Folder of the base model."""
+    steps: int = Field(default=4, ge=1)
+    """Sampling steps, TCD."""
+    prompts: int = Field(default=512, ge=2)
+    """Pictures of a turn."""
+    judge: str = str(paths.EVALUATORS / "clip")
+    """CLIP that judges in the pools; empty is none."""
+    generators: EncoderPool = EncoderPool(batch_size=32)
+    """Actors that make pictures; the bare loop has their batch size and device."""
+    scorers: EncoderPool = EncoderPool(batch_size=32)
+    """Actors that judge."""
+    repeats: int = Field(default=3, ge=1)
+    """Turns."""
+    out: Path = Path("runs/throughput.json")
+    """The JSON file that is written."""
+
+
+def bare(config: ThroughputConfig, rows: list[Row]) -> float:
+    """Pictures a second of the pipeline alone, with the LoRA fused."""
+    device = "cuda" if config.generators.num_gpus else "cpu"
+    checker: dict[str, Any] = {"safety_checker": None} if read_base(config.base).family == "sd" else {}
+    dtype = getattr(torch, config.generators.dtype)
+    pipe = DiffusionPipeline.from_pretrained(config.base, local_files_only=True, torch_dtype=dtype, **checker).to(
+        device
+    )
+    pipe.scheduler = TCDScheduler.from_config(pipe.scheduler.config, original_inference_steps=TCD_GRID)
+    pipe.load_lora_weights(str(config.lora))
+    pipe.fuse_lora()
+    pipe.set_progress_bar_config(disable=True)
+    begun, made = 0.0, 0
+    for i, part in enumerate(shards_of(rows, config.generators.batch_size)):
+        pipe(prompt=[r.prompt for r in part], num_inference_steps=config.steps, guidance_scale=0.0, eta=0.0)
+        if i == 0:
+            begun = time.perf_counter()
+        else:
+            made += len(part)
+    return made / (time.perf_counter() - begun)
+
+
+def pools(config: ThroughputConfig, rows: list[Row]) -> float:
+    """Pictures a second of generators and scorers."""
+    with tempfile.TemporaryDirectory() as out:
+        settings = EvaluateConfig(
+            base=config.base, steps=(config.steps,), scheduler="tcd", reference_steps=0, out=out,
+            judges=JudgesConfig(clip_score=config.judge),
+        )  # fmt: skip
+        what = plan(settings, rows, [find_subject(str(config.lora), settings)])
+        specs = [spec for spec in judge_specs(settings.judges) if spec.kind == "reward"]
+        todo = tasks(Store(out), what.cells, rows, specs, config.generators.batch_size)
+        ends: list[float] = []
+        make(out, todo, specs, config.generators, config.scorers, lambda *_: ends.append(time.perf_counter()))
+        first = config.generators.max_size  # each actor's first shard has the loading of its model in it
+        return config.generators.batch_size * (len(ends) - first) / (ends[-1] - ends[first - 1])
+
+
+def main() -> None:
+    """Measure in turns, print, write."""
+    config: ThroughputConfig = read_options(ThroughputConfig, sys.argv[1:], __doc__ or "")
+    rows = read_rows(EvaluateConfig(limit=config.prompts))
+    turns = [{"bare": bare(config, rows), "pools": pools(config, rows)} for _ in range(config.repeats)]
+    ratios = [turn["pools"] / turn["bare"] for turn in turns]
+    for name in ("bare", "pools"):
+        print(f"{name:6s} {statistics.median(turn[name] for turn in turns):8.2f} pictures/s")
+    print(f"ratio  {statistics.median(ratios):8.2f} [{min(ratios):.2f}, {max(ratios):.2f}]")
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    config.out.write_text(json.dumps({"settings": config.model_dump(mode="json"), "turns": turns}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,163 @@
+"""A comparison of methods: its pieces, its choices, and two methods from end to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from evaluation.harness.comparison import Comparison, default_lr, selection_captions, sweep
+from hypersd_ray.config.base import CombinationError, ConfigError
+from hypersd_ray.config.compare import CompareConfig
+from hypersd_ray.config.evaluate import JudgesConfig
+from hypersd_ray.embedded import paths
+from hypersd_ray.recipes.compare import compare_tiny
+from hypersd_ray.recipes.methods import METHODS
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    def make(**changes) -> CompareConfig:
+        return CompareConfig.model_validate(compare_tiny().model_dump() | {"out": str(tmp_path / "compare")} | changes)
+
+    return make
+
+
+def finish(comparison: Comparison, method: str, lr: float, seed: int) -> None:
+    """As a piece leaves it."""
+    name = f"{method}-lr{lr:g}-seed{seed}.json"
+    (comparison.out / "pieces" / name).write_text(json.dumps({"runs": [], "seconds": 60.0, "teacher_passes": 0}))
+
+
+def test_three_rates_then_three_seeds_at_the_best(make_config):
+    comparison = Comparison(make_config(methods=("lcm", "dmd")))
+    comparison.begin()
+    names = lambda: [piece.name for piece in comparison.missing()]
+    assert names() == [f"{m}-lr{r}-seed0" for m, rates in (("lcm", ("0.0003333", "0.001", "0.003")),
+                       ("dmd", ("6.667e-05", "0.0002", "0.0006"))) for r in rates]  # fmt: skip
+    assert comparison.left == 2 * 5
+    for lr in (0.0003333, 0.001, 0.003):
+        finish(comparison, "lcm", lr, 0)
+    assert comparison.best("lcm") is None and all(name.startswith("dmd") for name in names())
+    (comparison.out / "selection.json").write_text(
+        json.dumps({"lcm": {"0.0003333": 61.0, "0.001": 60.0, "0.003": 9.0}})
+    )
+    assert comparison.best("lcm") == 0.0003333
+    assert names()[3:] == ["lcm-lr0.0003333-seed1", "lcm-lr0.0003333-seed2"]
+    assert comparison.left == 7 and "7 to do, some 7 minutes" in comparison.plan()[-1]
+    lines = comparison.plan()
+    assert any("lcm-lr0.001-seed0" in line and "done in 60 s" in line for line in lines)
+    assert any("dmd-lr?-seed2" in line and "to do" in line for line in lines)
+
+
+def test_a_rate_that_diverges_is_out(make_config):
+    comparison = Comparison(make_config(methods=("lcm", "dmd"), rates=(1.0, 3.0), seeds=(0,)))
+    comparison.begin()
+    for piece in sweep(comparison.config, "lcm"):
+        comparison._finish(piece, runs=[], seconds=0.0, teacher_passes=0, diverged="NaN or inf")
+    assert not comparison.usable(sweep(comparison.config, "lcm")[0])
+    assert comparison.left == 2, "lcm has no further seeds"
+    assert "NaN or inf" in comparison.plan()[0]
+    (comparison.out / "selection.json").write_text(json.dumps({"lcm": {"0.001": 50.0, "0.003": None}}))
+    assert comparison.best("lcm") == 0.001
+    (comparison.out / "selection.json").write_text(json.dumps({"lcm": {"0.001": None, "0.003": None}}))
+    assert comparison.best("lcm") is None
+
+
+def test_every_method_has_a_sweep_of_one_size(make_config):
+    config = make_config()
+    assert set(config.methods) == set(METHODS)
+    for method in METHODS:
+        rates = [piece.lr for piece in sweep(config, method)]
+        assert [rate / default_lr(method) for rate in rates] == pytest.approx([1 / 3, 1, 3], rel=1e-3)
+
+
+def test_what_cannot_be_compared_is_one_line(make_config):
+    with pytest.raises(ConfigError, match="--methods sinkhorn: choose of lcm, tcd"):
+        Comparison(make_config(methods=("sinkhorn",)))
+    with pytest.raises(ConfigError, match="--budget 64 with method pd: 2 steps for 5 stages"):
+        Comparison(make_config(methods=("lcm", "pd"), budget=64))
+    with pytest.raises(CombinationError, match="none twice"):
+        make_config(methods=("lcm", "lcm"))
+    first = Comparison(make_config(methods=("lcm",), budget=64))
+    first.begin()
+    with pytest.raises(ConfigError, match="holds a comparison with budget=64, not 128: name another"):
+        Comparison(make_config(methods=("lcm",), budget=128))
+    with pytest.raises(ConfigError, match="no method has a finished training"):
+        first.judge()
+
+
+def test_the_rate_is_chosen_on_captions_outside_of_the_table():
+    from evaluation.quality import held_out_prompts
+
+    captions = selection_captions(128)
+    assert len(set(captions)) == 128 and not set(captions) & set(held_out_prompts(paths.DATA, 512))
+
+
+@pytest.fixture
+def shards(tmp_path) -> Path:
+    """One shard of the first 32 embedded pictures."""
+    out = tmp_path / "few.tar"
+    with tarfile.open(paths.DATA / "train-00000.tar") as tar, tarfile.open(out, "w") as few:
+        keys: list[str] = []
+        for member in tar:
+            key = member.name.split(".")[0]
+            keys += [key] if key not in keys else []
+            if len(keys) > 32:
+                break
+            few.addfile(member, tar.extractfile(member))
+    return out
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    import ray
+
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
+    started = not ray.is_initialized()
+    if started:
+        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    if started:
+        ray.shutdown()
+    del os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"]
+
+
+@pytest.mark.cluster
+def test_two_methods_from_end_to_end(ray_here, make_config, shards):
+    """Trained for two steps each over Ray Train, judged over Ray Data, and a second call finds all done."""
+    from evaluation.report.build import write_report
+
+    judges = JudgesConfig(clip_score=str(paths.EVALUATORS / "clip"))
+    config = make_config(
+        methods=("lcm", "turbo"), budget=64, rates=(1.0,), seeds=(0,), steps=(1,), prompts=8, per_shard=4,
+        latency_repeats=0, judges=judges.model_dump(), shards=str(shards),
+    )  # fmt: skip
+    comparison = Comparison(config)
+    comparison.begin()
+    assert comparison.train_all() == 0
+    runs = {path.name for path in (comparison.out / "runs").iterdir()}
+    assert runs == {"lcm-lr0.001-seed0", "turbo-lr0.0002-seed0"}
+    metrics = (comparison.out / "runs/lcm-lr0.001-seed0/metrics.jsonl").read_text().splitlines()
+    assert json.loads(metrics[-1])["step"] == 2
+    results, rows = comparison.judge()
+    assert results["done"]["made"] == 8 * 3 + 8 + 8, "three models, the teacher at 25 and its reference"
+    models = {(row["model"], row["steps"]) for row in results["rows"]}
+    assert models == {("teacher", 1), ("teacher at 25", 25), ("lcm", 1), ("turbo", 1)}
+    lcm, turbo = (next(row for row in results["rows"] if row["model"] == name) for name in ("lcm", "turbo"))
+    assert lcm["measures"]["distance"]["mean"] != turbo["measures"]["distance"]["mean"]
+    assert (
+        "2 teacher passes" not in results["notes"]["training of lcm"]
+        and "lr 0.001" in results["notes"]["training of lcm"]
+    )
+
+    written = write_report(results, rows, comparison.out, "Methods")
+    assert "turbo" in written[0].read_text()
+    again, _ = Comparison(config).judge()
+    assert again["done"]["made"] == 0 and again["rows"] == json.loads(json.dumps(again["rows"]))
+    assert [row["measures"] for row in again["rows"]] == [row["measures"] for row in results["rows"]]
+    assert Comparison(config).train_all() == 0

@@ -1,0 +1,285 @@
+"""Prompts, models and pictures of the harness: read, named, made the same whatever the batch, and made once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from evaluation.harness.judges import chosen_judges, judge_specs
+from evaluation.harness.making import make, tasks
+from evaluation.harness.prompts import Row, coco_manifest, read_rows
+from evaluation.harness.run import evaluate, plan
+from evaluation.harness.sampler import Sampler
+from evaluation.harness.store import Store, shard_name
+from evaluation.harness.subjects import How, Subject, find_baseline, find_subject, run_how, teacher
+from evaluation.quality import QualityConfig
+from evaluation.quality import Subject as Pipeline
+from hypersd_ray.config.base import ConfigError, RunError
+from hypersd_ray.config.data import EncoderPool
+from hypersd_ray.config.evaluate import EvaluateConfig, JudgesConfig
+from hypersd_ray.embedded import paths
+from hypersd_ray.training.samples import Sampling
+from tests.helpers.pipelines import CAPTIONS
+
+CLIP = str(paths.EVALUATORS / "clip")
+
+
+@pytest.fixture
+def config(folders, prompts_file, tmp_path) -> EvaluateConfig:
+    return EvaluateConfig(
+        base=str(folders["sd"]), prompts="file", prompts_file=str(prompts_file), steps=(1, 2), reference_steps=3,
+        judges=JudgesConfig(clip_score=CLIP), per_shard=4, latency_repeats=0, where="local", out=str(tmp_path / "out"),
+        generators=EncoderPool(batch_size=3), resamples=200,
+    )  # fmt: skip
+
+
+# prompts
+
+
+def prompts(path: Path, **changes) -> tuple[list[Row], list[str]]:
+    lines: list[str] = []
+    return read_rows(EvaluateConfig(prompts="file", prompts_file=str(path), **changes), lines.append), lines
+
+
+def test_empty_lines_and_twins_are_left_out_and_said(tmp_path):
+    (tmp_path / "p.txt").write_bytes("\ufeffa  panda\r\n\n \na café\na panda\n".encode())
+    rows, lines = prompts(tmp_path / "p.txt")
+    assert rows == [Row("a panda", "a panda"), Row("a café", "a café")]
+    assert any("2 empty lines" in line for line in lines) and any("1 prompts are there twice" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("latin.txt", "a panda\na caf\xe9\n".encode("latin-1"), "is not UTF-8: byte 0xe9 in line 2; save it as UTF-8"),
+        ("empty.txt", b"\n\n", "has 0 prompts: at least 2"),
+        ("gone.txt", None, "cannot be read"),
+        ("x.parquet", b"no parquet", "is not a parquet file"),
+    ],
+)
+def test_a_prompts_file_that_cannot_be_used_is_one_line(tmp_path, name, content, said):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=said) as caught:
+        prompts(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_parti_and_parquet(tmp_path):
+    (tmp_path / "parti.tsv").write_text('Prompt\tCategory\na bird\tAnimals\nthe saying "x"\tText\n')
+    rows = read_rows(EvaluateConfig(prompts="parti", prompts_file=str(tmp_path / "parti.tsv")))
+    assert next(row.prompt for row in rows) == "a bird" and len(rows) == 2
+    pq.write_table(pa.table({"url": ["u", "v"], "caption": ["a", "b"]}), tmp_path / "p.parquet")
+    assert [row.prompt for row in prompts(tmp_path / "p.parquet")[0]] == ["a", "b"]
+    pq.write_table(pa.table({"url": ["u", "v"]}), tmp_path / "q.parquet")
+    with pytest.raises(ConfigError, match="it needs caption"):
+        prompts(tmp_path / "q.parquet")
+
+
+def test_the_coco_manifest_has_the_lowest_caption_of_each_picture(tmp_path):
+    file = tmp_path / "captions_val2017.json"
+    annotations = [
+        {"id": 9, "image_id": 2, "caption": "late"}, {"id": 4, "image_id": 2, "caption": " A  man\n"},
+        {"id": 5, "image_id": 1, "caption": "A dog."},
+    ]  # fmt: skip
+    file.write_text(
+        json.dumps({"images": [{"id": i, "file_name": f"{i}.jpg"} for i in (2, 1)], "annotations": annotations})
+    )
+    with pytest.raises(ConfigError, match="captions of 2 pictures, COCO2017-val has 5000"):
+        coco_manifest(file)
+    table = coco_manifest(file, images=0)
+    assert table["image_id"].to_pylist() == [1, 2] and table["caption"].to_pylist() == ["A dog.", "A man"]
+    assert len(set(table["seed"].to_pylist())) == 2
+    pq.write_table(table, tmp_path / "coco5k.parquet")
+    rows = read_rows(EvaluateConfig(prompts="coco5k", prompts_file=str(tmp_path / "coco5k.parquet")))
+    assert rows == [Row(str(s), c) for s, c in zip(table["seed"].to_pylist(), ["A dog.", "A man"], strict=True)]
+    (tmp_path / "no.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is not COCO's captions file"):
+        coco_manifest(tmp_path / "no.json")
+
+
+# models
+
+
+def test_a_cell_is_named_by_what_decides_its_pictures(config, make_lora, tmp_path):
+    lora = make_lora()
+    moved = tmp_path / "moved.safetensors"
+    shutil.copy(lora, moved)
+    cells = dict(zip((1, 2), find_subject(str(lora), config).cells(0, "float32"), strict=True))
+    assert [c.key for c in find_subject(f"other name={moved}", config).cells(0, "float32")] == [
+        c.key for c in cells.values()
+    ]
+    keys = {c.key for c in cells.values()}
+    for change in ({"eta": 0.5}, {"scheduler": "ddim"}, {"guidance": 2.0}):
+        keys |= {c.key for c in find_subject(str(lora), config.model_copy(update=change)).cells(0, "float32")}
+    keys |= {c.key for c in find_subject(str(lora), config).cells(1, "float32")}
+    keys |= {c.key for c in find_subject(str(make_lora(size=0.1)), config).cells(0, "float32")}
+    assert len(keys) == 2 * 6
+
+
+def test_what_is_no_model_is_one_line(config, tmp_path):
+    for spec, said in (("gone.safetensors", "does not exist"), (str(tmp_path), "is no model")):
+        with pytest.raises(ConfigError, match=said):
+            find_subject(spec, config)
+    (tmp_path / "broken.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"is not a safetensors file"):
+        find_subject(str(tmp_path / "broken.safetensors"), config)
+    with pytest.raises(ConfigError, match=r"--judges\.clip-score: /gone does not exist"):
+        judge_specs(JudgesConfig(clip_score="/gone"))
+    with pytest.raises(ConfigError, match=r"needs --judges\.clip-large"):
+        judge_specs(JudgesConfig(aesthetic_v2=str(paths.EVALUATORS / "aesthetic.safetensors")))
+
+
+def test_a_recipe_says_how_its_model_is_sampled():
+    few = [Sampling(4, (1000, 750, 500, 250, 0), eta=1.0), Sampling(1, (1000, 0))]
+    assert run_how(few, 4) == How("edges", 1.0, times=(1000, 750, 500, 250, 0))
+    assert run_how(few, 8) == How("edges", 1.0), "beyond its training, with its own noise"
+    assert run_how([Sampling(4, windows=4)], 4).windows == 4
+
+
+@pytest.mark.parametrize("how", [How("edges", eta=1.0), How("tcd", eta=0.5), How("lcm"), How("edges", guidance=3.0)])
+def test_a_picture_does_not_depend_on_its_batch(config, make_lora, how):
+    rows = read_rows(config)[:4]
+    subject = Subject("x", "lora", config.base, {2: (str(make_lora()), how)})
+    [cell] = subject.cells(0, "float32")
+    sampler = Sampler(config.base)
+    whole = sampler(cell, rows).pictures.int()
+    alone = Sampler(config.base)(cell, rows[2:3]).pictures.int()
+    assert (whole[2] - alone[0]).abs().max() <= 1
+    assert (whole[1] - alone[0]).abs().max() > 1, "another prompt is another picture"
+    [other] = subject.cells(1, "float32")
+    assert (sampler(other, rows[2:3]).pictures.int() - alone).abs().max() > 1, "another seed is another picture"
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize("scheduler", ["tcd", "ddim"])
+def test_the_loop_is_that_of_diffusers_pipelines(folders, config, make_lora, family, scheduler):
+    """The LoRA merged here, and as a user loads it there: the same latents."""
+    lora, rows = make_lora(family), read_rows(config)[:3]
+    here = config.model_copy(update={"base": str(folders[family]), "scheduler": scheduler, "steps": (4,)})
+    latents = Sampler(here.base)(find_subject(str(lora), here).cells(5, "float32")[0], rows).latents
+    quality = QualityConfig(teacher=folders[family], steps=(4,), sampler=scheduler, seed=5)
+    pipeline = Pipeline(quality, [row.prompt for row in rows])
+    pipeline.load_lora(lora)
+    torch.testing.assert_close(latents, pipeline.student(4, scheduler), rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_goes_when_the_next_one_comes(config, make_lora):
+    rows = read_rows(config)[:2]
+    lora = find_subject(str(make_lora()), config).cells(0, "float32")[0]
+    base = teacher(config, [2]).cells(0, "float32")[0]
+    sampler, fresh = Sampler(config.base), Sampler(config.base)
+    sampler(lora, rows)
+    assert torch.equal(sampler(base, rows).latents, fresh(base, rows).latents)
+    assert not torch.equal(sampler.unet.state_dict()["conv_in.weight"], sampler(lora, rows).latents) and sampler.loaded
+
+
+# making
+
+
+def test_what_is_there_is_not_made_again(config, make_lora):
+    rows, lora = read_rows(config), str(make_lora())
+    what = plan(config, rows, [find_subject(lora, config)])
+    specs, store = what.specs, Store(config.out)
+
+    def todo(rows=rows, specs=specs):
+        return tasks(Store(config.out), what.cells, rows, specs, config.per_shard)
+
+    pools = (config.generators, config.scorers)
+    done = make(config.out, todo(), specs, *pools, local=True)
+    assert (done.made, done.judged, done.failures) == (12, 8, {}) and not todo()
+    [first, second] = what.cells
+    whole = {c.key: store.read_pictures(c.key, rows[:4]) for c in what.cells}
+    folder = Path(store.folder(first.key))
+    stays = {p: p.stat().st_mtime_ns for p in folder.parent.rglob("*") if p.is_file()}
+
+    (folder / f"{shard_name(rows[:4])}.tar").unlink()  # pictures gone, scores there
+    score = Path(store.folder(second.key)) / f"{shard_name(rows[4:])}.{specs[0].file}.npz"
+    score.unlink()
+    done = make(config.out, todo(), specs, *pools, local=True)
+    assert (done.made, done.judged) == (4, 1) and not todo()
+    assert np.array_equal(store.read_pictures(first.key, rows[:4]), whole[first.key])
+    changed = {p for p, when in stays.items() if p.stat().st_mtime_ns != when}
+    assert changed == {folder / f"{shard_name(rows[:4])}.tar", score}
+
+    assert (
+        len(
+            todo(
+                specs=judge_specs(
+                    JudgesConfig(
+                        clip_score=CLIP, aesthetic_v2=str(paths.EVALUATORS / "aesthetic.safetensors"), clip_large=CLIP
+                    )
+                )
+            )
+        )
+        == 4
+    )
+    assert len(todo(rows=[*rows[:4], *(Row(p, p) for p in CAPTIONS[6:10])])) == 2, "the first shard is found again"
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_was_done(config, make_lora):
+    """The next file's place leads to /dev/full, where each write finds no space."""
+    rows = read_rows(config)
+    what = plan(config, rows, [find_subject(str(make_lora()), config)])
+    todo = tasks(Store(config.out), what.cells, rows, what.specs, config.per_shard)
+    blocked = Path(Store(config.out).folder(what.cells[0].key)) / f"{shard_name(rows[4:])}.tar.part"
+    blocked.parent.mkdir(parents=True)
+    os.symlink("/dev/full", blocked)
+    with pytest.raises(RunError, match=r"no space is left; what was done is kept") as caught:
+        make(config.out, todo, what.specs, config.generators, config.scorers, local=True)
+    assert "\n" not in str(caught.value)
+    names = Store(config.out).names(what.cells[0].key)
+    assert f"{shard_name(rows[:4])}.tar" in names and f"{shard_name(rows[4:])}.tar" not in names
+    blocked.unlink()
+    left = tasks(Store(config.out), what.cells, rows, what.specs, config.per_shard)
+    assert len(left) == len(todo) - 1
+
+
+def test_results_hold_what_a_report_needs(config, make_lora, tmp_path):
+    from evaluation.report.build import write_report
+
+    config = config.model_copy(
+        update={"images_per_prompt": 2, "latency_repeats": 2, "baseline": "teacher", "teacher_steps": 4}
+    )
+    rows = read_rows(config)
+    subjects = [
+        find_subject(f"{name}={make_lora(size=size)}", config) for name, size in (("weak", 0.02), ("strong_1", 0.2))
+    ]
+    results = json.loads(json.dumps(evaluate(plan(config, rows, subjects, find_baseline(config)))))
+    by = {(row["model"], row["steps"]): row for row in results["rows"]}
+    assert set(by) == {("teacher at 4", 4), ("weak", 1), ("weak", 2), ("strong_1", 1), ("strong_1", 2)}
+    row = by["weak", 2]
+    assert set(row["measures"]) == {"clip_score", "distance", "vendi", "between_seeds"}
+    for name, interval in row["measures"].items():
+        assert interval["low"] <= interval["mean"] <= interval["high"], name
+        gap = interval["mean"] - by["teacher at 4", 4]["measures"][name]["mean"]
+        assert row["versus"][name]["mean"] == pytest.approx(gap, abs=1e-6)
+    assert set(row["latency"]["ms"]) == {"text", "unet", "vae", "whole"} and row["latency"]["peak_mb"] > 0
+    assert by["weak", 2]["latency"]["ms"]["unet"]["mean"] < by["teacher at 4", 4]["latency"]["ms"]["unet"]["mean"]
+    assert {card["name"] for card in results["cards"]} == set(row["measures"])
+    assert results["ranking"]["distance"]["2"]["best"] in ("weak", "strong_1")
+
+    html, markdown, table, latex = (p.read_text() for p in write_report(results, rows, tmp_path, "A <title> & more"))
+    assert "A &lt;title&gt; &amp; more" in html and "http" not in html.replace("http-equiv", "")
+    assert html.count("data:image/png") >= 2 * 3 * 6 and "data:image/svg+xml" in html
+    shown = f"{row['measures']['clip_score']['mean']:.2f}"
+    assert all(shown in text for text in (html, markdown, latex)) and "strong\\_1" in latex
+    lines = table.splitlines()
+    assert lines[0].startswith("model,steps,measure,mean,low,high,versus_mean")
+    found = next(line for line in lines if line.startswith("weak,2,clip_score,")).split(",")
+    assert float(found[3]) == row["measures"]["clip_score"]["mean"]
+
+
+def test_the_embedded_model_brings_its_judges():
+    assert {spec.name for spec in judge_specs(chosen_judges(EvaluateConfig()))} == {
+        "clip_score", "aesthetic_v2", "clip_features", "objects",
+    }  # fmt: skip
+    assert judge_specs(chosen_judges(EvaluateConfig(base="/elsewhere"))) == []

@@ -1,0 +1,144 @@
+"""Measures against closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from evaluation.harness.judges import JudgeSpec, try_judge
+from evaluation.harness.measures import (
+    LATENTS,
+    Draws,
+    Values,
+    between_seeds,
+    cmmd,
+    counts,
+    fidelity_measure,
+    seed_measure,
+    vendi,
+)
+from evaluation.harness.subjects import Cell, How
+
+
+def normal(n: int, mean: float = 0.0, sd: float = 1.0, seed: int = 0) -> torch.Tensor:
+    """n numbers of exactly that mean and standard deviation."""
+    x = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return mean + sd * (x - x.mean()) / x.std(correction=0)
+
+
+def test_the_interval_is_that_of_a_mean():
+    """1.96 sd / sqrt(n) on either side, for numbers whose mean is nearly normal."""
+    interval = Values(normal(400, mean=3.0, sd=2.0)).interval(4000, 0)
+    assert interval.mean == pytest.approx(3.0)
+    for side in (3.0 - interval.low, interval.high - 3.0):
+        assert side == pytest.approx(1.96 * 2.0 / math.sqrt(400), rel=0.06)
+
+
+def test_a_paired_difference_keeps_the_prompts_together():
+    """a = b + 0.5: whatever prompts are drawn, the difference is 0.5, though each mean varies."""
+    b = normal(100, sd=5.0)
+    interval = Values(b + 0.5).minus(Values(b), 1000, 0)
+    assert (interval.mean, interval.low, interval.high) == pytest.approx((0.5, 0.5, 0.5))
+    noise = normal(100, sd=0.1, seed=1)
+    interval = Values(b + 0.5 + noise).minus(Values(b), 4000, 0)
+    assert (interval.high - interval.low) / 2 == pytest.approx(1.96 * 0.1 / 10, rel=0.1)
+
+
+def test_missing_numbers_are_left_out_and_counted():
+    a = torch.tensor([1.0, math.nan, 3.0, 5.0], dtype=torch.float64)
+    b = torch.tensor([0.0, 7.0, math.nan, 2.0], dtype=torch.float64)
+    assert Values(a).missing == 1
+    assert Values(a).interval(500, 0).mean == pytest.approx(3.0)
+    assert Values(a).minus(Values(b), 500, 0).mean == pytest.approx((1.0 + 3.0) / 2)
+    assert math.isnan(Values(torch.full((4,), math.nan)).interval(500, 0).mean)
+
+
+def test_draws_that_resampling_shifts_are_put_around_the_point():
+    draws = normal(2000, mean=7.0, sd=0.5)
+    interval = Draws(10.0, draws, centred=True).interval(0, 0)
+    assert (interval.mean, interval.low, interval.high) == pytest.approx((10.0, 10 - 0.98, 10 + 0.98), abs=0.06)
+    same = Draws(10.0, draws, True).minus(Draws(9.0, draws, True), 0, 0)
+    assert (same.mean, same.low, same.high) == pytest.approx((1.0, 1.0, 1.0))
+
+
+def test_vendi_counts_what_is_different():
+    alike = F.normalize(torch.ones(6, 8), dim=1)
+    assert vendi(alike).item() == pytest.approx(1.0)
+    apart = torch.eye(8)[:6]
+    assert vendi(apart).item() == pytest.approx(6.0)
+    assert vendi(torch.cat([apart[:1]] * 3 + [apart[1:2]] * 3)).item() == pytest.approx(2.0)
+    # shares 3/4 and 1/4: exp of that entropy
+    weights = torch.tensor([[3.0, 1.0]], dtype=torch.float64)
+    expected = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
+    assert vendi(apart[:2], weights).item() == pytest.approx(expected)
+    assert counts(5, 7, 0).sum(1).tolist() == [5.0] * 7
+
+
+def test_between_seeds_is_one_less_the_cosine():
+    a = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    b = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    assert between_seeds(torch.stack([a, b])).tolist() == pytest.approx([0.0, 0.4])
+    c = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    # three seeds: cosines 1, 0, 0 and 0.6, 1, 0.6
+    assert between_seeds(torch.stack([a, b, c])).tolist() == pytest.approx([1 - 1 / 3, 1 - 2.2 / 3])
+
+
+def test_cmmd_of_two_points():
+    """All x at a, all y at b, d apart: k(x, x) = k(y, y) = 1 and k(x, y) = exp(-d^2 / 200)."""
+    x, y = torch.zeros(5, 3), torch.full((4, 3), 2.0)
+    assert cmmd(x, y).item() == pytest.approx(1000 * (2 - 2 * math.exp(-12 / 200)))
+    assert cmmd(x, x).item() == pytest.approx(0.0, abs=1e-9)
+    weights = torch.tensor([[5.0, 0, 0, 0, 0], [1.0, 1, 1, 1, 1]], dtype=torch.float64)
+    assert cmmd(x, y, weights).tolist() == pytest.approx([cmmd(x, y).item()] * 2)
+
+
+def cell(seed: int = 0, weights: str = "w", steps: int = 2) -> Cell:
+    return Cell("m", "lora", "/base", "/w", "b", weights, steps, seed, How("tcd"))
+
+
+def test_fidelity_is_the_distance_to_the_same_noise():
+    """Latents that are c off everywhere: c^2 / variance. A seed without a reference has none."""
+    ends = np.random.default_rng(0).normal(size=(6, 4, 2, 2)).astype(np.float32)
+    reference, ours = cell(0, "t", 50), cell()
+    arrays = {reference.key: ends, ours.key: ends + 0.5}
+    measure = fidelity_measure({0: reference}, 50, 3.0)
+    found = measure.estimate([ours], lambda c, name: arrays[c.key] if name == LATENTS else arrays["no"])
+    assert found.values.tolist() == pytest.approx([0.25 / ends.var(ddof=1)] * 6, rel=1e-5)
+    assert measure.estimate([cell(1)], lambda c, name: ends) is None
+
+
+def test_diversity_between_seeds_needs_two_of_one_model():
+    spec = JudgeSpec("clip_features", "features", "{}", "s")
+    features = {0: np.eye(4, dtype=np.float32)[:2], 1: np.eye(4, dtype=np.float32)[1:3]}
+    read = lambda c, name: features[c.seed]
+    measure = seed_measure(spec)
+    assert measure.estimate([cell(0), cell(1)], read).values.tolist() == pytest.approx([1.0, 1.0])
+    assert measure.estimate([cell(0)], read) is None
+    assert measure.estimate([cell(0, "a"), cell(1, "b")], read) is None, "two trainings are no two seeds of one"
+
+
+def brightness(images: torch.Tensor, prompts) -> np.ndarray:
+    """A judge that cannot see black pictures."""
+    if (images.flatten(1).amax(1) == 0).any():
+        raise ValueError("a black picture")
+    return images.flatten(1).mean(1).numpy()
+
+
+def test_a_judge_that_fails_on_one_picture_loses_that_one():
+    images = torch.full((5, 3, 4, 4), 0.25)
+    images[3] = 0
+    values, failures = try_judge(brightness, images, [f"p{i}" for i in range(5)], batch=4)
+    assert values.tolist()[:3] == [0.25] * 3 and np.isnan(values[3]) and values[4] == 0.25
+    assert failures == ["'p3': ValueError: a black picture"]
+    images[4, 0, 0, 0] = math.nan
+    values, failures = try_judge(brightness, images, [f"p{i}" for i in range(5)], batch=5)
+    assert np.isnan(values[3:]).all() and len(failures) == 2
+
+
+def test_a_judge_that_fails_on_all_is_broken():
+    with pytest.raises(RuntimeError, match="fails on all of 3 pictures"):
+        try_judge(brightness, torch.zeros(3, 3, 4, 4), ["a", "b", "c"], 2)
