@@ -97,7 +97,7 @@ def test_a_damaged_checkpoint_ends_in_one_line_and_is_not_retried(cluster, make_
     """A user's mistake in a worker is told as one in the driver is: one line, and Ray does not try it again."""
     config = make_config("damaged", distill=ONE_STAGE | {"steps_list": (4,)}, run={"checkpoint_every": 4})
     train(config)
-    weights = folder_of(config) / "checkpoint_00000004" / "weights.safetensors"
+    weights = folder_of(config) / "checkpoint_00000004" / "student.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     process = job(config, tmp_path / "config.yaml", cluster)
     _, complaints = process.communicate(timeout=500)
@@ -105,7 +105,7 @@ def test_a_damaged_checkpoint_ends_in_one_line_and_is_not_retried(cluster, make_
     assert "Traceback" not in complaints
     last = complaints.strip().splitlines()[-1]
     assert last.startswith("error: ")
-    assert "weights.safetensors has " in last and "it is truncated" in last
+    assert "student.safetensors has " in last and "it is truncated" in last
 
 
 def test_a_full_copy_trains_from_raw_shards_through_the_same_loop(cluster, make_config, shards, teacher):
