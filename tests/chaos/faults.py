@@ -167,7 +167,7 @@ def truncate_newest_and_die(worker: Any, step: int) -> None:
     """The last checkpoint loses its end, and the worker its life."""
     from pathlib import Path
 
-    weights = max(Path(worker.folder).glob("checkpoint_0*")) / "weights.safetensors"
+    weights = max(Path(worker.folder).glob("checkpoint_0*")) / "student.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     kill_self(worker, step)
 

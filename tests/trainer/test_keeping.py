@@ -50,7 +50,7 @@ def going_on(folder):
     return keeping.resume(str(folder), state, 0, 1, CPU, told.append), state, told
 
 
-def damage(folder, step, file="weights.safetensors"):
+def damage(folder, step, file="student.safetensors"):
     path = folder / keeping.name_of(step) / file
     path.write_bytes(path.read_bytes()[:-10])
 
@@ -62,7 +62,7 @@ def test_the_newest_is_taken_whatever_ray_train_knows(folder):
 
 
 @pytest.mark.parametrize(
-    "file", ["weights.safetensors", "optimizers.pt", "manifest.json", "position-00000-of-00001.json"]
+    "file", ["student.safetensors", "student-moments.safetensors", "manifest.json", "position-00000-of-00001.json"]
 )
 def test_a_truncated_one_falls_back_to_the_one_before_and_says_so(folder, file):
     damage(folder, 3, file)
@@ -124,7 +124,7 @@ def test_storage_that_comes_back(tmp_path, capsys):
     """A file stands where the run's folder should be, for a while; then nothing is missing."""
     made, run = tmp_path / "made", tmp_path / "run"
     made.mkdir()
-    for name in ("manifest.json", "weights.safetensors"):
+    for name in ("manifest.json", "student.safetensors"):
         (made / name).write_text(name)
     run.write_text("in the way")
     threading.Timer(1.0, run.unlink).start()
@@ -132,7 +132,7 @@ def test_storage_that_comes_back(tmp_path, capsys):
     done = keeping.uploader(str(run), 60)(ray.train.Checkpoint.from_directory(str(made)), "checkpoint_00000001")
     assert time.monotonic() - begun >= 1
     assert {p.name: p.read_text() for p in (run / "checkpoint_00000001").iterdir()} == {
-        "manifest.json": "manifest.json", "weights.safetensors": "weights.safetensors",
+        "manifest.json": "manifest.json", "student.safetensors": "student.safetensors",
     }  # fmt: skip
     assert done.path == f"{run}/checkpoint_00000001"
     said = capsys.readouterr().err.splitlines()
