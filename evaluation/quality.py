@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 import tarfile
 from collections.abc import Callable, Sequence
@@ -32,7 +31,6 @@ import torch
 import tyro
 from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, TCDScheduler
 from pydantic import Field
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from evaluation.bootstrap import Interval, bootstrap_interval, paired_difference
@@ -45,6 +43,7 @@ from hypersd_ray.models.encoders import Encoders
 from hypersd_ray.models.export import TCD_GRID, read_lora
 from hypersd_ray.models.roles import TEACHER, Roles
 from hypersd_ray.training import samples
+from hypersd_ray.training.quality import kept, latent_distance, sha256, teacher_sha256
 from hypersd_ray.training.randomness import generator_of
 
 
@@ -303,27 +302,6 @@ def gradient_norm(pictures: Tensor) -> Tensor:
     return (squares[0] + squares[1]).sqrt()
 
 
-def latent_distance(latents: Tensor, reference: Tensor) -> Tensor:
-    """(P,) mean squared difference over the variance of all reference latents."""
-    return (latents - reference).square().flatten(1).mean(1) / reference.var()
-
-
-def sha256(*files: Path) -> str:
-    """Of the files' bytes, one after the other."""
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def teacher_sha256(folder: Path) -> str:
-    """Of everything that decides a trajectory: the weights of UNet and text encoders, the noise schedule."""
-    weights = sorted([*folder.glob("unet/*.safetensors"), *folder.glob("text_encoder*/*.safetensors")])
-    return sha256(*weights, folder / "unet/config.json", folder / "scheduler/scheduler_config.json")
-
-
 def reference_path(config: QualityConfig, prompts: Sequence[str], teacher: str) -> Path:
     """Where these reference latents are kept: the name depends on teacher, prompts, seed, guidance and steps."""
     key = json.dumps([teacher, list(prompts), config.seed, config.guidance, config.reference_steps])
@@ -332,14 +310,7 @@ def reference_path(config: QualityConfig, prompts: Sequence[str], teacher: str) 
 
 def reference_latents(subject: Subject, path: Path) -> Tensor:
     """The teacher's end points (P, C, h, w), from `path` if it is there, else made and written there."""
-    if path.exists():
-        return load_file(path)["latents"]
-    latents = subject.teacher(subject.config.reference_steps)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file({"latents": latents.contiguous()}, partial)
-    os.replace(partial, path)  # a reader never meets half a file
-    return latents
+    return kept(path, lambda: subject.teacher(subject.config.reference_steps))
 
 
 def check_loras(loras: Sequence[Path]) -> dict[str, dict[str, Any]]:

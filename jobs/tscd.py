@@ -5,6 +5,7 @@ python jobs/tscd.py tiny --method perflow                           # the same b
 python jobs/tscd.py sd15 --teacher PATH --data.shards 's3://...'    # Stable Diffusion 1.5
 python jobs/tscd.py sdxl --teacher PATH --data.shards 's3://...'    # SDXL
 ray job submit --working-dir . -- python jobs/tscd.py tiny          # on a cluster
+python jobs/tscd.py sdxl --teacher PATH --plan                      # no training: throughput to 256 GPUs, and the limit
 """
 
 from __future__ import annotations
@@ -22,12 +23,29 @@ from hypersd_ray.recipes import RECIPES
 
 def main() -> None:
     """Train, draw, and say where everything is."""
-    config = parse(RECIPES, TSCDConfig, __doc__)
+    arguments, rates = split_plan(sys.argv[1:])
+    config = parse(RECIPES, TSCDConfig, __doc__, arguments)
+    if rates is not None:
+        from hypersd_ray.tuning.plan import plan
+
+        print(plan(config, rates))
+        return
     from hypersd_ray.trainer import run  # Ray and torch come after the configuration is known to be right
 
     result = run.train(config)
     pictures = draw(config, result.folder)
     report(config, result, pictures)
+
+
+def split_plan(arguments: list[str]) -> tuple[list[str], list[str] | None]:
+    """The command line without `--plan [name=number ...]`, and those; None where it is not asked for."""
+    if "--plan" not in arguments:
+        return arguments, None
+    at = arguments.index("--plan")
+    end = at + 1
+    while end < len(arguments) and "=" in arguments[end] and not arguments[end].startswith("-"):
+        end += 1
+    return arguments[:at] + arguments[end:], arguments[at + 1 : end]
 
 
 def draw(config: TSCDConfig, folder: str) -> list[str]:

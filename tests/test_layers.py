@@ -28,6 +28,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "data": ({"config", "diffusion", "losses", "models"}, set()),
     "actors": ({"config", "diffusion", "losses", "models"}, set()),
     "trainer": ({"config", "diffusion", "losses", "models", "training", "data", "actors"}, set()),
+    "tuning": ({"config", "diffusion", "losses", "models", "training", "data", "actors", "trainer"}, set()),
     "embedded": ({"diffusion", "models"}, RAY),
     "recipes": ({"config", "embedded"}, RAY | NETWORKS),
 }

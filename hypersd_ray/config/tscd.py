@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from hypersd_ray.config.base import CombinationError, Strict
 from hypersd_ray.config.data import DataConfig
+from hypersd_ray.config.measure import MeasureConfig
 from hypersd_ray.config.zero import ZeroConfig
 from hypersd_ray.diffusion.segments import StartRule, TEndRule, check_grid
 from hypersd_ray.losses.adversarial import AdversarialKind
@@ -220,6 +221,14 @@ class RunConfig(Strict):
     """Newest checkpoints kept."""
     max_failures: int = Field(default=3, ge=-1)
     """Worker failures a run survives by starting again from the last checkpoint; -1 is no limit."""
+    place_timeout_s: float = Field(default=45, gt=0)
+    """Where nodes come by need (RAY_AUTOSCALING): seconds without a place for the workers and without a node on its way,
+    after which the job ends."""
+    storage_patience_s: float = Field(default=300, ge=0)
+    """Seconds for which a checkpoint or product that cannot be written to `out` is tried again, before the run stops."""
+    stop_patience_s: float = Field(default=60, ge=0)
+    """Seconds that a job which is told to stop (SIGTERM, `ray job stop`) waits for the checkpoint of its last step. Ray
+    itself waits 3 s: set RAY_JOB_STOP_WAIT_TIME_S at the head to this or more."""
     max_bad_steps: int = Field(default=10, ge=1)
     """Steps in a row with NaN or inf after which the job stops; fewer are skipped and counted."""
     log_every: int = Field(default=20, ge=1)
@@ -258,6 +267,20 @@ class TSCDConfig(Strict):
     """The optimiser."""
     run: RunConfig = RunConfig()
     """Where it runs."""
+    first_stage: str | None = None
+    """LoRA that the first stage of another such run left, a .safetensors file in either layout, any fsspec URL: this run
+    begins with its second stage from there."""
+    measure: MeasureConfig = MeasureConfig()
+    """Quality that is measured at each stage's end, into the logs and quality.jsonl."""
+
+    @model_validator(mode="after")
+    def _first_stage_fits(self) -> TSCDConfig:
+        if self.first_stage is not None and (self.stages < 2 or self.full_unet):
+            raise CombinationError(
+                f"first_stage={self.first_stage} with {self.stages} stages and full_unet={self.full_unet}: it stands for the "
+                "first of several stages of a LoRA; leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batch_fits(self) -> TSCDConfig:
@@ -309,4 +332,7 @@ class TSCDConfig(Strict):
 
     def located(self, locate: Callable[[str], str]) -> Self:
         """The same with `locate` applied to each path that workers read."""
-        return self.model_copy(update={"teacher": locate(self.teacher)})
+        update = {"teacher": locate(self.teacher)}
+        if self.first_stage is not None:
+            update["first_stage"] = locate(self.first_stage)
+        return self.model_copy(update=update)

@@ -18,6 +18,10 @@ class TooManyRejectsError(ValueError):
     """More rows were rejected than data.max_reject_share allows."""
 
 
+WHOLE_SHARD = frozenset({"unreadable_shard", "truncated_shard"})
+"""Reasons that are a shard's, not a row's."""
+
+
 class RejectCounter:
     """Rows seen and rejected, by reason, each shard once; the rejects as JSON lines in a file. Knows no Ray.
 
@@ -35,8 +39,15 @@ class RejectCounter:
 
     def report(self, shard: str, seen: int, rejects: Sequence[tuple[str, str]]) -> None:
         """Take in one whole shard: rows seen (with the rejected ones) and (reason, key) of each rejected one."""
-        if self.count(shard, seen, Counter(reason for reason, _ in rejects)) and rejects and shard not in self._listed:
-            self._list(shard, rejects)
+        if self.count(shard, seen, Counter(reason for reason, _ in rejects)):
+            if rejects and shard not in self._listed:
+                self._list(shard, rejects)
+            return
+        known = self._shards[shard]["rejects"]
+        lost = [(reason, key) for reason, key in rejects if reason in WHOLE_SHARD and reason not in known]
+        if lost:  # it was whole in an earlier epoch: the user should know, its rows stay counted as they were
+            known.update({reason: 1 for reason, _ in lost})
+            self._list(shard, lost)
 
     def count(self, shard: str, seen: int, reasons: Mapping[str, int]) -> bool:
         """`report` without listing, for what an earlier run has listed; -> whether the shard is new."""

@@ -32,6 +32,7 @@ from hypersd_ray.data.pipeline import Columns, encoded_dataset, precomputed_data
 from hypersd_ray.data.plan import StreamPosition
 from hypersd_ray.data.prefetch import Prefetch
 from hypersd_ray.data.sources import detect_format
+from hypersd_ray.data.tasks import damaged_shard
 
 Batch = dict[str, Any]
 
@@ -162,12 +163,18 @@ class LatentStream:
         else:
             assert self.reject_log is not None, "made in __init__"
             dataset = encoded_dataset(todo, self.format, self.config, self.model_path, self.reject_log)
-        # Not prefetch_batches=0: Ray 2.60 then leaves a parked thread behind each execution.
-        for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
-            if self.reject_log is not None:
-                rejects.check(self.reject_log)
-            if len(block.get("key", ())):
-                yield block
+        try:
+            # Not prefetch_batches=0: Ray 2.60 then leaves a parked thread behind each execution.
+            for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
+                if self.reject_log is not None:
+                    rejects.check(self.reject_log)
+                if len(block.get("key", ())):
+                    yield block
+        except ray.exceptions.RayError as error:
+            found = damaged_shard(error)
+            if found is None:
+                raise
+            raise found from None
         if self.reject_log is not None:
             rejects.check(self.reject_log)
 

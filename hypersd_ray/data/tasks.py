@@ -62,12 +62,41 @@ class ReadLatents:
     """For `map_batches` with batch_size=1: a file of `precompute` -> its rows `part`, `part + parts`, ..."""
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
-        """One table a row group. A file that cannot be read is an error: it is our own product, not the user's data."""
+        """One table a row group.
+
+        Raises:
+            DamagedShardError: the file is gone or no whole parquet file: it is our own product, not the user's data.
+        """
         url, window, part, parts = (batch[name][0] for name in ("url", "window", "part", "parts"))
-        with fsspec.open(str(url), "rb") as raw:
-            file = pq.ParquetFile(raw)
-            for group in range(file.num_row_groups):
-                table = file.read_row_group(group)
-                if parts > 1:
-                    table = table.take(np.flatnonzero(table.column("row").to_numpy() % parts == part))
-                yield table.append_column("window", pa.array(np.full(len(table), window, dtype=np.int64)))
+        try:
+            with fsspec.open(str(url), "rb") as raw:
+                file = pq.ParquetFile(raw)
+                for group in range(file.num_row_groups):
+                    table = file.read_row_group(group)
+                    if parts > 1:
+                        table = table.take(np.flatnonzero(table.column("row").to_numpy() % parts == part))
+                    yield table.append_column("window", pa.array(np.full(len(table), window, dtype=np.int64)))
+        except (FileNotFoundError, pa.ArrowInvalid, pa.ArrowKeyError) as error:
+            reason = (
+                "is not there"
+                if isinstance(error, FileNotFoundError)
+                else f"is damaged ({' '.join(str(error).split()):.120})"
+            )
+            raise DamagedShardError(
+                f"{MARK}data.shards: {url} {reason}; make it again with jobs/precompute.py (delete it first), or train from the "
+                f"pictures{MARK}"
+            ) from None
+
+
+class DamagedShardError(ValueError):
+    """A file of latents that cannot be read; one line between two MARKs, since Ray Data passes on only text."""
+
+
+MARK = "\u2063"
+"""Invisible."""
+
+
+def damaged_shard(error: BaseException) -> ValueError | None:
+    """What a `DamagedShardError` said, from whatever Ray has wrapped it into; None where it was something else."""
+    pieces = str(error).split(MARK)
+    return ValueError(pieces[1]) if "DamagedShardError" in str(error) and len(pieces) >= 3 else None

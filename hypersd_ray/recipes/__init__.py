@@ -8,6 +8,9 @@ from hypersd_ray.recipes.compare import COMPARE_RECIPES
 from hypersd_ray.recipes.feedback import FEEDBACK_RECIPES
 from hypersd_ray.recipes.methods import METHODS
 from hypersd_ray.recipes.onestep import ONESTEP_RECIPES
+from hypersd_ray.recipes.sweep import SWEEP_RECIPES
 from hypersd_ray.recipes.tscd import RECIPES, TINY_PROMPTS
 
-__all__ = ["COMPARE_RECIPES", "FEEDBACK_RECIPES", "METHODS", "ONESTEP_RECIPES", "RECIPES", "TINY_PROMPTS"]
+__all__ = [
+    "COMPARE_RECIPES", "FEEDBACK_RECIPES", "METHODS", "ONESTEP_RECIPES", "RECIPES", "SWEEP_RECIPES", "TINY_PROMPTS",
+]  # fmt: skip

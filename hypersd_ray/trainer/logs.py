@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -47,45 +47,62 @@ class JsonLines:
         if self.remote and storage.exists(self.path):
             self.local.write_text(storage.read_text(self.path))
 
+        self.unwritten: list[str] = []
+
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        with self.local.open("a") as file:
-            # JSON has no NaN
-            file.write(
-                json.dumps({"step": step} | {n: v if math.isfinite(v) else None for n, v in values.items()}) + "\n"
-            )
+        # JSON has no NaN
+        numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.unwritten.append(json.dumps({"step": step} | numbers) + "\n")
+        with storage.tolerant(), self.local.open("a") as file:  # a log does not end a run: with the next line, then
+            file.write("".join(self.unwritten))
+            self.unwritten.clear()
 
     def picture(self, step: int, name: str, image: Tensor) -> None:
         """Pictures have no place in JSON."""
 
     def flush(self) -> None:
         if self.remote and self.local.exists():
-            storage.put(self.local, self.path)
+            with storage.tolerant():
+                storage.put(self.local, self.path)
 
     def close(self) -> None:
         self.flush()
 
 
 class TensorBoard:
-    """Event files in the run's `tensorboard` folder; what an earlier process wrote past `step` is hidden."""
+    """Event files in the run's `tensorboard` folder; what an earlier process wrote past `step` is hidden.
+
+    While the folder cannot be written nothing is kept: metrics.jsonl has it.
+    """
 
     def __init__(self, folder: str, step: int):
+        self.folder, self.purge_step = f"{folder}/tensorboard", step + 1
+        self.writer: Any = None
+
+    def _write(self, action: Callable[[Any], object]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(f"{folder}/tensorboard", purge_step=step + 1)
+        writer, self.writer = (
+            self.writer,
+            None,
+        )  # a writer that failed, now or in its own thread before, is not used again
+        with storage.tolerant():
+            writer = writer or SummaryWriter(self.folder, purge_step=self.purge_step)
+            action(writer)
+            self.writer = writer
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+        self.purge_step = step
+        self._write(lambda writer: [writer.add_scalar(name, value, step) for name, value in values.items()])
 
     def picture(self, step: int, name: str, image: Tensor) -> None:
-        self.writer.add_image(name, image, step)
-        self.writer.flush()
+        self._write(lambda writer: (writer.add_image(name, image, step), writer.flush()))
 
     def flush(self) -> None:
-        self.writer.flush()
+        self._write(lambda writer: writer.flush())
 
     def close(self) -> None:
-        self.writer.close()
+        self._write(lambda writer: writer.close())
 
 
 class WeightsAndBiases:

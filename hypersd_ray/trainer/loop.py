@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 import time
@@ -22,15 +23,18 @@ from hypersd_ray.data.plan import StreamPosition
 from hypersd_ray.data.stream import LatentStream
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import load_encoders
-from hypersd_ray.trainer import storage
+from hypersd_ray.trainer import keeping, storage
 from hypersd_ray.trainer.kinds import KINDS, AnyConfig
 from hypersd_ray.trainer.kinds.base import Place, distillation_batch
 from hypersd_ray.trainer.logs import Loggers
+from hypersd_ray.trainer.notices import SAVE, STOP, Notices
 from hypersd_ray.trainer.progress import Snapshot
+from hypersd_ray.trainer.storage import StorageError
 from hypersd_ray.training import samples
-from hypersd_ray.training.checkpoint import load_checkpoint, load_position, save_checkpoint, save_position
+from hypersd_ray.training.checkpoint import save_checkpoint, save_position
 from hypersd_ray.training.onestep import Pairs
 from hypersd_ray.training.protocol import Training
+from hypersd_ray.training.quality import Yardstick, objective
 
 QUIET = {"grad_norm", "dropped", "watch", "hacking", "saturation", "diversity", "reward_seconds"}
 """What is logged and is not in the progress line."""
@@ -68,8 +72,10 @@ def train_loop(arguments: dict[str, Any]) -> None:
         return
     try:
         _train(given)
-    except RunError as error:  # on all ranks at once
+    except RunError as error:
         ray.get(given.board.stop.remote(error))
+        if isinstance(error, StorageError) and ray.train.get_context().get_world_size() > 1:
+            raise  # the others are on all ranks at once
     except (ValueError, CombinationError) as error:
         traceback.print_exc()  # into the worker's log
         cause = getattr(error, "cause", None) or error  # out of Ray Data it is wrapped, with all of its traceback
@@ -98,8 +104,10 @@ class Worker:
         self.config, self.board, self.distiller, self.device = config, given.board, distiller, device
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.folder = storage.run_folder(config.run)
+        self.yardstick: Yardstick | None = None
         self.kind = KINDS[given.kind]
         self.position, self.pairs_position = self._resume()
+        self.notices = Notices(self.board, self.rank, device)
         self.stream = LatentStream(
             config.data, config.teacher, given.urls, config.optim.batch // self.world, self.rank, self.world,
             config.run.seed, self.position, given.reject_log,
@@ -113,14 +121,10 @@ class Worker:
 
     def _resume(self) -> tuple[StreamPosition, StreamPosition]:
         """Of the images and of the pairs."""
-        checkpoint = ray.train.get_checkpoint()
-        self.last_checkpoint = "none yet" if checkpoint is None else checkpoint.path
-        if checkpoint is None:
-            return StreamPosition(), StreamPosition()
-        with checkpoint.as_directory() as folder:
-            load_checkpoint(Path(folder), self.distiller)
-            saved = load_position(Path(folder), self.rank, self.world) or {}
-        images, pairs = (StreamPosition.from_dict(saved.get(name, {})) for name in ("images", "pairs"))
+        tell = lambda line: self.board.tell.remote(line)
+        found = keeping.resume(self.folder, self.distiller, self.rank, self.world, self.device, tell)
+        self.last_checkpoint, self.damaged = found.path or "none yet", found.damaged
+        images, pairs = (StreamPosition.from_dict(found.position.get(name, {})) for name in ("images", "pairs"))
         return images, pairs
 
     def _pair_stream(self, source: PairSource) -> LatentStream:
@@ -140,8 +144,7 @@ class Worker:
             for batches in self._batches():
                 metrics = self.distiller.step(*batches)
                 self._check(metrics)
-                self._after_step(metrics)
-                if self.distiller.finished:
+                if self._after_step(metrics) or self.distiller.finished:
                     break
         finally:
             self.stream.close()
@@ -174,19 +177,27 @@ class Worker:
                 f"step {progress.step}; the last good checkpoint is {self.last_checkpoint}: lower optim.lr or raise optim.warmup"
             )
 
-    def _after_step(self, metrics: dict[str, torch.Tensor]) -> None:
+    def _after_step(self, metrics: dict[str, torch.Tensor]) -> bool:
+        """Log, draw, export, measure and save as is due; -> whether the job is to stop here."""
         progress, run = self.distiller.progress, self.config.run
         self.clock.step()
+        notice = self.notices()
         ends = progress.step == self.distiller.steps
         if ends or progress.step % run.log_every == 0:
             self._log(metrics)
         if ends or (run.grids_every and progress.step % run.grids_every == 0):
             self._grid()
+        measured: dict[str, float] = {}
         if ends:
             self._export()
+            measured = self._measure()
             self.distiller.next_stage()
-        if ends or progress.step % run.checkpoint_every == 0:
-            self._report(metrics)
+        if ends or notice >= SAVE or progress.step % run.checkpoint_every == 0:
+            self._report(metrics, measured)
+        if notice != STOP or self.distiller.finished:
+            return False
+        ray.get(self.board.leave.remote(self.last_checkpoint))
+        return True
 
     def _log(self, metrics: dict[str, torch.Tensor]) -> None:
         if self.loggers is None:  # not rank 0
@@ -237,29 +248,56 @@ class Worker:
                 self.config, self.distiller, self.distiller.progress.stage, made if self.rank == 0 else None
             )
             for path in sorted(p for p in made.rglob("*") if p.is_file()):
-                storage.put(path, f"{self.folder}/{path.relative_to(made).as_posix()}")
+                target = f"{self.folder}/{path.relative_to(made).as_posix()}"
+                put = functools.partial(storage.put, path, target)
+                storage.patiently(put, target, self.config.run.storage_patience_s)
         self.clock.go_on()
 
-    def _report(self, metrics: dict[str, torch.Tensor]) -> None:
+    def _measure(self) -> dict[str, float]:
+        """The stage's quality, where the run measures it: into the logs and the report of its end."""
+        measure = getattr(self.config, "measure", None)  # not every kind has one
+        if self.loggers is None or measure is None or not measure.prompts:
+            return {}
         self.clock.pause()
+        if self.yardstick is None:
+            encoders = load_encoders(self.config.teacher, device=str(self.device))
+            time_ids = square_time_ids(self.config, 1, self.device) if encoders.is_sdxl else None
+            self.yardstick = Yardstick(measure, self.distiller.roles, encoders, Path(self.config.teacher), time_ids)
+        known = {how.steps: how for how in self.kind.samplings(self.config)}
+        eta = next(iter(known.values())).eta
+        quality = self.yardstick({n: known.get(n, samples.Sampling(n, eta=eta)) for n in measure.steps})
+        values = quality.means() | {"objective": objective(quality, measure.clip_weight)}
+        progress = self.distiller.progress
+        step = self.clock.global_step(progress.stage, progress.step)
+        self.loggers.scalars(step, values)
+        record = {"stage": progress.stage + 1, "step": step, "objective": values["objective"]} | asdict(quality)
+        keeping.append_quality(self.folder, record, self.config.run.storage_patience_s)
+        self.clock.go_on()
+        return values
+
+    def _report(self, metrics: dict[str, torch.Tensor], measured: dict[str, float]) -> None:
+        self.clock.pause()
+        run = self.config.run
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            save_checkpoint(folder, self.distiller, self.rank)
+            save_checkpoint(folder, self.distiller, self.rank, self.world)
             self.distiller.roles.save_own(folder)
             positions = {"images": self.position.to_dict(), "pairs": self.pairs_position.to_dict()}
             save_position(folder, self.rank, self.world, positions)
             values = {name: float(value) for name, value in metrics.items()}
             progress = asdict(self.distiller.progress)
             # A name of ours, so that it can be told; one left over from a killed run is written anew.
-            name = f"checkpoint_{self.clock.global_step(progress['stage'], progress['step']):08d}"
+            name = keeping.name_of(self.clock.global_step(progress["stage"], progress["step"]), self.damaged)
             ray.train.report(
-                values | progress | self.clock.totals(),
+                values | measured | progress | self.clock.totals(),
                 checkpoint=ray.train.Checkpoint.from_directory(temporary),
                 checkpoint_dir_name=name,
+                checkpoint_upload_fn=keeping.uploader(self.folder, run.storage_patience_s),
             )
         self.last_checkpoint = f"{self.folder}/{name}"
         if self.loggers is not None:
             self.loggers.flush()
+            keeping.prune(self.folder, run.keep_checkpoints)
         self.clock.go_on()
 
 

@@ -74,6 +74,9 @@ class ProgressBoard:
         self.latest: Snapshot | None = None
         self.stopped: Exception | None = None
         self.found_finished = False
+        self.asked = False
+        self.left_at: str | None = None
+        self.told: list[str] = []
 
     def post(self, snapshot: Snapshot) -> None:
         """Replace the latest."""
@@ -91,6 +94,31 @@ class ProgressBoard:
         """Whether it had none."""
         return self.found_finished and self.latest is None  # not one killed at its very end, and started again
 
+    def ask_to_stop(self) -> None:
+        """The workers are to write a checkpoint and return."""
+        self.asked = True
+
+    def asked_to_stop(self) -> bool:
+        """Whether they are."""
+        return self.asked
+
+    def leave(self, checkpoint: str) -> None:
+        """The workers stopped as asked, and left this."""
+        self.left_at = checkpoint
+
+    def left(self) -> str | None:
+        """What they left when they stopped as asked."""
+        return self.left_at
+
+    def tell(self, line: str) -> None:
+        """Something that the user should read."""
+        self.told.append(line)
+
+    def take_told(self) -> list[str]:
+        """What was told since the last call."""
+        told, self.told = self.told, []
+        return told
+
     def stop(self, reason: Exception) -> None:
         """The run must not go on or be started again; the first reason counts."""
         self.stopped = self.stopped or reason
@@ -107,6 +135,11 @@ def _watch(board: ray.actor.ActorHandle, stop: threading.Event, line_every_s: fl
         said, seen = 0.0, None
         while True:
             ended = stop.wait(0.5)
+            for line in ray.get(board.take_told.remote()):
+                if terminal:
+                    bar.console.print(line, highlight=False)
+                else:
+                    print(line, flush=True)
             snapshot = ray.get(board.read.remote())
             if snapshot is not None and snapshot != seen:
                 if terminal:

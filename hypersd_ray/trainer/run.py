@@ -7,8 +7,10 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ import ray
 import ray.train
 import yaml
 from packaging.version import Version
-from ray.train import CheckpointConfig, FailureConfig, ScalingConfig, TrainingFailedError
+from ray.train import CheckpointConfig, FailureConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchTrainer
 
 from hypersd_ray.actors.placement import Handles, start_evaluators, stop_evaluators
@@ -31,10 +33,11 @@ from hypersd_ray.data.precompute import resolve, validate
 from hypersd_ray.data.rejects import start_reject_log
 from hypersd_ray.data.sources import find_shards
 from hypersd_ray.models.checkpoint import read_base
-from hypersd_ray.trainer import storage
+from hypersd_ray.trainer import keeping, storage
 from hypersd_ray.trainer.kinds import KINDS, AnyConfig, Kind, kind_of
 from hypersd_ray.trainer.loop import LoopArguments, PairSource, train_loop
 from hypersd_ray.trainer.pairs import pair_folder
+from hypersd_ray.trainer.places import await_places
 from hypersd_ray.trainer.progress import stderr_held, watching
 
 ROOT = Path(__file__).parents[2]
@@ -53,9 +56,11 @@ class Result:
 
 def connect() -> None:
     """Join the cluster that RAY_ADDRESS or `ray job submit` names; else start one on this machine."""
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+    # Ray Train gives workers 60 s to start and then begins anew: on a busy machine PyTorch alone takes longer to import.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
     if ray.is_initialized():
         return
-    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     if "RAY_ADDRESS" not in os.environ:
         # On one's own machine the bar says what there is to say; what the processes print is in Ray's session logs, and
         # what fails comes back as an exception. Level "fatal" is for warnings of Ray's C++ side about its own actors.
@@ -141,7 +146,7 @@ def check_same_run(config: AnyConfig, folder: str) -> None:
     try:
         values = dict(yaml.safe_load(storage.read_text(path)))
         of_this_kind = _is_of(kind, values)
-        there = {name: values[name] for name in ("teacher", "init", "tscd") if name in values}
+        there = {name: values[name] for name in ("teacher", "init", "tscd", "first_stage") if name in values}
         moved = {name: getattr(config, name) for name in there if hasattr(config, name)}  # to another place, say
         saved = kind.config.model_validate(values | moved) if of_this_kind else None
     except pydantic.ValidationError:
@@ -206,6 +211,8 @@ def check_resources(config: AnyConfig) -> None:
                 f"{needs}, the cluster has {have.get(name, 0):g}: "
                 f"lower run.workers or {knob}, or set RAY_AUTOSCALING=1 where nodes may still come"
             )
+    if os.environ.get("RAY_AUTOSCALING"):
+        await_places(config.run)
 
 
 def _most_there_will_be() -> dict[str, float] | None:
@@ -253,12 +260,12 @@ def shared_models(config: AnyConfig) -> Iterator[Handles | None]:
         stop_evaluators(handles)
 
 
-def train(config: AnyConfig) -> Result:
-    """Run `config` from its beginning or from where the run of that name stands.
+def train(config: AnyConfig, callbacks: Sequence[UserCallback] = ()) -> Result:
+    """Run `config` from its beginning or from where the run of that name stands. `callbacks` are Ray Train's.
 
     Raises:
         ConfigError, ValueError: something a user can mend, before anything started.
-        RunError: the run started and cannot go on.
+        RunError: the run started and cannot go on, or was told to stop.
     """
     config = absolute_paths(config)
     check(config)
@@ -275,16 +282,47 @@ def train(config: AnyConfig) -> Result:
             kind_of(config), config.model_copy(update={"data": data}).model_dump(), tuple(sources.urls), board,
             reject_log, pairs, evaluators,
         )  # fmt: skip
+        keeping.mend_record(folder)
         try:
-            result = _trainer(config.run, arguments).fit()
+            with stopping(board, config.run.stop_patience_s):
+                result = _trainer(config.run, arguments, callbacks).fit()
         except TrainingFailedError as error:
             _raise_stop_reason(board)
             print(error, file=sys.stderr)
             failures = f"workers failed more often than run.max_failures={config.run.max_failures} allows"
             raise RunError(f"run {config.run.name}: {failures}; the same command goes on from {folder}") from error
         _raise_stop_reason(board)
+        left = ray.get(board.left.remote())
+        if left is not None:
+            raise RunError(f"run {config.run.name} was told to stop; the same command goes on from {left}")
         was_finished = ray.get(board.was_finished.remote())
     return Result(folder, result.metrics or {}, was_finished)
+
+
+@contextmanager
+def stopping(board: ray.actor.ActorHandle, patience_s: float) -> Iterator[None]:
+    """For as long as the block lasts SIGTERM, which `ray job stop` sends, asks the workers to write a checkpoint and return;
+    after `patience_s`, or at a second one, the process ends. Elsewhere than in the main thread nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = threading.Event()
+    timer = threading.Timer(patience_s, os._exit, (1,))
+    timer.daemon = True
+
+    def on_sigterm(*_: object) -> None:
+        if asked.is_set():
+            os._exit(1)
+        asked.set()
+        board.ask_to_stop.remote()
+        timer.start()
+
+    before = signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        yield
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGTERM, before)
 
 
 def _raise_stop_reason(board: ray.actor.ActorHandle) -> None:
@@ -293,7 +331,7 @@ def _raise_stop_reason(board: ray.actor.ActorHandle) -> None:
         raise reason
 
 
-def _trainer(run: RunConfig, arguments: LoopArguments) -> TorchTrainer:
+def _trainer(run: RunConfig, arguments: LoopArguments, callbacks: Sequence[UserCallback]) -> TorchTrainer:
     gpus = {"GPU": run.gpus_per_worker} if run.gpus_per_worker else {}
     return TorchTrainer(
         train_loop,
@@ -304,6 +342,7 @@ def _trainer(run: RunConfig, arguments: LoopArguments) -> TorchTrainer:
         run_config=ray.train.RunConfig(
             name=run.name,
             storage_path=storage.out_folder(run),
+            callbacks=list(callbacks),
             failure_config=FailureConfig(max_failures=run.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=run.keep_checkpoints),
         ),

@@ -5,14 +5,21 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
 
+from hypersd_ray.config.base import RunError
 from hypersd_ray.config.tscd import RunConfig
+
+
+class StorageError(RunError):
+    """What could not be written for longer than the run was to wait. It may be one worker's trouble alone."""
 
 
 def is_url(path: str) -> bool:
@@ -60,6 +67,85 @@ def put(local: Path, path: str) -> None:
     fs, plain = fsspec.core.url_to_fs(path)
     fs.makedirs(plain.rsplit("/", 1)[0], exist_ok=True)
     fs.put(str(local), plain, recursive=local.is_dir())
+
+
+CLIENTS = frozenset({"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs", "urllib3"})
+"""Packages behind fsspec URLs; what they raise when a server is away is not always an OSError."""
+
+
+def is_trouble(error: BaseException) -> bool:
+    """Whether storage, and not our own code, is at fault."""
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in CLIENTS
+
+
+@contextmanager
+def tolerant() -> Iterator[None]:
+    """What storage refuses within the block is let go."""
+    try:
+        yield
+    except Exception as error:
+        if not is_trouble(error):
+            raise
+
+
+def patiently(action: Callable[[], None], what: str, patience_s: float) -> None:
+    """`action`, again and again while storage refuses it; says so at the first refusal and when it is over.
+
+    Raises:
+        StorageError: refused for `patience_s` seconds; one line with what, why and the settings.
+    """
+    begun, pause, refused = time.monotonic(), 0.5, False
+    while True:
+        try:
+            action()
+        except Exception as error:
+            if not is_trouble(error):
+                raise
+            waited, reason = time.monotonic() - begun, " ".join(str(error).split())[:200]
+            if waited >= patience_s:
+                raise StorageError(
+                    f"{what} could not be written for {waited:.0f} s ({reason}): make room or mend the storage, set run.out "
+                    f"to another, or raise run.storage_patience_s={patience_s:g}"
+                ) from error
+            if not refused:
+                print(f"{what} cannot be written ({reason}), trying again for {patience_s:g} s", file=sys.stderr)
+            refused = True
+            time.sleep(min(pause, max(0.0, patience_s - waited)))
+            pause = min(2 * pause, 5.0)
+        else:
+            if refused:
+                print(f"{what} is written, after {time.monotonic() - begun:.0f} s", file=sys.stderr)
+            return
+
+
+def remove(path: str) -> None:
+    """A file or folder and all in it, if it is there."""
+    fs, plain = fsspec.core.url_to_fs(path)
+    if fs.exists(plain):
+        fs.rm(plain, recursive=True)
+
+
+def folders(path: str, prefix: str) -> list[str]:
+    """Names, sorted, of the folders in `path` that begin with `prefix`; none if it is not there."""
+    fs, plain = fsspec.core.url_to_fs(path)
+    fs.invalidate_cache()
+    if not fs.exists(plain):
+        return []
+    entries = [e for e in fs.ls(plain, detail=True) if e["type"] == "directory"]
+    names = (e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries)
+    return sorted(n for n in names if n.startswith(prefix))
+
+
+@contextmanager
+def local_folder(path: str) -> Iterator[Path]:
+    """A folder where it is, or a copy of it for as long as the block lasts where it is at a URL."""
+    if not is_url(path):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        fs, plain = fsspec.core.url_to_fs(path)
+        fs.get(plain.rstrip("/") + "/", temporary, recursive=True)
+        yield Path(temporary)
 
 
 def get(path: str, local: Path) -> None:

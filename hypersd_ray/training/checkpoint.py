@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -20,11 +21,15 @@ from hypersd_ray.training.protocol import Checkpointed
 MANIFEST = "manifest.json"
 
 
+class DamagedCheckpoint(ValueError):
+    """A checkpoint of which something is missing or not as it was written; one line says what."""
+
+
 def _file_name(part: str) -> str:
     return f"{part}.safetensors"
 
 
-def save_checkpoint(folder: Path, training: Checkpointed, rank: int = 0) -> None:
+def save_checkpoint(folder: Path, training: Checkpointed, rank: int = 0, world_size: int = 1) -> None:
     """Write a run's parts and manifest into `folder`. All ranks call it, for shares are gathered; rank 0 writes."""
     files = {}
     for part, tensors in training.parts():
@@ -34,7 +39,8 @@ def save_checkpoint(folder: Path, training: Checkpointed, rank: int = 0) -> None
             save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, path)
             files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
     if rank == 0:
-        (folder / MANIFEST).write_text(json.dumps({"files": files, "notes": training.notes()}))
+        written = {"files": files, "notes": training.notes(), "world_size": world_size}
+        (folder / MANIFEST).write_text(json.dumps(written))
 
 
 def save_position(folder: Path, rank: int, world_size: int, position: dict) -> None:
@@ -47,22 +53,25 @@ def load_position(folder: Path, rank: int, world_size: int) -> dict | None:
     """Where rank `rank` was; None when the checkpoint is of another world size (its share of the data is another).
 
     Raises:
-        ValueError: the file is damaged.
+        DamagedCheckpoint: the file is damaged, or missing though the checkpoint is of this world size.
     """
     path = folder / _position_name(rank, world_size)
     if not path.exists():
+        manifest = folder / MANIFEST
+        if manifest.exists() and json.loads(manifest.read_text()).get("world_size") == world_size:
+            raise DamagedCheckpoint(f"{path} is missing; the checkpoint is damaged")
         return None
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}; the checkpoint is damaged") from None
+        raise DamagedCheckpoint(f"{path} is not JSON: {error}; the checkpoint is damaged") from None
 
 
-def load_checkpoint(folder: Path, training: Checkpointed) -> None:
-    """Bring a run's state back; all ranks call it.
+def check_whole(folder: Path) -> dict[str, Any]:
+    """What was written is there, byte by byte; returns the manifest.
 
     Raises:
-        ValueError: the folder is incomplete or damaged, or of another configuration; one line says which.
+        DamagedCheckpoint: it is not; one line says which file.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -72,6 +81,22 @@ def load_checkpoint(folder: Path, training: Checkpointed) -> None:
                 raise ValueError(f"{name} has {found} bytes, {written['size']} were written: it is truncated")
             if _sha256(folder / name) != written["sha256"]:
                 raise ValueError(f"{name} is damaged: its SHA-256 is not the one that was written")
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(
+            f"{folder} is not a whole checkpoint of this run: {' '.join(str(error).split())}"
+        ) from error
+
+
+def load_checkpoint(folder: Path, training: Checkpointed) -> None:
+    """Bring a run's state back; all ranks call it.
+
+    Raises:
+        DamagedCheckpoint: the folder is incomplete or damaged.
+        ValueError: it is of another configuration; one line says which.
+    """
+    manifest = check_whole(folder)
+    try:
         training.load(Parts(folder, manifest["files"]), manifest["notes"])
     except Exception as error:  # what the readers raise at a damaged file is of every kind
         reason = " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""The collective of a plain step. LoRA gradients are small: they travel as one flat bucket after the backward pass."""
+"""The collectives of a plain step. LoRA gradients are small: they travel as one flat bucket after the backward pass."""
 
 from __future__ import annotations
 
@@ -34,3 +34,12 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
             for own, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 own.copy_(mean.view_as(own))
             bucket = []
+
+
+def most(value: int, device: torch.device | str = "cpu") -> int:
+    """The greatest of the workers' values, the same on all of them."""
+    if world_size() == 1:
+        return value
+    shared = torch.tensor([value], dtype=torch.int32, device=device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return int(shared.item())

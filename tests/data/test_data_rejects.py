@@ -36,6 +36,16 @@ def test_a_shard_counts_once_and_is_listed_once(tmp_path):
     assert len(lines(path)) == 4
 
 
+def test_a_shard_that_was_whole_and_is_lost_later_is_listed_and_not_counted(tmp_path):
+    path = tmp_path / "rejects.jsonl"
+    counter = RejectCounter(str(path), 0.5, 0)
+    counter.report("a.tar", 10, BROKEN)
+    for _ in range(2):
+        counter.report("a.tar", 1, [("unreadable_shard", "")])
+    assert counter.summary() == {"seen": 10, "rejected": 3, "rejects": {"broken_image": 2, "empty_caption": 1}}
+    assert lines(path)[3:] == [{"reason": "unreadable_shard", "shard": "a.tar", "key": ""}]
+
+
 def test_the_verdict_waits_for_the_grace_and_names_the_knob(tmp_path):
     counter = RejectCounter(str(tmp_path / "r.jsonl"), 0.25, grace=20)
     counter.report("a", 10, BROKEN)

@@ -38,6 +38,15 @@ class Cluster:
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
+    def ray(self, *arguments: str) -> str:
+        """`ray GROUP COMMAND --address=... REST`; output and errors as one."""
+        words = 2 if arguments[0] in ("job", "list") else 1
+        call = [ray_command(), *arguments[:words], f"--address={self.dashboard}", *arguments[words:]]
+        return subprocess.run(
+            call, cwd=ROOT, env=self.environment, text=True, check=False, timeout=200,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        ).stdout  # fmt: skip
+
 
 def ray_command() -> str:
     """`ray` of this environment."""
@@ -71,6 +80,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     environment = {n: v for n, v in os.environ.items() if n not in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")} | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RAY_TMPDIR": str(temporary), "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "HOME": str(home),
+        "RAY_JOB_STOP_WAIT_TIME_S": "60",
     }  # fmt: skip
     log = (temporary / "head.log").open("w")
     head = subprocess.Popen(

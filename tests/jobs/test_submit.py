@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -67,3 +69,30 @@ def test_a_jobs_mistake_is_one_line_in_its_log(cluster):
     # Ray's own cleaner complains so where a second cluster runs on the machine.
     lines = [line for line in done.stdout.splitlines() if "PlacementGroupCleaner" not in line]
     assert "Traceback" not in "\n".join(lines), done.stdout
+
+
+def test_a_stopped_job_goes_on_when_it_is_submitted_again(cluster, tmp_path):
+    """`ray job stop` leaves the checkpoint of its last step and nobody behind; the same submission goes on from there."""
+    job = ["python", "jobs/tscd.py", "tiny", *SHORT, "--run.out", str(tmp_path), "--data.cache", "none", "--run.name", "again",
+           "--distill.steps-list", "150", "2", "--run.checkpoint-every", "1000"]  # fmt: skip
+    metrics = tmp_path / "again" / "metrics.jsonl"
+    first = cluster.submit("--no-wait", "--submission-id", "first", entrypoint=job)
+    assert first.returncode == 0, first.stdout
+    until = time.monotonic() + 400
+    while not metrics.exists():
+        assert time.monotonic() < until, cluster.ray("job", "logs", "first")
+        time.sleep(0.2)
+    cluster.ray("job", "stop", "first")
+    said = cluster.ray("job", "logs", "first")
+    assert "error: run again was told to stop; the same command goes on from " in said and "Traceback" not in said, said
+    (saved,) = (tmp_path / "again").glob("checkpoint_0*")
+    step = int(saved.name.removeprefix("checkpoint_"))
+    assert 0 < step < 150 and (saved / "manifest.json").exists(), "between two periodic ones"
+    until = time.monotonic() + 60
+    while "RayTrainWorker" in (actors := cluster.ray("list", "actors", "--filter", "state=ALIVE")):
+        assert time.monotonic() < until, actors
+        time.sleep(1)
+    second = cluster.submit("--submission-id", "second", entrypoint=job)
+    assert second.returncode == 0, second.stdout
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, 153)), "no step is missing, none made twice"

@@ -14,8 +14,10 @@ from hypersd_ray.models.checkpoint import load_unet, read_base
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import load_encoders
 from hypersd_ray.models.export import GUIDANCE, KEPT, LoRAMetadata, save_unet
+from hypersd_ray.models.initial import fitting_lora
 from hypersd_ray.models.roles import EMA, STUDENT, FullRoles, LoRARoles, Roles
 from hypersd_ray.models.zero import ZeroRoles
+from hypersd_ray.trainer import storage
 from hypersd_ray.trainer.kinds.base import (
     DISTILL_SAME_RUN,
     Kind,
@@ -65,12 +67,31 @@ def build_roles(
 
 
 def build(config: TSCDConfig, place: Place) -> Distiller:
-    """A distillation from the base."""
-    return Distiller(config, *build_roles(config, place.device), place.rank)
+    """A distillation from the base, or from where another's first stage ended."""
+    state = Distiller(config, *build_roles(config, place.device), place.rank)
+    tensors = first_stage_lora(config)
+    if tensors is not None:
+        state.roles.load(STUDENT, tensors)
+        state.next_stage()
+    return state
+
+
+def first_stage_lora(config: TSCDConfig) -> dict[str, torch.Tensor] | None:
+    """The LoRA that stands for the first stage, right at the run's alpha; None where the run has its own.
+
+    Raises:
+        ValueError: it does not fit the teacher or lora.rank; one line.
+    """
+    if config.first_stage is None:
+        return None
+    with storage.local_copy(config.first_stage, "first_stage") as path:
+        return fitting_lora(
+            path, read_base(config.teacher), config.lora.rank, config.lora.effective_alpha, name="first_stage"
+        )
 
 
 def check(config: TSCDConfig) -> None:
-    """The method's path exists in the base's noise schedule.
+    """The method's path exists in the base's noise schedule, and the first stage's LoRA fits.
 
     Raises:
         ConfigError: one line.
@@ -80,6 +101,7 @@ def check(config: TSCDConfig) -> None:
             f"distill.path='straight' with teacher={config.teacher}: its schedule ends at alpha = 0, where no noise names "
             "a straight line; use distill.path='ode'"
         )
+    first_stage_lora(config)
 
 
 def export(config: TSCDConfig, state: Distiller, stage: int, folder: Path | None) -> None:
@@ -143,7 +165,7 @@ def samplings(config: TSCDConfig) -> list[Sampling]:
 
 KIND = Kind(
     TSCDConfig,
-    DISTILL_SAME_RUN,
+    (*DISTILL_SAME_RUN, "first_stage"),
     check,
     build,
     distillation_batch,

@@ -1,0 +1,163 @@
+"""What came out of a sweep: a table, a parallel-coordinates picture, and the best against the base with intervals."""
+
+from __future__ import annotations
+
+import csv
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evaluation.bootstrap import Interval, paired_difference
+from hypersd_ray.config.sweep import LOGARITHMIC, SweepConfig
+from hypersd_ray.models.checkpoint import read_base
+from hypersd_ray.models.encoders import load_encoders
+from hypersd_ray.models.export import read_lora
+from hypersd_ray.models.roles import STUDENT
+from hypersd_ray.trainer import storage
+from hypersd_ray.trainer.kinds.tscd import build_roles, product, samplings
+from hypersd_ray.training.quality import Quality, Yardstick
+from hypersd_ray.training.samples import Sampling
+from hypersd_ray.tuning.space import held, readable
+from hypersd_ray.tuning.sweep import Outcome, Trial, base_run, sweep_folder
+
+
+def rows(sweep: SweepConfig, outcome: Outcome) -> list[dict[str, Any]]:
+    """One a run, the best first: its settings, its objective after each stage, and how far it came."""
+    stages, found = sweep.base.stages, []
+    for trial in sorted(outcome.trials, key=lambda t: (t.objective(stages), -len(t.stages), t.name)):
+        by_stage = {record["stage"]: record["objective"] for record in trial.stages}
+        point = {} if trial.name == "base" else {**held(sweep.space), **trial.point}
+        values: dict[str, Any] = {"run": trial.name, "state": trial.state} | readable(sweep.base, point)
+        found.append(values | {f"objective_k{k}": by_stage.get(i + 1) for i, k in enumerate(sweep.base.distill.k_list)})
+    return found
+
+
+def write_csv(sweep: SweepConfig, outcome: Outcome, path: Path) -> None:
+    """`rows` as a file."""
+    lines = rows(sweep, outcome)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def table(sweep: SweepConfig, outcome: Outcome) -> str:
+    """`rows` in Markdown; less is better."""
+    lines = rows(sweep, outcome)
+
+    def cell(value: Any) -> str:
+        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    head = list(lines[0])
+    body = ["| " + " | ".join(cell(row[name]) for name in head) + " |" for row in lines]
+    return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *body])
+
+
+def draw_parallel(sweep: SweepConfig, outcome: Outcome, path: Path) -> None:
+    """Each run a line through its settings to its objective; the base is dashed, runs that were stopped are grey."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = rows(sweep, outcome)
+    last = f"objective_k{sweep.base.distill.k_list[-1]}"
+    axes = [n for n in lines[0] if n not in ("run", "state") and not n.startswith("objective")]
+    ranges = {}
+    for name in [*axes, last]:
+        values = [_height(name, row[name]) for row in lines if row[name] is not None and math.isfinite(row[name])]
+        ranges[name] = (min(values, default=0.0), max(values, default=1.0))
+    figure = Figure(figsize=(1.5 * (len(axes) + 1), 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    ax = figure.subplots()
+    for row in reversed(lines):
+        ended = row[last] is not None and math.isfinite(row[last])
+        names = [*axes, last] if ended else axes
+        heights = [_share(ranges[n], _height(n, row[n])) for n in names]
+        colour: Any = colormaps["viridis_r"](heights[-1]) if ended else "0.75"
+        ax.plot(range(len(names)), heights, color=colour, linewidth=2.5 if row["run"] in ("base", outcome.best.name) else 1.2,
+                linestyle="--" if row["run"] == "base" else "-", zorder=3 if ended else 1)  # fmt: skip
+    for i, name in enumerate([*axes, last]):
+        ax.axvline(i, color="0.3", linewidth=0.8, zorder=2)
+        for share, va in ((0.0, "top"), (1.0, "bottom")):
+            value = ranges[name][round(share)]
+            shown = math.exp(value) if name in LOGARITHMIC else value
+            ax.text(i, share + (0.02 if share else -0.02), f"{shown:.3g}", ha="center", va=va, fontsize=8)
+    ax.set_xticks(range(len(axes) + 1), [*axes, "objective"], fontsize=9)
+    ax.set_ylim(-0.1, 1.1)
+    ax.set_yticks([])
+    ax.tick_params(length=0, pad=12)
+    for side in ax.spines.values():
+        side.set_visible(False)
+    ax.set_title(
+        f"{sweep.name}: best {outcome.best.name} (less is better); base dashed, stopped runs grey", fontsize=10
+    )
+    figure.savefig(path)
+
+
+def _height(name: str, value: float) -> float:
+    return math.log(max(value, 1e-12)) if name in LOGARITHMIC else value
+
+
+def _share(span: tuple[float, float], value: float) -> float:
+    low, high = span
+    return 0.5 if high == low else (value - low) / (high - low)
+
+
+def measured(sweep: SweepConfig, trials: list[Trial], prompts: tuple[str, ...]) -> dict[str, Quality]:
+    """Each run's last LoRA on `prompts`, all from the same x_T."""
+    config = base_run(sweep)
+    measure = config.measure.model_copy(update={"prompts": prompts})
+    roles, _ = build_roles(config, torch.device("cpu"))
+    encoders = load_encoders(config.teacher)
+    side = float(config.data.resolution)
+    time_ids = torch.tensor([[side, side, 0, 0, side, side]]) if encoders.is_sdxl else None
+    yardstick = Yardstick(measure, roles, encoders, read_base(config.teacher).path, time_ids)
+    eta = samplings(config)[0].eta
+    found, folder = {}, sweep_folder(sweep)
+    with tempfile.TemporaryDirectory() as temporary:
+        for trial in trials:
+            place = f"{folder}/base/{config.run.name}" if trial.name == "base" else f"{folder}/trials/{trial.name}"
+            local = Path(temporary) / f"{trial.name}.safetensors"
+            storage.get(f"{place}/{product(config, config.distill.k_list[-1])}", local)
+            roles.load(STUDENT, read_lora(local)[0])
+            found[trial.name] = yardstick({n: Sampling(n, eta=eta) for n in measure.steps})
+    return found
+
+
+def compare(sweep: SweepConfig, outcome: Outcome) -> str:
+    """The best against the base in Markdown, on the prompts that nothing was chosen by where there are some."""
+    base, best = outcome.trials[0], outcome.best
+    if best.name == "base":
+        return "No trial was better than the base: best.yaml is the base's configuration."
+    if sweep.confirm:
+        by_name = measured(sweep, [base, best], sweep.confirm)
+        where = f"{len(sweep.confirm)} prompts that nothing was chosen by"
+    else:
+        by_name = {t.name: _recorded(t.stages[-1]) for t in (base, best)}
+        where = "the prompts that the best was chosen by, which flatters it"
+    lines = [
+        f"{best.name} against the base on {where}, same noise; in brackets 95% bootstrap intervals of the paired differences.",
+        "",
+        "| steps | distance, base | best minus base | CLIP score, base | best minus base |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    ours, theirs = by_name[best.name], by_name["base"]
+    for n in theirs.distance:
+        cells = [str(n)]
+        for mine, its in ((ours.distance, theirs.distance), (ours.clip, theirs.clip)):
+            cells += ["", ""] if n not in its else [f"{sum(its[n]) / len(its[n]):.4g}", _cell(mine[n], its[n])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _recorded(record: dict[str, Any]) -> Quality:
+    distance, clip = ({int(n): v for n, v in record[name].items()} for name in ("distance", "clip"))
+    return Quality(distance, clip, record["teacher_clip"])
+
+
+def _cell(ours: list[float], theirs: list[float]) -> str:
+    i: Interval = paired_difference(torch.tensor(ours), torch.tensor(theirs))
+    return f"{i.mean:+.4g} [{i.low:+.4g}, {i.high:+.4g}]"

@@ -1,0 +1,155 @@
+"""A run's checkpoints in its folder: which is the newest whole one, and how a new one gets there.
+
+Ray Train's own record of checkpoints is not asked where to go on: its controller hears of one up to 2 s late, so a crash in
+between would lose it, and it does not know a damaged one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+
+from hypersd_ray.config.base import RunError
+from hypersd_ray.trainer import storage
+from hypersd_ray.training.checkpoint import MANIFEST, DamagedCheckpoint, check_whole, load_checkpoint, load_position
+from hypersd_ray.training.distributed import most
+from hypersd_ray.training.protocol import Training
+
+PREFIX, AGAIN = "checkpoint_", "-again"
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""Ray Train's record."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a run goes on: the checkpoint's path, the data position of this worker, and the names of damaged newer ones."""
+
+    path: str | None
+    position: dict[str, Any]
+    damaged: tuple[str, ...] = ()
+
+
+def names(folder: str) -> list[str]:
+    """Of the checkpoints in a run's folder, the newest first."""
+    found = [n for n in storage.folders(folder, PREFIX) if n.removeprefix(PREFIX).removesuffix(AGAIN).isdigit()]
+    return sorted(found, key=lambda n: (int(n.removeprefix(PREFIX).removesuffix(AGAIN)), n), reverse=True)
+
+
+def name_of(step: int, damaged: tuple[str, ...] = ()) -> str:
+    """Of the checkpoint after `step` steps. A damaged one of that name stays as it is: Ray Train will remove it in its
+    turn, and must not remove the new one with it."""
+    name = f"{PREFIX}{step:08d}"
+    return f"{name}{AGAIN}" if name in damaged else name
+
+
+def resume(
+    folder: str, state: Training, rank: int, world: int, device: torch.device, tell: Callable[[str], None]
+) -> Found:
+    """Load the newest checkpoint of the run's folder that is whole on every worker into `state`.
+
+    Raises:
+        RunError: there are checkpoints and none is whole; on all workers at once.
+        ValueError: one is whole and of another configuration.
+    """
+    damaged: list[str] = []
+    last = ""
+    for name in names(folder):
+        path, error = f"{folder}/{name}", ""
+        position: dict[str, Any] = {}
+        with contextlib.ExitStack() as stack:
+            try:
+                local = stack.enter_context(storage.local_folder(path))
+                check_whole(local)
+                position = load_position(local, rank, world) or {}
+            except Exception as caught:
+                if not isinstance(caught, DamagedCheckpoint) and not storage.is_trouble(caught):
+                    raise
+                error = str(caught)
+            # before anything is loaded: a share of a ZeRO state is loaded by all workers or by none
+            if not most(int(bool(error)), device):
+                load_checkpoint(local, state)
+                return Found(path, position, tuple(damaged))
+        damaged.append(name)
+        last = last or error
+        if rank == 0:
+            tell(f"{path} is damaged, going on from the one before: {error or 'another worker cannot read it'}")
+    if damaged:
+        raise RunError(
+            f"none of the {len(damaged)} checkpoints in {folder} is whole ({last or 'another worker says so'}): set run.name to "
+            "start another run, or delete them to start this one anew"
+        )
+    return Found(None, {})
+
+
+def uploader(folder: str, patience_s: float) -> Callable[[ray.train.Checkpoint, str], ray.train.Checkpoint]:
+    """Ray Train's `checkpoint_upload_fn`: file by file, the manifest last, and again while the storage refuses."""
+
+    def upload(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        target, local = f"{folder}/{name}", Path(checkpoint.path)
+        files = sorted((p for p in local.iterdir()), key=lambda p: (p.name == MANIFEST, p.name))
+
+        def put() -> None:
+            try:
+                for path in files:
+                    storage.put(path, f"{target}/{path.name}")
+            except Exception:
+                for path in files:  # on a full disk half a file is in the way
+                    with storage.tolerant():
+                        storage.remove(f"{target}/{path.name}")
+                raise
+
+        storage.patiently(put, target, patience_s)
+        return ray.train.Checkpoint(target)
+
+    return upload
+
+
+def prune(folder: str, keep: int) -> None:
+    """Remove what Ray Train does not know of, since it was killed before it heard: it keeps `keep`, and two on the way."""
+    for name in names(folder)[keep + 2 :]:
+        with storage.tolerant():
+            storage.remove(f"{folder}/{name}")
+
+
+QUALITY = "quality.jsonl"
+"""What each stage's end measured, an object a line; a stage that was measured again is there again, the last one counts."""
+
+
+def append_quality(folder: str, record: dict[str, Any], patience_s: float) -> None:
+    """One more stage. Raises StorageError."""
+    path = f"{folder}/{QUALITY}"
+
+    def write() -> None:
+        before = storage.read_text(path) if storage.exists(path) else ""
+        storage.write_text(path, before + json.dumps(record) + "\n")
+
+    storage.patiently(write, path, patience_s)
+
+
+def read_quality(folder: str) -> list[dict[str, Any]]:
+    """One record a stage that ended so far, in the stages' order."""
+    path = f"{folder}/{QUALITY}"
+    lines = storage.read_text(path).splitlines() if storage.exists(path) else []
+    by_stage = {record["stage"]: record for record in map(json.loads, lines)}
+    return [by_stage[stage] for stage in sorted(by_stage)]
+
+
+def mend_record(folder: str) -> None:
+    """Drop Ray Train's record where it cannot be read or names a checkpoint that is gone: it would refuse to start."""
+    path = f"{folder}/{SNAPSHOT}"
+    if not storage.exists(path):
+        return
+    there = set(storage.folders(folder, PREFIX))
+    try:
+        known = {r["checkpoint_dir_name"] for r in json.loads(storage.read_text(path))["checkpoint_results"]}
+    except (ValueError, KeyError, TypeError):
+        known = {""}
+    if not known <= there:
+        storage.remove(path)

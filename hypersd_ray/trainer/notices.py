@@ -1,0 +1,56 @@
+"""What a worker hears between two steps: that the job is to stop, that a node will be taken away.
+
+All workers must do the same after the same step, so each tells what it has heard and the most urgent counts: one collective
+of four bytes.
+"""
+
+from __future__ import annotations
+
+import time
+
+import ray
+import ray.train
+import torch
+
+from hypersd_ray.training.distributed import most
+
+NOTHING, LOOK, SAVE, STOP = range(4)
+
+
+class Notices:
+    """Asked once a step by every worker; nobody waits for an answer over the network but every `PREEMPTION_S` seconds."""
+
+    STOP_S, PREEMPTION_S = 0.2, 2.0
+
+    def __init__(self, board: ray.actor.ActorHandle, rank: int, device: torch.device):
+        self.board, self.rank, self.device = board, rank, device
+        self.asked: ray.ObjectRef | None = None
+        self.next_ask = self.next_look = 0.0
+        self.saved_for: list[str] | None = None
+
+    def __call__(self) -> int:
+        """NOTHING; SAVE: a checkpoint now, a node will go; STOP: a checkpoint now, and return."""
+        heard = most(self._heard(), self.device)
+        return self._look() if heard == LOOK else heard
+
+    def _heard(self) -> int:
+        if self.rank != 0:
+            return NOTHING
+        now = time.monotonic()
+        if self.asked is None and now >= self.next_ask:
+            self.asked = self.board.asked_to_stop.remote()
+        if self.asked is not None and ray.wait([self.asked], timeout=0)[0]:
+            stop, self.asked, self.next_ask = ray.get(self.asked), None, now + self.STOP_S
+            if stop:
+                return STOP
+        if now >= self.next_look:
+            self.next_look = now + self.PREEMPTION_S
+            return LOOK
+        return NOTHING
+
+    def _look(self) -> int:
+        info = ray.train.get_preemption_info()  # on all workers at once
+        if info is None or self.saved_for == info.preempted_node_ids:
+            return NOTHING
+        self.saved_for = info.preempted_node_ids
+        return SAVE

@@ -1,0 +1,226 @@
+"""How fast a run should be on many GPUs, and what would limit it first: arithmetic on named bandwidths, nothing measured.
+
+A step of W workers, the global batch fixed:
+
+    compute      seconds_per_image * ceil(batch / W)
+    all-reduce   the gradients as one float32 bucket after the backward pass (training/distributed.py), not overlapped: a
+                 ring within each node of g GPUs, 2 (g - 1) / g * bytes / gpu_link, then one over the n nodes,
+                 2 (n - 1) / n * bytes / node_link, and latency * 2 log2 W
+    checkpoint   its bytes / storage / run.checkpoint_every, rank 0 writes and all wait
+
+What the images of a second need is beside it: encoders = images/s / encoder_images_s, reward actors likewise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from hypersd_ray.config.base import ConfigError
+from hypersd_ray.config.tscd import TSCDConfig
+from hypersd_ray.models.checkpoint import BaseInfo, read_base
+from hypersd_ray.models.discriminator import LatentDiscriminator
+from hypersd_ray.models.lora import Adapters
+
+GIGA = 1e9
+WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+SHARE = 0.1
+"""A part that takes more of a step than this is called a limit."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Rates that a plan rests on. The defaults are A100 nodes as in docs/cluster.md; all are assumptions to be replaced by
+    one's own measurements (`--plan seconds_per_image=0.2`)."""
+
+    gpus_per_node: float = 8
+    gpu_link: float = 235.0
+    """GB/s of an all-reduce between GPUs of a node (NVLink's 300 each way, less what NCCL loses)."""
+    node_link: float = 45.0
+    """GB/s of a node to the others (400 Gbit/s, less a tenth); shared by its GPUs."""
+    latency_us: float = 20.0
+    """Of one hop of a collective."""
+    storage: float = 1.0
+    """GB/s that one worker writes checkpoints at."""
+    data: float = 1.0
+    """GB/s that a node reads shards or latents at."""
+    seconds_per_image: float = 0.0
+    """Of a GPU's training step; 0 takes SDXL's 0.28 (200 GPU-hours a stage of 5,000 steps of 512, the paper's figures),
+    or for other bases that by the operations of their UNets' forward pass, as far as known (SD1.5: 0.032)."""
+    encoder_images_s: float = 0.0
+    """Images a second that one GPU of encoders turns into latents; 0 assumes 20 at 1024 pixels, by area."""
+    reward_images_s: float = 60.0
+    """Pictures a second that one GPU of reward models scores and differentiates."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run moves: trained parameters, bytes of a checkpoint and of a row of latents, global batch, steps between
+    checkpoints."""
+
+    parameters: int
+    checkpoint_bytes: float
+    row_bytes: float
+    batch: int
+    checkpoint_every: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of workers. Times in seconds a step; `limits` are the parts above SHARE of it, the largest first."""
+
+    workers: int
+    compute: float
+    all_reduce: float
+    checkpoint: float
+    images_s: float
+    encoders: int
+    rewards: int
+    read: float
+    """GB/s of latents, all nodes together."""
+    limits: tuple[str, ...]
+
+    @property
+    def step(self) -> float:
+        """Seconds."""
+        return self.compute + self.all_reduce + self.checkpoint
+
+
+def all_reduce_seconds(parameters: int, workers: int, hardware: Hardware) -> float:
+    """Of the gradients, float32."""
+    if workers == 1:
+        return 0.0
+    bytes_ = 4.0 * parameters
+    in_node = min(workers, int(hardware.gpus_per_node))
+    nodes = math.ceil(workers / hardware.gpus_per_node)
+    seconds = 2 * (in_node - 1) / in_node * bytes_ / (hardware.gpu_link * GIGA)
+    seconds += 2 * (nodes - 1) / nodes * bytes_ / (hardware.node_link * GIGA)
+    return seconds + hardware.latency_us * 1e-6 * 2 * math.log2(workers)
+
+
+def row(work: Work, hardware: Hardware, workers: int) -> Row:
+    """One line of the plan; `hardware` without zeros."""
+    compute = hardware.seconds_per_image * math.ceil(work.batch / workers)
+    reduce = all_reduce_seconds(work.parameters, workers, hardware)
+    checkpoint = work.checkpoint_bytes / (hardware.storage * GIGA) / work.checkpoint_every
+    step = compute + reduce + checkpoint
+    images_s = work.batch / step
+    read = images_s * work.row_bytes / GIGA
+    parts = {"all-reduce": reduce / step, "checkpoints": checkpoint / step}
+    if work.batch % workers:
+        parts["batch too small"] = 1 - work.batch / (workers * math.ceil(work.batch / workers))
+    nodes = math.ceil(workers / hardware.gpus_per_node)
+    if read > hardware.data * nodes:
+        parts["reading latents"] = read / (hardware.data * nodes)
+    limits = tuple(sorted((n for n, share in parts.items() if share > SHARE), key=lambda n: -parts[n]))
+    return Row(
+        workers, compute, reduce, checkpoint, images_s, math.ceil(images_s / hardware.encoder_images_s),
+        math.ceil(images_s / hardware.reward_images_s), read, limits,
+    )  # fmt: skip
+
+
+def parse_hardware(values: Sequence[str]) -> Hardware:
+    """`name=number` pairs over the defaults.
+
+    Raises:
+        ConfigError: an unknown name, or no positive number.
+    """
+    known = {f.name for f in fields(Hardware)}
+    changes = {}
+    for value in values:
+        name, _, number = value.partition("=")
+        if name not in known:
+            raise ConfigError(f"--plan {value}: unknown rate {name!r}; there are {', '.join(sorted(known))}")
+        try:
+            changes[name] = float(number)
+        except ValueError:
+            changes[name] = math.nan
+        if not changes[name] > 0 or math.isinf(changes[name]):
+            raise ConfigError(f"--plan {value}: {name} must be a number above 0")
+    return replace(Hardware(), **changes)
+
+
+def filled(hardware: Hardware, config: TSCDConfig, info: BaseInfo) -> Hardware:
+    """With a rate for each zero.
+
+    Raises:
+        ConfigError: a base whose step nobody knows.
+    """
+    sides = (config.data.resolution / 1024) ** 2
+    known = {"sdxl": 0.28 * sides, "sd": 0.032 * 4 * sides}
+    if hardware.seconds_per_image == 0:
+        if min(info.unet_config["block_out_channels"]) < 320:
+            raise ConfigError(
+                f"--plan: the step of teacher={info.path.name} is not known; measure it (images_per_s in metrics.jsonl of "
+                "one worker) and give --plan seconds_per_image=NUMBER"
+            )
+        hardware = replace(hardware, seconds_per_image=known[info.family])
+    return hardware if hardware.encoder_images_s else replace(hardware, encoder_images_s=20.0 / sides)
+
+
+def work_of(config: TSCDConfig, info: BaseInfo) -> Work:
+    """Counted on the base's own layers; no weight is read."""
+    unet_config = info.unet_config
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(unet_config)
+        if config.full_unet:
+            student = sum(p.numel() for p in unet.parameters())
+        else:
+            adapters = Adapters(unet, config.lora.rank, config.lora.effective_alpha)
+            adapters.add("student", trainable=False)
+            student = sum(p.numel() for p in adapters.named_tensors("student").values())
+    heads = 0
+    if config.adversarial.adv_end > 0:
+        heads = sum(p.numel() for p in LatentDiscriminator(dict(unet.config), 0, False).parameters())
+    side, width = config.data.resolution // 8, unet_config["cross_attention_dim"]
+    latent = unet_config["in_channels"] * side * side + 77 * (max(width) if isinstance(width, list) else width)
+    pooled = 1280 * 2 + 24 if info.family == "sdxl" else 0
+    return Work(
+        student + heads,
+        4.0 * (4 * student + 3 * heads),
+        2.0 * latent + pooled,
+        config.optim.batch,
+        config.run.checkpoint_every,
+    )
+
+
+def first_limit(rows: Sequence[Row]) -> str:
+    """In words: where scaling ends first."""
+    for r in rows:
+        if r.limits:
+            return f"first limit: {r.limits[0]}, at {r.workers} GPUs"
+    return f"no part but the step itself takes more than {SHARE:.0%} up to {rows[-1].workers} GPUs"
+
+
+def plan(config: TSCDConfig, values: Sequence[str] = ()) -> str:
+    """The table that `--plan` prints.
+
+    Raises:
+        ConfigError, ValueError: a wrong rate, or a teacher that cannot be read.
+    """
+    info = read_base(config.teacher)
+    hardware = filled(parse_hardware(values), config, info)
+    work = work_of(config, info)
+    rows = [row(work, hardware, w) for w in WORKERS]
+    lines = [
+        f"{work.parameters / 1e6:.1f}M trained parameters: {4 * work.parameters / 1e6:.0f} MB of gradients a step, "
+        f"{work.checkpoint_bytes / 1e6:.0f} MB a checkpoint, {work.row_bytes / 1e3:.0f} kB a row of latents",
+        "assumed: " + ", ".join(f"{f.name}={getattr(hardware, f.name):g}" for f in fields(Hardware)),
+        "",
+        "| GPUs | images/s | s/step | compute | all-reduce | checkpoints | encoders | reward actors | read MB/s | limited by |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for r in rows:
+        shares = [f"{part / r.step:.1%}" for part in (r.compute, r.all_reduce, r.checkpoint)]
+        numbers = [str(r.workers), f"{r.images_s:.1f}", f"{r.step:.3g}", *shares]
+        needs = [str(r.encoders), str(r.rewards), f"{r.read * 1000:.0f}", ", ".join(r.limits)]
+        lines.append("| " + " | ".join(numbers + needs) + " |")
+    return "\n".join([
+        *lines, "", first_limit(rows),
+        "encoders: GPUs that encode while it trains (none with precomputed latents); reward actors: for jobs/feedback.py.",
+        "Calculated from the assumed rates, not measured.",
+    ])  # fmt: skip

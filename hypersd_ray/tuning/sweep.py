@@ -1,0 +1,224 @@
+"""Ray Tune around whole training runs: a trial is a run of `hypersd_ray.trainer` with a name of its own.
+
+A trial's own actor reserves next to nothing, and Ray Tune knows nothing of the workers that it starts; so trials are started only
+as far as all of their workers and readers fit side by side (`fitting_trials`). Else each could hold one worker and wait
+for the other's for ever.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import yaml
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
+from ray.tune.search import ConcurrencyLimiter
+from ray.tune.search.basic_variant import BasicVariantGenerator
+
+from hypersd_ray.config.base import ConfigError, RunError
+from hypersd_ray.config.sweep import SweepConfig
+from hypersd_ray.config.tscd import TSCDConfig
+from hypersd_ray.trainer import keeping, run, storage
+from hypersd_ray.trainer.kinds.tscd import product
+from hypersd_ray.tuning.space import Point, applied, held, searched
+
+METRIC = "objective"
+ALMOST_NOTHING = {"CPU": 0, "memory": 1}
+"""What a trial's own actor reserves, a byte: Ray Tune refuses nothing at all."""
+STATED = ("base", "space", "search", "scheduler", "reduction", "warm_start", "seed")
+"""What a sweep that goes on must share with the one in its folder."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run: its name, its point, and of each stage that ended its record in quality.jsonl."""
+
+    name: str
+    point: dict[str, float]
+    stages: list[dict[str, Any]]
+    state: str
+
+    def objective(self, stages: int) -> float:
+        """At the last of `stages` stages; infinite where it did not come so far."""
+        last = [record[METRIC] for record in self.stages if record["stage"] == stages]
+        return last[0] if last and last[0] is not None and math.isfinite(last[0]) else math.inf
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All trials, the base's run first; `best` among those that came to the last stage."""
+
+    folder: str
+    trials: list[Trial]
+    best: Trial
+
+
+def sweep_folder(sweep: SweepConfig) -> str:
+    """{out}/{name}: Ray Tune's records, sweep.yaml, base/, trials/, latents/, and what comes out."""
+    return f"{storage.out_folder(sweep.base.run)}/{sweep.name}"
+
+
+def _of_sweep(sweep: SweepConfig, config: TSCDConfig, part: str, name: str) -> TSCDConfig:
+    """A run in the sweep's folder that shares latents and the teacher's end points with the others."""
+    folder = sweep_folder(sweep)
+    update: dict[str, Any] = {"run": config.run.model_copy(update={"out": f"{folder}/{part}", "name": name})}
+    if config.data.cache == "disk" and config.data.cache_dir is None:
+        update["data"] = config.data.model_copy(update={"cache_dir": f"{folder}/latents"})
+    if config.measure.cache is None and not storage.is_url(folder):
+        update["measure"] = config.measure.model_copy(update={"cache": f"{folder}/references"})
+    return config.model_copy(update=update)
+
+
+def base_run(sweep: SweepConfig) -> TSCDConfig:
+    """The base, to its end."""
+    return _of_sweep(sweep, sweep.base, "base", sweep.base.run.name)
+
+
+def trial_run(sweep: SweepConfig, point: Point, name: str) -> TSCDConfig:
+    """The run of a trial; from the base's first stage where the sweep starts warm."""
+    config = _of_sweep(sweep, applied(sweep.base, {**held(sweep.space), **point}), "trials", name)
+    if not sweep.warm_start:
+        return config
+    first = f"{storage.run_folder(base_run(sweep).run)}/{product(sweep.base, sweep.base.distill.k_list[0])}"
+    return config.model_copy(update={"first_stage": first})
+
+
+class _StageEnds(TuneReportCallback):
+    """Ray Tune hears of the ends of stages alone: between them there is no quality to judge a trial by."""
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        if METRIC in metrics[0]:
+            super().after_report(run_context, metrics, checkpoint)
+
+
+def run_trial(point: dict[str, float], values: dict[str, Any]) -> None:
+    """Ray Tune's function trainable; `values` are the sweep's. A trial that was killed goes on where its run stands."""
+    sweep = SweepConfig.model_validate(values)
+    config = trial_run(sweep, point, f"trial-{tune.get_context().get_trial_id()}")
+    for record in keeping.read_quality(storage.run_folder(config.run)):
+        tune.report({METRIC: record[METRIC], "stage": record["stage"]})
+    result = run.train(config, callbacks=[_StageEnds()])
+    if result.was_finished and not keeping.read_quality(result.folder):
+        raise RunError(
+            f"{result.folder} is finished and has no {keeping.QUALITY}: delete it, or set name to start another"
+        )
+
+
+def fitting_trials(sweep: SweepConfig, have: dict[str, float]) -> int:
+    """Trials that fit on `have` side by side with all of their workers, a reader and an encoder each.
+
+    Raises:
+        ConfigError: not one does, or on a cluster that grows it is not known how many will.
+    """
+    if sweep.concurrent is not None:
+        return sweep.concurrent
+    if os.environ.get("RAY_AUTOSCALING"):
+        raise ConfigError("concurrent is not set and nodes may still come (RAY_AUTOSCALING): set concurrent")
+    c = sweep.base
+    wanted = {
+        "CPU": c.run.workers * c.run.cpus_per_worker + c.data.reader_cpus,
+        "GPU": c.run.workers * c.run.gpus_per_worker,
+    }
+    if c.data.cache == "none" and c.data.format != "latents":
+        pool = c.data.encoder
+        wanted["CPU"] += c.run.workers * pool.min_size * pool.num_cpus
+        wanted["GPU"] += c.run.workers * pool.min_size * pool.num_gpus
+    for name, amount in wanted.items():
+        if amount > have.get(name, 0.0):
+            raise ConfigError(
+                f"a trial needs {amount:g} {name} (base.run.workers={c.run.workers}, their resources, data.reader_cpus), "
+                f"the cluster has {have.get(name, 0.0):g}: lower base.run.workers"
+            )
+    return max(1, min(int(have[name] / amount + 1e-9) for name, amount in wanted.items() if amount))
+
+
+def _check_same(sweep: SweepConfig, folder: str) -> None:
+    path = f"{folder}/sweep.yaml"
+    values = sweep.model_dump(mode="json")
+    if storage.exists(path):
+        there = yaml.safe_load(storage.read_text(path))
+        for field in STATED:
+            if there.get(field) != values[field]:
+                raise ConfigError(
+                    f"{field} differs from the sweep that is in {folder}: set name to start another sweep"
+                )
+    storage.write_text(path, yaml.safe_dump(values, sort_keys=False))
+
+
+def _search(sweep: SweepConfig, concurrent: int) -> Any:
+    if sweep.search == "random":
+        return BasicVariantGenerator(random_state=sweep.seed, max_concurrent=concurrent)
+    try:
+        from ray.tune.search.optuna import OptunaSearch
+
+        return ConcurrencyLimiter(OptunaSearch(seed=sweep.seed), max_concurrent=concurrent)
+    except ImportError:
+        raise ConfigError("search=optuna needs it: pip install 'hypersd-ray[sweep]', or set search=random") from None
+
+
+def _tuner(sweep: SweepConfig, folder: str, concurrent: int) -> tune.Tuner:
+    trainable = tune.with_resources(
+        tune.with_parameters(run_trial, values=sweep.model_dump(mode="json")), ALMOST_NOTHING
+    )
+    if tune.Tuner.can_restore(folder):
+        return tune.Tuner.restore(folder, trainable=trainable, resume_unfinished=True, resume_errored=True)
+    first = 2 if sweep.warm_start else 1
+    asha = AsyncHyperBandScheduler(
+        time_attr="stage", grace_period=first, max_t=max(first, sweep.base.stages), reduction_factor=sweep.reduction
+    )
+    search = _search(sweep, concurrent)
+    return tune.Tuner(
+        trainable,
+        param_space=searched(sweep.space),
+        tune_config=tune.TuneConfig(
+            metric=METRIC, mode="min", num_samples=sweep.trials, search_alg=search,
+            scheduler=asha if sweep.scheduler == "asha" else FIFOScheduler(),
+            trial_name_creator=lambda trial: f"trial-{trial.trial_id}",
+            trial_dirname_creator=lambda trial: f"trial-{trial.trial_id}",
+        ),
+        run_config=tune.RunConfig(name=Path(folder).name, storage_path=folder.rsplit("/", 1)[0], verbose=0),
+    )  # fmt: skip
+
+
+def run_sweep(sweep: SweepConfig) -> Outcome:
+    """Train the base, then the trials; or go on where the sweep of that name stands.
+
+    Raises:
+        ConfigError, ValueError: something a user can mend.
+        RunError: no trial came to its end.
+    """
+    sweep = sweep.model_copy(update={"base": run.absolute_paths(sweep.base)})
+    run.check(base_run(sweep))
+    run.connect()
+    concurrent = fitting_trials(sweep, ray.cluster_resources())
+    folder = sweep_folder(sweep)
+    _check_same(sweep, folder)
+    base = base_run(sweep)
+    run.train(base)
+    print(f"base done; {sweep.trials} trials, {concurrent} at a time, {sweep.search}, {sweep.scheduler}", flush=True)
+    results = _tuner(sweep, f"{folder}/tune", concurrent).fit()
+    trials = [Trial("base", {}, keeping.read_quality(storage.run_folder(base.run)), "finished")]
+    for result in results:
+        name = Path(result.path).name
+        records = keeping.read_quality(f"{folder}/trials/{name}")
+        ended = bool(records) and records[-1]["stage"] == sweep.base.stages
+        state = "failed" if result.error else "finished" if ended else "stopped"
+        trials.append(Trial(name, dict(result.config or {}), records, state))
+        if result.error:
+            print(f"{name} failed: {str(result.error).strip().splitlines()[-1]}", flush=True)
+    if all(trial.state == "failed" for trial in trials[1:]):
+        raise RunError(f"all {len(trials) - 1} trials failed; Ray Tune's records of why are in {folder}/tune")
+    return Outcome(folder, trials, min(trials, key=lambda trial: trial.objective(sweep.base.stages)))
+
+
+def best_config(sweep: SweepConfig, outcome: Outcome) -> TSCDConfig:
+    """What `jobs/tscd.py --config` takes: the base with the best numbers, all of its stages its own."""
+    numbers = outcome.best.point
+    config = applied(sweep.base, {**held(sweep.space), **numbers}) if outcome.best.name != "base" else sweep.base
+    return config.model_copy(update={"run": config.run.model_copy(update={"name": f"{sweep.name}-best"})})

@@ -1,0 +1,84 @@
+"""The plan's arithmetic, against figures made by hand."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+
+from hypersd_ray.config.base import ConfigError
+from hypersd_ray.models.checkpoint import read_base
+from hypersd_ray.recipes import RECIPES
+from hypersd_ray.tuning.plan import Hardware, Work, all_reduce_seconds, first_limit, parse_hardware, plan, row, work_of
+
+HARDWARE = Hardware(seconds_per_image=0.28, encoder_images_s=20)
+
+
+def test_all_reduce_by_hand():
+    """Full SDXL, 10.4 GB: ring of 8 at 235 GB/s, ring of 4 nodes at 45 GB/s, 5 doublings of 20 us there and back."""
+    expected = 2 * 7 / 8 * 10.4 / 235 + 2 * 3 / 4 * 10.4 / 45 + 20e-6 * 2 * 5
+    assert all_reduce_seconds(2_600_000_000, 32, HARDWARE) == pytest.approx(expected)
+    assert all_reduce_seconds(2_600_000_000, 1, HARDWARE) == 0
+    # within a node nothing goes between nodes
+    assert all_reduce_seconds(67_000_000, 8, HARDWARE) == pytest.approx(2 * 7 / 8 * 0.268 / 235 + 20e-6 * 2 * 3)
+
+
+def test_a_row_by_hand():
+    work = Work(parameters=1000, checkpoint_bytes=5e9, row_bytes=449e3, batch=512, checkpoint_every=10)
+    made = row(work, HARDWARE, 32)
+    assert made.compute == pytest.approx(0.28 * 16)
+    assert made.checkpoint == pytest.approx(0.5)
+    assert made.images_s == pytest.approx(512 / made.step)
+    assert made.encoders == math.ceil(made.images_s / 20) and made.rewards == math.ceil(made.images_s / 60)
+    assert made.read == pytest.approx(made.images_s * 449e3 / 1e9)
+    assert made.limits == ("checkpoints",)
+    assert first_limit([row(work, HARDWARE, w) for w in (1, 8, 32)]) == "first limit: checkpoints, at 32 GPUs"
+    # 300 workers and 512 images: some compute two, the others wait for them
+    assert "batch too small" in row(work, HARDWARE, 300).limits
+
+
+def test_a_lora_scales_further_than_the_whole_unet():
+    lora, full = (Work(p, 0.0, 0.0, 512, 500) for p in (67_000_000, 2_600_000_000))
+    rows = {w: (row(lora, HARDWARE, w), row(full, HARDWARE, w)) for w in (8, 256)}
+    assert all(a.images_s > b.images_s for a, b in rows.values())
+    assert rows[256][0].all_reduce < 0.05 * rows[256][0].step < rows[256][1].all_reduce
+
+
+def test_the_tiny_recipes_plan():
+    config = RECIPES["tiny"]()
+    work = work_of(config, read_base(config.teacher))
+    # The committed LoRA has 4.84 MB of float32, a checkpoint 19.4 MB (docs/cluster.md).
+    assert 4 * work.parameters == pytest.approx(4.84e6, rel=0.01)
+    assert work.checkpoint_bytes == pytest.approx(19.4e6, rel=0.02)
+    text = plan(config, ["seconds_per_image=0.015"])
+    assert text.count("\n| ") == 10 and "| 256 | " in text and "not measured" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [("storgae=2", "unknown rate 'storgae'; there are data"), ("storage=fast", "must be a number above 0"),
+     ("storage=0", "must be a number above 0")],
+)  # fmt: skip
+def test_wrong_rates_are_one_line(given, said):
+    with pytest.raises(ConfigError, match=said):
+        parse_hardware([given])
+
+
+def test_an_unknown_step_is_asked_for():
+    with pytest.raises(ConfigError, match="give --plan seconds_per_image"):
+        plan(RECIPES["tiny"]())
+
+
+def test_the_job_prints_it_and_trains_nothing(monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("tscd_job", Path(__file__).parents[2] / "jobs" / "tscd.py")
+    job = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(job)
+    given = ["tiny", "--plan", "storage=2", "seconds_per_image=0.01", "--optim.batch", "64"]
+    assert job.split_plan(given) == (["tiny", "--optim.batch", "64"], ["storage=2", "seconds_per_image=0.01"])
+    assert job.split_plan(["tiny"]) == (["tiny"], None)
+    monkeypatch.setattr("sys.argv", ["tscd.py", *given])
+    job.main()
+    said = capsys.readouterr().out
+    assert "storage=2" in said and "| 256 | " in said and "limit" in said

@@ -1,0 +1,100 @@
+"""What a sweep may draw, what it stands for, and how many trials fit."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from hypersd_ray.config.base import CombinationError, ConfigError
+from hypersd_ray.config.cli import parse
+from hypersd_ray.config.sweep import SpaceConfig, SweepConfig
+from hypersd_ray.config.tscd import TSCDConfig
+from hypersd_ray.recipes import RECIPES, SWEEP_RECIPES
+from hypersd_ray.tuning.space import applied, held, point_of, readable, searched
+from hypersd_ray.tuning.sweep import fitting_trials, sweep_folder, trial_run
+
+
+@pytest.fixture(scope="module")
+def sweep() -> SweepConfig:
+    return parse(SWEEP_RECIPES, SweepConfig, "", ["tiny"])
+
+
+def test_every_draw_is_a_run_whose_weights_are_monotone(sweep):
+    """As the paper has it: MSE falls over the stages, the adversarial loss rises."""
+    space, rng = SpaceConfig(), random.Random(0)
+    assert set(searched(space)) == set(SpaceConfig.model_fields) and held(space) == {}
+    for _ in range(300):
+        point = {n: rng.uniform(*getattr(space, n)) for n in SpaceConfig.model_fields}
+        config = applied(sweep.base, point)
+        weights = [config.adversarial.weights(i, config.stages) for i in range(config.stages)]
+        assert all(a.mse >= b.mse for a, b in zip(weights, weights[1:], strict=False))
+        assert all(a.adversarial <= b.adversarial for a, b in zip(weights, weights[1:], strict=False))
+        assert 1 <= config.distill.omega_min <= config.distill.omega_max and 0 <= config.distill.ema_decay < 1
+    assert weights[-1].adversarial == pytest.approx(point["adv_end"])
+
+
+def test_the_bases_point_is_the_base(sweep):
+    for base in (sweep.base, RECIPES["tiny"]("full")):
+        assert applied(base, point_of(base)).model_dump() == base.model_dump()
+        assert applied(base, {}).model_dump() == base.model_dump()
+    # the tiny recipe has no adversarial loss, and the space begins there
+    assert sweep.base.adversarial.adv_end == 0 == SpaceConfig().adv_end[0]
+    assert readable(sweep.base, {"lr": 2.0, "omega_width": 0.0})["lr"] == 2 * sweep.base.optim.lr
+
+
+def test_what_is_held_still_is_not_searched():
+    space = SpaceConfig(lr=(1.0, 1.0))
+    assert "lr" not in searched(space) and held(space) == {"lr": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"mse_end": (0.5, 1.5)}, r"space.mse_end=0.5 1.5: two numbers within 0..1"),
+        ({"shape": (0.0, 1.0)}, "space.shape=0 1: two numbers above 0"),
+        ({"lr": (2.0, 1.0)}, "space.lr=2 1: .*the lower one first"),
+    ],
+)
+def test_ranges_that_cannot_be(change, said):
+    with pytest.raises(CombinationError, match=said):
+        SpaceConfig(**change)
+
+
+def test_a_sweep_needs_a_measure_and_other_prompts_to_confirm(sweep):
+    values = sweep.model_dump()
+    for change, said in (
+        ({"base": values["base"] | {"measure": {}}}, "base.measure.prompts is empty"),
+        ({"confirm": sweep.base.measure.prompts[:2]}, "share 2 prompts"),
+        ({"base": values["base"] | {"full_unet": True}}, "set base.full_unet=False"),
+    ):
+        with pytest.raises(CombinationError, match=said):
+            SweepConfig.model_validate(values | change)
+
+
+def test_trials_run_side_by_side_only_as_far_as_all_their_workers_fit(sweep, monkeypatch):
+    """1 worker of 1 CPU and a reader of 0.5: two on 4 CPUs; a GPU a worker limits too."""
+    monkeypatch.delenv("RAY_AUTOSCALING", raising=False)
+    assert fitting_trials(sweep, {"CPU": 4.0}) == 2
+    assert fitting_trials(sweep, {"CPU": 1.5}) == 1
+    assert fitting_trials(sweep.model_copy(update={"concurrent": 7}), {"CPU": 1.0}) == 7
+    wide = sweep.base.model_copy(update={"run": sweep.base.run.model_copy(update={"workers": 2, "gpus_per_worker": 1})})
+    wide = sweep.model_copy(update={"base": wide})
+    assert fitting_trials(wide, {"CPU": 64.0, "GPU": 5.0}) == 2
+    with pytest.raises(ConfigError, match=r"a trial needs 2 GPU .*the cluster has 1: lower base.run.workers"):
+        fitting_trials(wide, {"CPU": 64.0, "GPU": 1.0})
+    monkeypatch.setenv("RAY_AUTOSCALING", "1")
+    with pytest.raises(ConfigError, match="set concurrent"):
+        fitting_trials(sweep, {"CPU": 4.0})
+
+
+def test_trials_have_names_of_their_own_and_share_what_is_made_once(sweep):
+    one, other = (trial_run(sweep, {"lr": 1.5}, name) for name in ("trial-a", "trial-b"))
+    folder = sweep_folder(sweep)
+    assert one.run.out == f"{folder}/trials" and one.run.name != other.run.name
+    assert one.data.cache_dir == other.data.cache_dir == f"{folder}/latents"
+    assert one.measure.cache == f"{folder}/references"
+    assert one.first_stage == f"{folder}/base/tiny-minutes-base/lora/tscd-k8.safetensors"
+    cold = trial_run(sweep.model_copy(update={"warm_start": False}), {"lr": 1.5}, "trial-c")
+    assert cold.first_stage is None
+    assert TSCDConfig.model_validate(cold.model_dump()) == cold
