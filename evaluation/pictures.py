@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import ray
 import torch
 
 from hypersd_ray.config.feedback import FeedbackConfig
@@ -20,6 +21,7 @@ from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import load_encoders
 from hypersd_ray.models.export import merge_lora, read_lora
 from hypersd_ray.models.roles import STUDENT, TEACHER, Plain
+from hypersd_ray.trainer import storage
 from hypersd_ray.trainer.kinds import onestep, tscd
 from hypersd_ray.trainer.kinds.tscd import build_roles
 from hypersd_ray.trainer.loop import square_time_ids
@@ -61,6 +63,19 @@ def sample_rows(
         roles.load(STUDENT, before)
         rows |= {f"before {n}": samples.student_samples(roles, STUDENT, x_T, cond, n) for n in (1, 2)}
     return {name: encoders.decode(latents).cpu() for name, latents in rows.items()}
+
+
+def placed_rows(config: TSCDConfig, lora: str, omega: float) -> dict[str, torch.Tensor]:
+    """`sample_rows` of the LoRA at `lora` (any fsspec URL), on a GPU of the cluster where the run has any, else here."""
+    if not config.run.gpus_per_worker:
+        return _rows_of(config, lora, omega, "cpu")
+    resources = {"num_gpus": config.run.gpus_per_worker, "num_cpus": config.run.cpus_per_worker}
+    return ray.get(ray.remote(_rows_of).options(**resources).remote(config, lora, omega, "cuda"))
+
+
+def _rows_of(config: TSCDConfig, lora: str, omega: float, device: str) -> dict[str, torch.Tensor]:
+    with storage.local_copy(lora, "lora") as path:
+        return sample_rows(config, path, config.run.prompts, omega, device)
 
 
 @torch.no_grad()

@@ -50,6 +50,7 @@ from hypersd_ray.embedded.pretrain_unet import SCHEDULER, make_unet
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.lora import LCM_TARGETS
 from hypersd_ray.models.roles import LoRARoles
+from hypersd_ray.models.shapes import SD15_UNET
 from hypersd_ray.training.distiller import Distiller
 from hypersd_ray.training.tscd import Batch
 
@@ -62,15 +63,6 @@ GRID = 50
 W_RANGE = (5.0, 15.0)
 """The script's guidance w = omega - 1."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# runwayml/stable-diffusion-v1-5, unet/config.json, where it differs from the class's defaults
-SD15_UNET: dict[str, Any] = {
-    "sample_size": 64,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    "attention_head_dim": 8,
-    "cross_attention_dim": 768,
-}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     python jobs/build_emoji.py --node-modules node_modules --train 24000 --out build/emoji
     python jobs/pretrain.py --data build/emoji --out build/pretrain
 
-About two hours on 2 cores; stopped and started again, it goes on. The result is `OUT/teacher`, committed in
+Some four hours on 2 cores; stopped and started again, it goes on. The result is `OUT/teacher`, committed in
 `hypersd_ray/embedded/teacher`, so nobody needs to run this to distil.
 """
 
@@ -33,7 +33,7 @@ class PretrainConfig:
     """Folder for the states and the finished pipeline."""
     vae_steps: tuple[int, ...] = (3500, 7000)
     """Batches of each cycle of the learning rate."""
-    unet_steps: tuple[int, ...] = (9500, 7000)
+    unet_steps: tuple[int, ...] = (9500, 6000)
     """Likewise, of 64."""
     seed: int = 0
 

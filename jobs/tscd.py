@@ -33,8 +33,9 @@ def main() -> None:
     from hypersd_ray.trainer import run  # Ray and torch come after the configuration is known to be right
 
     result = run.train(config)
-    pictures = draw(config, result.folder)
-    report(config, result, pictures)
+    report(config, result)
+    for path in draw(config, result.folder):
+        print(f"picture  {path}")
 
 
 def split_plan(arguments: list[str]) -> tuple[list[str], list[str] | None]:
@@ -49,34 +50,35 @@ def split_plan(arguments: list[str]) -> tuple[list[str], list[str] | None]:
 
 
 def draw(config: TSCDConfig, folder: str) -> list[str]:
-    """Sample grid of the last stage and loss curves, written into the run's folder; returns what to print."""
-    from evaluation.pictures import draw_curves, draw_grid, sample_rows
+    """Loss curves, and the sample grid of the last stage's LoRA, written into the run's folder; returns their paths.
+
+    The grid of a model on GPUs is drawn where a worker would be.
+    """
+    from evaluation.pictures import draw_curves, draw_grid, placed_rows
     from hypersd_ray.trainer import storage
     from hypersd_ray.trainer.kinds.tscd import product
 
-    if config.full_unet:
-        return []
-    k, prompts = config.distill.k_list[-1], config.run.prompts
+    names = ["curves.png"]
     with tempfile.TemporaryDirectory() as temporary:
         made = Path(temporary)
         (made / "metrics.jsonl").write_text(storage.read_text(f"{folder}/metrics.jsonl"))
         draw_curves(made / "metrics.jsonl", made / "curves.png")
-        lora = made / "lora.safetensors"
-        storage.get(f"{folder}/{product(config, k)}", lora)
-        omega = (config.distill.omega_min + config.distill.omega_max) / 2
-        draw_grid(
-            sample_rows(config, lora, prompts, omega),
-            prompts,
-            made / "grid.png",
-            f"same noise, teacher at guidance {omega:g}, student after k = {k}",
-        )
-        for name in ("grid.png", "curves.png"):
+        if not config.full_unet:
+            k, omega = config.distill.k_list[-1], (config.distill.omega_min + config.distill.omega_max) / 2
+            rows = placed_rows(config, f"{folder}/{product(config, k)}", omega)
+            title = f"same noise, teacher at guidance {omega:g}, student after k = {k}"
+            draw_grid(rows, config.run.prompts, made / "grid.png", title)
+            names.insert(0, "grid.png")
+        for name in names:
             storage.put(made / name, f"{folder}/{name}")
-    return [f"{folder}/grid.png", f"{folder}/curves.png"]
+    return [f"{folder}/{name}" for name in names]
 
 
-def report(config: TSCDConfig, result, pictures: list[str]) -> None:
-    """The last lines of the job."""
+def report(config: TSCDConfig, result) -> None:
+    """What came out, and where it is."""
+    from hypersd_ray.models.cards import UNetCard, unet_usage
+    from hypersd_ray.models.checkpoint import read_base
+    from hypersd_ray.models.export import usage
     from hypersd_ray.trainer.kinds.tscd import lora_metadata, product
 
     k = config.distill.k_list[-1]
@@ -89,15 +91,16 @@ def report(config: TSCDConfig, result, pictures: list[str]) -> None:
         print(f"UNet     {result.folder}/unet-k{k}")
     else:
         print(f"LoRA     {result.folder}/{product(config, k)} (one per stage beside it, and in Kohya's layout)")
-    for path in pictures:
-        print(f"picture  {path}")
+    if result.rejected:
+        print(f"data     {result.rejected}")
     print(f"config   {result.folder}/config.yaml")
     print(f"logs     tensorboard --logdir {result.folder}/tensorboard")
-    if not config.full_unet:
-        from hypersd_ray.models.export import usage
-
-        path = f"{result.folder}/{product(config, k)}"
-        print("\nUse it:\n" + usage(path, lora_metadata(config, k), base=config.teacher))
+    if config.full_unet:
+        card = UNetCard(config.teacher, read_base(config.teacher), (), config.run.name)
+        lines = unet_usage(f"{result.folder}/unet-k{k}", card)
+    else:
+        lines = usage(f"{result.folder}/{product(config, k)}", lora_metadata(config, k), base=config.teacher)
+    print(f"\nUse it:\n{lines}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -71,22 +71,24 @@ class DistillConfig(Strict):
     def _stages_fit(self) -> DistillConfig:
         if not len(self.k_list) == len(self.n_list) == len(self.steps_list):
             raise CombinationError(
-                f"k_list, n_list and steps_list need one entry a stage, they have {len(self.k_list)}, {len(self.n_list)} and {len(self.steps_list)}"
+                f"distill: k_list, n_list and steps_list need one entry a stage, they have {len(self.k_list)}, {len(self.n_list)} and {len(self.steps_list)}"
             )
         if not self.k_list or min(self.steps_list) < 1:
-            raise CombinationError(f"steps_list={self.steps_list}: at least one stage of at least one step")
+            raise CombinationError(f"distill.steps_list={self.steps_list}: at least one stage of at least one step")
         if any(a < b for a, b in pairwise(self.k_list)):
-            raise CombinationError(f"k_list={self.k_list} must not rise from stage to stage")
+            raise CombinationError(f"distill.k_list={self.k_list} must not rise from stage to stage")
         for k, n in zip(self.k_list, self.n_list, strict=True):
             try:
                 check_grid(1000, n, k)
             except ValueError as error:
                 raise CombinationError(f"distill.n_list={self.n_list}: {error}") from None
         if self.omega_max < self.omega_min:
-            raise CombinationError(f"omega_max={self.omega_max} is below omega_min={self.omega_min}")
+            raise CombinationError(
+                f"distill.omega_max={self.omega_max} is below distill.omega_min={self.omega_min}: lower one, or raise the other"
+            )
         if self.t_end == "two_steps" and self.target != "teacher":
             raise CombinationError(
-                f"t_end='two_steps' with target={self.target!r}: those are the teacher's steps; set target='teacher'"
+                f"distill.t_end='two_steps' with distill.target={self.target!r}: those are the teacher's steps; set target='teacher'"
             )
         return self
 
@@ -96,7 +98,7 @@ class DistillConfig(Strict):
             for field, value in {"start": "edges", "t_end": "segment_start", "target": "teacher"}.items():
                 if getattr(self, field) != value:
                     raise CombinationError(
-                        f"path='straight' with {field}={getattr(self, field)!r}: a line joins the ends of the teacher's "
+                        f"distill.path='straight' with distill.{field}={getattr(self, field)!r}: a line joins the ends of the teacher's "
                         f"way through a window; set {field}={value!r}"
                     )
         return self
@@ -201,7 +203,7 @@ class OptimConfig(Strict):
 class RunConfig(Strict):
     """Where and on what a run happens."""
 
-    name: str = "tscd"
+    name: str = Field(default="tscd", pattern=r"^[A-Za-z0-9._-]+$")
     """The run's folder under `out`; the same name goes on with the same run."""
     out: str = "runs"
     """Folder for runs, or an fsspec URL every node reaches."""
@@ -237,11 +239,14 @@ class RunConfig(Strict):
     """Steps between sample grids in the logs; 0 is one at the end of each stage."""
     loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     """Where metrics go beside the run's metrics.jsonl."""
-    prompts: tuple[str, ...] = (
-        "a photo of a cat",
-        "a castle by the sea at dusk",
-        "a bowl of fruit",
-        "a portrait of an old sailor",
+    prompts: tuple[str, ...] = Field(
+        default=(
+            "a photo of a cat",
+            "a castle by the sea at dusk",
+            "a bowl of fruit",
+            "a portrait of an old sailor",
+        ),
+        min_length=1,
     )
     """Prompts of the sample grids."""
 
@@ -290,7 +295,7 @@ class TSCDConfig(Strict):
             raise CombinationError(
                 f"optim.batch={self.optim.batch} is not divisible by run.workers * optim.accumulation = {share}; the nearest accepted is {nearest}"
             )
-        if "://" not in self.teacher and not Path(self.teacher).is_dir():
+        if not Path(self.teacher).is_dir():
             raise CombinationError(
                 f"teacher={self.teacher!r} is not a folder: name one in diffusers' layout (model_index.json, unet/, vae/, ...)"
             )

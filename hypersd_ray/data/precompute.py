@@ -114,9 +114,11 @@ def validate(config: DataConfig, model_path: str, out: str) -> tuple[Sources, di
     return sources, belongs
 
 
-def resolve(config: DataConfig, model_path: str, run_folder: str) -> Sources:
+def resolve(
+    config: DataConfig, model_path: str, run_folder: str, progress: Callable[[int, int, int], None] | None = None
+) -> Sources:
     """What a training run streams, settled once in the driver: latents as they are, after precomputing if
-    config.cache is "disk", or the image-text shards.
+    config.cache is "disk" (`progress` as in `precompute`), or the image-text shards.
 
     Give its `urls` to every LatentStream, with config.format set to its `format`. Raises ConfigError for shards that
     are not there, and for latents of another model or resolution.
@@ -126,7 +128,7 @@ def resolve(config: DataConfig, model_path: str, run_folder: str) -> Sources:
         if config.cache == "none":
             return sources
         out = config.cache_dir or f"{run_folder.rstrip('/')}/latents"
-        precompute(config, model_path, out)
+        precompute(config, model_path, out, progress)
         sources = find_shards((out,), "latents")
     wanted = {"model_hash": fingerprint(model_path), "resolution": config.resolution}
     listed: set[str] = set()
@@ -139,6 +141,16 @@ def resolve(config: DataConfig, model_path: str, run_folder: str) -> Sources:
         listed.update(f"{folder}/{name}" for name in marker["files"])
     # A file that the marker does not name is left over from another list of shards.
     return Sources(tuple(url for url in sources.urls if url in listed), "latents")
+
+
+def rejected(sources: Sources) -> str:
+    """What was rejected when the latents of `sources` were made, in a line; nothing where nothing was."""
+    lines = []
+    for folder in sorted({url.rpartition("/")[0] for url in sources.urls}):
+        marker = check_marker(folder, {})
+        summary = {"seen": marker["seen"], "rejects": marker["rejects"], "rejected": sum(marker["rejects"].values())}
+        lines.append(rejects.told(summary, f"{folder}/rejects.jsonl"))
+    return "; ".join(filter(None, lines))
 
 
 def check_marker(folder: str, wanted: dict[str, Any]) -> dict[str, Any]:

@@ -7,11 +7,17 @@ shard's good rows with the bad one and does not say which shard it was.
 
 from __future__ import annotations
 
+import gzip
+import itertools
 import json
+import lzma
+import struct
 import tarfile
-from collections.abc import Iterator, Mapping
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 import numpy as np
@@ -26,6 +32,15 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "img", "bytes")
 CAPTION_COLUMNS = ("caption", "text", "txt", "TEXT", "prompt")
 KEY_COLUMNS = ("key", "__key__", "id", "SAMPLE_ID")
+STORAGE_WAITS_S = (1.0, 5.0, 20.0)
+"""Before a shard is read again whose storage failed."""
+SHARD_FAULTS = (
+    tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, struct.error, pa.ArrowException, EOFError, ValueError,
+    LookupError, ArithmeticError, FileNotFoundError, IsADirectoryError,
+)  # fmt: skip
+"""What damaged bytes raise, or a shard that is gone. Everything else is the storage's: time-outs, credentials, limits."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,10 +73,27 @@ class Cropped:
 
 
 def read_rows(url: str, format: str, config: DataConfig) -> Iterator[Cropped | Reject]:
-    """Read, filter, decode and crop one shard. Never raises for what is in the shard."""
-    samples = read_tar(url) if format == "webdataset" else read_parquet(url)
-    for sample in samples:
+    """Read, filter, decode and crop one shard. Never raises for what is in the shard, only for storage that stays away."""
+    reader = read_tar if format == "webdataset" else read_parquet
+    for sample in patiently(reader, url):
         yield sample if isinstance(sample, Reject) else _prepare(sample, url, config.resolution, config.filters)
+
+
+def patiently(
+    reader: Callable[[str], Iterator[T]], url: str, waits_s: Sequence[float] = STORAGE_WAITS_S
+) -> Iterator[T]:
+    """What `reader(url)` gives, each once: where storage fails on the way it is read again, after a wait, from there on."""
+    given = 0
+    for wait_s in (*waits_s, None):
+        try:
+            for item in itertools.islice(reader(url), given, None):
+                given += 1
+                yield item
+            return
+        except Exception:  # storage clients raise exceptions of every kind; a shard's own faults never come so far
+            if wait_s is None:
+                raise
+            time.sleep(wait_s)
 
 
 def _prepare(sample: Sample, url: str, resolution: int, filters: FilterConfig) -> Cropped | Reject:
@@ -105,7 +137,7 @@ def read_tar(url: str) -> Iterator[Sample | Reject]:
                 assert content is not None, "a regular file"
                 parts[suffix.lower()] = content.read()
             whole = _ends_well(tar.fileobj)
-    except Exception:  # tarfile, gzip and fsspec's back ends share no other base class
+    except SHARD_FAULTS:
         yield Reject("truncated_shard" if opened else "unreadable_shard", url, key)
         return
     if parts:
@@ -159,7 +191,9 @@ def read_parquet(url: str) -> Iterator[Sample | Reject]:
                     key = str(row if key_column is None else values[key_column])
                     row += 1
                     yield _from_columns(key, values, image, caption)
-    except Exception:
+    except (*SHARD_FAULTS, OSError) as error:
+        if isinstance(error, OSError) and not isinstance(error, SHARD_FAULTS) and error.errno is not None:
+            raise  # Arrow's own of damaged pages has no number
         yield Reject("truncated_shard" if opened else "unreadable_shard", url, key)
 
 

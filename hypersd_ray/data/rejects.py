@@ -9,6 +9,8 @@ from typing import Any
 
 import fsspec
 import ray
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hypersd_ray.config.data import DataConfig
@@ -26,8 +28,9 @@ class RejectCounter:
     """Rows seen and rejected, by reason, each shard once; the rejects as JSON lines in a file. Knows no Ray.
 
     A shard is read again in the next epoch, after a worker's death, or by another rank: only its first report counts.
-    `path` (None = no file) may be any fsspec URL whose file system can append. An existing file is continued: the
-    shards it already lists are counted, but not listed twice.
+    `path` (None = no file) may be any fsspec URL. An existing file is continued: the shards it already lists are
+    counted, but not listed twice. Object stores cannot append: there each report is a file of its own beside `path`,
+    rejects-00000.jsonl and so on.
     """
 
     def __init__(self, path: str | None, max_share: float, grace: int) -> None:
@@ -35,7 +38,10 @@ class RejectCounter:
         self.seen = 0
         self.reasons: Counter[str] = Counter()
         self._shards: dict[str, dict[str, Any]] = {}
-        self._listed = _listed_shards(path)
+        self._listed, self._parts = set(), 0
+        if path is not None:
+            files = _files(path)
+            self._listed, self._parts = _listed_shards(files), len(files)
 
     def report(self, shard: str, seen: int, rejects: Sequence[tuple[str, str]]) -> None:
         """Take in one whole shard: rows seen (with the rejected ones) and (reason, key) of each rejected one."""
@@ -59,9 +65,14 @@ class RejectCounter:
         return True
 
     def _list(self, shard: str, rejects: Sequence[tuple[str, str]]) -> None:
-        if self.path is not None:
-            with fsspec.open(self.path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"reason": r, "shard": shard, "key": k}) + "\n" for r, k in rejects)
+        if self.path is None:
+            return
+        local = _is_local(self.path)
+        with fsspec.open(
+            self.path if local else _part(self.path, self._parts), "a" if local else "w", encoding="utf-8"
+        ) as file:
+            file.writelines(json.dumps({"reason": r, "shard": shard, "key": k}) + "\n" for r, k in rejects)
+        self._parts += 1
 
     def shard(self, shard: str) -> dict[str, Any]:
         """{"seen": rows, "rejects": {reason: rows}} of one reported shard; zeros when it was not reported."""
@@ -108,21 +119,43 @@ def check(log: ray.actor.ActorHandle) -> None:
         raise TooManyRejectsError(verdict)
 
 
-def _listed_shards(path: str | None) -> set[str]:
-    if path is None:
-        return set()
+def told(summary: Mapping[str, Any], listed: str) -> str:
+    """`RejectCounter.summary` in a line for the user; nothing where nothing was rejected."""
+    if not summary["rejected"]:
+        return ""
+    reasons = ", ".join(f"{reason} {count}" for reason, count in summary["rejects"].items())
+    return f"{summary['rejected']} of {summary['seen']} rows were rejected ({reasons}), listed in {listed}"
+
+
+def _is_local(path: str) -> bool:
+    return isinstance(fsspec.core.url_to_fs(path)[0], LocalFileSystem)
+
+
+def _part(path: str, number: int | str) -> str:
+    """rejects.jsonl -> rejects-00007.jsonl"""
+    stem, dot, suffix = path.rpartition(".")
+    return f"{stem}-{number:05d}{dot}{suffix}" if isinstance(number, int) else f"{stem}-{number}{dot}{suffix}"
+
+
+def _files(path: str) -> list[tuple[AbstractFileSystem, str]]:
+    """What was listed before, in order."""
     filesystem, name = fsspec.core.url_to_fs(path)
-    if not filesystem.exists(name):
-        return set()
-    listed, good = set(), []
-    text = filesystem.read_text(name, encoding="utf-8")
-    for line in text.splitlines(keepends=True):
-        try:
-            listed.add(json.loads(line)["shard"])
-        except (ValueError, KeyError):
-            continue
-        good.append(line)
-    if not text.endswith("\n") and text:
-        # The last run was killed in the middle of a line: what is appended must not join it.
-        filesystem.write_text(name, "".join(good), encoding="utf-8")
+    names = [name] if _is_local(path) else sorted(filesystem.glob(_part(name, "*")))
+    return [(filesystem, found) for found in names if filesystem.exists(found)]
+
+
+def _listed_shards(files: Sequence[tuple[AbstractFileSystem, str]]) -> set[str]:
+    listed = set()
+    for filesystem, name in files:
+        good = []
+        text = filesystem.read_text(name, encoding="utf-8")
+        for line in text.splitlines(keepends=True):
+            try:
+                listed.add(json.loads(line)["shard"])
+            except (ValueError, KeyError):
+                continue
+            good.append(line)
+        if not text.endswith("\n") and text:
+            # The last run was killed in the middle of a line: what is appended must not join it.
+            filesystem.write_text(name, "".join(good), encoding="utf-8")
     return listed

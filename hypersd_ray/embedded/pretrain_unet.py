@@ -102,7 +102,9 @@ class Pretraining:
 
     def save(self, path: Path, step: int) -> None:
         """Everything that a resumed run needs."""
-        torch.save({name: part.state_dict() for name, part in self._parts().items()} | {"step": step}, path)
+        part = path.with_suffix(".part")
+        torch.save({name: one.state_dict() for name, one in self._parts().items()} | {"step": step}, part)
+        part.replace(path)
 
     def load(self, path: Path) -> int:
         """Returns the step to go on from."""

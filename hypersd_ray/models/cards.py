@@ -54,7 +54,7 @@ def unet_usage(folder: str | Path, card: UNetCard) -> str:
 def save_unet_with_card(unet: UNet2DConditionModel, folder: Path, where: str, card: UNetCard) -> Path:
     """`save_unet` and a README.md beside it; `where` is the folder's final place, which the lines name."""
     save_unet(unet, folder)
-    name = card.info.path.name
+    name = card.info.name
     several = len(card.timesteps) > 1
     how = (
         "score distillation"

@@ -37,6 +37,21 @@ class BaseInfo:
     """SDXL: the empty prompt's embedding is zeros (`force_zeros_for_empty_prompt`)."""
 
     @property
+    def name(self) -> str:
+        """What to call it in metadata: the hub's name of a snapshot, the place in the checkout, else the folder's name."""
+        for part in self.path.parts:
+            if part.startswith("models--"):
+                return part.removeprefix("models--").replace("--", "/")
+        checkout, folder = Path(__file__).resolve().parents[2], self.path.resolve()
+        return folder.relative_to(checkout).as_posix() if folder.is_relative_to(checkout) else folder.name
+
+    @property
+    def latent_factor(self) -> int:
+        """Pixels of a picture's side to one of its latents'."""
+        config = _json(self.path / "vae" / "config.json")
+        return 2 ** (len(config["block_out_channels"]) - 1)
+
+    @property
     def latent_channels(self) -> int:
         """C of the latents."""
         return self.unet_config["in_channels"]

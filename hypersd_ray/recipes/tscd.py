@@ -90,7 +90,8 @@ def tiny(
 
 
 def sd15(teacher: str, shards: str = "data/*.tar", method: Trajectory = "tscd", keep_cfg: bool = False) -> TSCDConfig:
-    """Stable Diffusion 1.5 at 512 px with the paper's settings (batch 512, lr 1e-6, k = 8, 4, 2, 1) on 8 GPUs."""
+    """Stable Diffusion 1.5 at 512 px with the paper's settings (batch 512, lr 1e-6, k = 8, 4, 2, 1) on 8 GPUs, and 2 for
+    the encoders where the pictures were not encoded before (jobs/precompute.py)."""
     settings = TRAJECTORIES[method](20_000, (3, 8))
     config = TSCDConfig(
         teacher=teacher,
@@ -108,7 +109,7 @@ def sd15(teacher: str, shards: str = "data/*.tar", method: Trajectory = "tscd", 
 
 
 def sdxl(teacher: str, shards: str = "data/*.tar", method: Trajectory = "tscd", keep_cfg: bool = False) -> TSCDConfig:
-    """SDXL at 1024 px with the paper's settings on 32 GPUs."""
+    """SDXL at 1024 px with the paper's settings on 32 GPUs, and 16 for the encoders (see sd15)."""
     settings = TRAJECTORIES[method](20_000, (5, 8))
     config = TSCDConfig(
         teacher=teacher,

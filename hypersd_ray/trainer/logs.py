@@ -128,14 +128,19 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """An MLflow run of the same name; the tracking server comes from MLFLOW_TRACKING_URI."""
+    """An MLflow run of the same name, the same one when the run goes on; MLFLOW_TRACKING_URI names the server."""
 
     def __init__(self, config: LoggedConfig):
         import mlflow
 
         self.mlflow = mlflow
-        mlflow.set_experiment("hypersd_ray")
-        mlflow.start_run(run_name=config.run.name)
+        experiment = mlflow.set_experiment("hypersd_ray")
+        ours = f"tags.hypersd_folder = '{storage.run_folder(config.run)}'"
+        found = mlflow.search_runs([experiment.experiment_id], ours, max_results=1, output_format="list")
+        if found:
+            mlflow.start_run(run_id=found[0].info.run_id)
+        else:
+            mlflow.start_run(run_name=config.run.name, tags={"hypersd_folder": storage.run_folder(config.run)})
         mlflow.log_dict(config.model_dump(mode="json"), "config.json")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:

@@ -7,12 +7,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 
 @contextmanager
@@ -50,13 +52,26 @@ class Snapshot:
     seconds_left: float
 
     def text(self) -> str:
-        """For a log line."""
+        """For a log line, and beside the bar."""
         losses = " ".join(f"{name} {value:.4f}" for name, value in self.losses.items())
         stage = "" if self.k is None else f"stage {self.stage + 1}/{self.stages} k={self.k} "
         return (
             f"{stage}step {self.step}/{self.steps}  {losses}  "
             f"{self.images_per_s:.0f} images/s  data wait {self.data_wait:.1%}  {clock(self.seconds_left)} left"
         )
+
+
+def encoding_lines(every_s: float = 10.0) -> Callable[[int, int, int], None]:
+    """For `precompute`: a line now and then of how far the encoding before a training is."""
+    said = -every_s
+
+    def show(shards: int, of: int, rows: int) -> None:
+        nonlocal said
+        if shards == of or time.monotonic() - said >= every_s:
+            print(f"encoding  shard {shards}/{of}  {rows} images", flush=True)
+            said = time.monotonic()
+
+    return show
 
 
 def clock(seconds: float) -> str:
@@ -128,9 +143,15 @@ class ProgressBoard:
         return self.stopped
 
 
+def bar_of(**options: Any) -> Progress:
+    """The bar, with its text beside it: on a narrow terminal the text takes several lines, none of it is cut."""
+    text = TextColumn("{task.description}", table_column=Column(ratio=1, overflow="fold"))
+    return Progress(BarColumn(bar_width=16), text, expand=True, **options)
+
+
 def _watch(board: ray.actor.ActorHandle, stop: threading.Event, line_every_s: float) -> None:
     terminal = sys.stdout.isatty()
-    with Progress(TextColumn("{task.description}"), BarColumn(bar_width=24), disable=not terminal) as bar:
+    with bar_of(disable=not terminal) as bar:
         task = bar.add_task("waiting for the workers", total=1)
         said, seen = 0.0, None
         while True:

@@ -29,8 +29,8 @@ from hypersd_ray.config.base import CombinationError, ConfigError, RunError
 from hypersd_ray.config.feedback import FeedbackConfig
 from hypersd_ray.config.onestep import OneStepConfig
 from hypersd_ray.config.tscd import RunConfig, TSCDConfig
-from hypersd_ray.data.precompute import resolve, validate
-from hypersd_ray.data.rejects import start_reject_log
+from hypersd_ray.data.precompute import rejected, resolve, validate
+from hypersd_ray.data.rejects import start_reject_log, told
 from hypersd_ray.data.sources import find_shards
 from hypersd_ray.models.checkpoint import read_base
 from hypersd_ray.trainer import keeping, storage
@@ -38,7 +38,7 @@ from hypersd_ray.trainer.kinds import KINDS, AnyConfig, Kind, kind_of
 from hypersd_ray.trainer.loop import LoopArguments, PairSource, train_loop
 from hypersd_ray.trainer.pairs import pair_folder
 from hypersd_ray.trainer.places import await_places
-from hypersd_ray.trainer.progress import stderr_held, watching
+from hypersd_ray.trainer.progress import encoding_lines, stderr_held, watching
 
 ROOT = Path(__file__).parents[2]
 OLDEST_DEEPSPEED = "0.19.8"
@@ -47,11 +47,13 @@ OLDEST_DEEPSPEED = "0.19.8"
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run: its folder, the last report of rank 0, and whether there was nothing left to do."""
+    """A finished run: its folder, the last report of rank 0, whether there was nothing left to do, and what was wrong with
+    its data, in a line."""
 
     folder: str
     metrics: dict
     was_finished: bool = False
+    rejected: str = ""
 
 
 def connect() -> None:
@@ -72,6 +74,7 @@ def connect() -> None:
         # At least 4 logical CPUs: a reader, an encoder and a worker must be able to stand side by side.
         with stderr_held():  # a line of Ray's that it has read the level above
             ray.init(
+                "local",  # else Ray joins what `ray start` left on this machine, and refuses the number of CPUs
                 num_cpus=max(4, os.cpu_count() or 1),
                 include_dashboard=False,
                 logging_level="ERROR",
@@ -96,7 +99,7 @@ def check(config: AnyConfig) -> None:
     Raises:
         ConfigError, ValueError: one line.
     """
-    read_base(config.teacher)
+    check_resolution(config)
     kind = KINDS[kind_of(config)]
     if config.run.precision == "bf16" and config.run.gpus_per_worker == 0:
         raise ConfigError("run.precision=bf16 with run.gpus_per_worker=0: bf16 is for GPUs; set run.precision=fp32")
@@ -114,6 +117,22 @@ def check(config: AnyConfig) -> None:
         validate(config.data, config.teacher, config.data.cache_dir or f"{folder}/latents")
     else:
         resolve(config.data, config.teacher, folder)  # makes nothing here, so it needs no Ray
+
+
+def check_resolution(config: AnyConfig) -> None:
+    """The autoencoder and the UNet can halve a picture of that side as often as they do.
+
+    Raises:
+        ConfigError, ValueError: they cannot, or the teacher cannot be read; one line.
+    """
+    info = read_base(config.teacher)
+    side = info.latent_factor * 2 ** (len(info.unet_config["block_out_channels"]) - 1)
+    if config.data.resolution % side:
+        nearest = max(1, round(config.data.resolution / side)) * side
+        raise ConfigError(
+            f"data.resolution={config.data.resolution} is not a multiple of {side}, which {config.teacher} needs: the "
+            f"nearest is {nearest} (it was made for {info.unet_config['sample_size'] * info.latent_factor})"
+        )
 
 
 def check_deepspeed(config: AnyConfig) -> None:
@@ -197,10 +216,13 @@ def check_resources(config: AnyConfig) -> None:
         ("CPU", config.run.cpus_per_worker, "run.cpus_per_worker"),
         ("GPU", config.run.gpus_per_worker, "run.gpus_per_worker"),
     ):
-        wanted = config.run.workers * each
-        if wanted <= have.get(name, 0):
+        beside = beside_workers(config)[name]
+        wanted = config.run.workers * (each + beside)
+        if wanted <= have.get(name, 0) + 1e-9:
             continue
-        needs = f"run.workers={config.run.workers} with {knob}={each} need {wanted:g} {name}"
+        needs = f"run.workers={config.run.workers} with {knob}={each:g} need {wanted:g} {name}"
+        if beside:
+            needs += f", {beside:g} of a worker's for its data (data.reader_cpus, data.encoder; encoded before: jobs/precompute.py)"
         if most is not None and wanted > max(have.get(name, 0), most.get(name, 0)):
             raise ConfigError(
                 f"{needs}, the cluster's autoscaler adds nodes up to {most.get(name, 0):g}: lower run.workers or {knob}, "
@@ -213,6 +235,17 @@ def check_resources(config: AnyConfig) -> None:
             )
     if os.environ.get("RAY_AUTOSCALING"):
         await_places(config.run)
+
+
+def beside_workers(config: AnyConfig) -> dict[str, float]:
+    """What each worker's own reading takes, and its encoders where pictures are encoded while it trains. Ray Data would
+    wait for it without a word."""
+    data = config.data
+    found = {"CPU": data.reader_cpus, "GPU": 0.0}
+    if data.cache == "none" and find_shards(data.patterns, data.format).format != "latents":
+        found["CPU"] += data.encoder.min_size * data.encoder.num_cpus
+        found["GPU"] += data.encoder.min_size * data.encoder.num_gpus
+    return found
 
 
 def _most_there_will_be() -> dict[str, float] | None:
@@ -273,7 +306,7 @@ def train(config: AnyConfig, callbacks: Sequence[UserCallback] = ()) -> Result:
     check_resources(config)
     folder = storage.run_folder(config.run)
     storage.write_text(f"{folder}/config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    sources = resolve(config.data, config.teacher, folder)
+    sources = resolve(config.data, config.teacher, folder, encoding_lines())
     data = config.data.model_copy(update={"format": sources.format})
     pairs = find_pairs(config)
     reject_log = None if sources.format == "latents" else start_reject_log(data, f"{folder}/rejects.jsonl")
@@ -296,7 +329,11 @@ def train(config: AnyConfig, callbacks: Sequence[UserCallback] = ()) -> Result:
         if left is not None:
             raise RunError(f"run {config.run.name} was told to stop; the same command goes on from {left}")
         was_finished = ray.get(board.was_finished.remote())
-    return Result(folder, result.metrics or {}, was_finished)
+    if reject_log is None:
+        lost = rejected(sources)
+    else:
+        lost = told(ray.get(reject_log.summary.remote()), f"{folder}/rejects.jsonl")
+    return Result(folder, result.metrics or {}, was_finished, lost)
 
 
 @contextmanager

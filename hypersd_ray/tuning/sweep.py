@@ -121,14 +121,11 @@ def fitting_trials(sweep: SweepConfig, have: dict[str, float]) -> int:
     if os.environ.get("RAY_AUTOSCALING"):
         raise ConfigError("concurrent is not set and nodes may still come (RAY_AUTOSCALING): set concurrent")
     c = sweep.base
+    beside = run.beside_workers(c)
     wanted = {
-        "CPU": c.run.workers * c.run.cpus_per_worker + c.data.reader_cpus,
-        "GPU": c.run.workers * c.run.gpus_per_worker,
+        "CPU": c.run.workers * (c.run.cpus_per_worker + beside["CPU"]),
+        "GPU": c.run.workers * (c.run.gpus_per_worker + beside["GPU"]),
     }
-    if c.data.cache == "none" and c.data.format != "latents":
-        pool = c.data.encoder
-        wanted["CPU"] += c.run.workers * pool.min_size * pool.num_cpus
-        wanted["GPU"] += c.run.workers * pool.min_size * pool.num_gpus
     for name, amount in wanted.items():
         if amount > have.get(name, 0.0):
             raise ConfigError(

@@ -105,9 +105,12 @@ def test_shares_sum_up(steps):
 
 TRAJECTORY_MISTAKES = [
     (["--distill.k-list", "2", "4", "2", "1"], r"k_list=\(2, 4, 2, 1\) must not rise"),
-    (["--distill.t-end", "two_steps"], r"t_end='two_steps' with target='ema'.*set target='teacher'"),
-    (["--distill.path", "straight"], r"path='straight' with start='grid'.*set start='edges'"),
-    (["--distill.path", "straight", "--distill.start", "edges"], r"with t_end='uniform'.*set t_end='segment_start'"),
+    (["--distill.t-end", "two_steps"], r"t_end='two_steps' with distill.target='ema'.*set target='teacher'"),
+    (["--distill.path", "straight"], r"path='straight' with distill.start='grid'.*set start='edges'"),
+    (
+        ["--distill.path", "straight", "--distill.start", "edges"],
+        r"with distill.t_end='uniform'.*set t_end='segment_start'",
+    ),
     (["--adversarial.conditional", "True", "False"], r"conditional has 2 entries, distill\.k_list 4 stages"),
     (["--method", "perflow", "--adversarial.adv-end", "0.1"], r"adv_end=0\.1 with distill\.path='straight'"),
 ]

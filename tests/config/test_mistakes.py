@@ -43,6 +43,9 @@ MISTAKES = {
         "optim.batch=32 is not divisible by run.workers * optim.accumulation = 3; the nearest accepted is 33",
     ),
     "teacher": (["sd15", "--teacher", "/nowhere"], "teacher='/nowhere' is not a folder: name one in diffusers' layout"),
+    "name": (["tiny", "--run.name", ""], "run.name: String should match pattern"),
+    "prompts": (["tiny", "--run.prompts"], "run.prompts"),
+    "guidance": (["tiny", "--distill.omega-max", "1.5"], "distill.omega_max=1.5 is below distill.omega_min=2.0"),
     "file": (["--config", "/nowhere.yaml"], "--config /nowhere.yaml: "),
     "file and recipe": (["tiny", "--config", "x.yaml"], "both a recipe (tiny) and --config x.yaml: give one"),
 }

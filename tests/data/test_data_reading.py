@@ -13,7 +13,7 @@ import pytest
 from data_shards import EMBEDDED, png, row, write_tar
 
 from hypersd_ray.config.data import DataConfig, FilterConfig
-from hypersd_ray.data.reading import Cropped, Reject, read_rows
+from hypersd_ray.data.reading import Cropped, Reject, patiently, read_parquet, read_rows, read_tar
 
 
 def outcome(path: Path, format: str = "webdataset", **filters: float) -> tuple[list[str], list[tuple[str, str]]]:
@@ -116,3 +116,30 @@ def test_filters_count_by_reason(tmp_path):
     assert good == ["3", "4", "5", "6", "7"]
     assert Counter(reason for reason, _ in rejects) == {"low_aesthetic": 3, "watermark": 2}
     assert np.all([len(outcome(path, min_side=s)[0]) == n for s, n in ((16, 10), (17, 0))])
+
+
+def test_storage_that_fails_for_a_while_costs_no_row(tmp_path):
+    """A time-out in the middle of a shard is nobody's data: it is read again, each row comes once."""
+    path = write_tar(tmp_path / "a.tar", [m for i in range(4) for m in row(str(i), i)])
+    failures = [TimeoutError("slow"), ConnectionResetError("gone")]
+
+    def flaky(url):
+        for i, sample in enumerate(read_tar(url)):
+            if i == 2 and failures:
+                raise failures.pop()
+            yield sample
+
+    assert [sample.key for sample in patiently(flaky, str(path), waits_s=(0, 0))] == ["0", "1", "2", "3"]
+    failures = [PermissionError("expired")] * 3
+    with pytest.raises(PermissionError, match="expired"):
+        list(patiently(flaky, str(path), waits_s=(0, 0)))
+
+
+@pytest.mark.parametrize("reader", [read_tar, read_parquet])
+def test_what_storage_says_is_not_taken_for_damage(reader, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "403")
+
+    monkeypatch.setattr("fsspec.open", refuse)
+    with pytest.raises(PermissionError):
+        list(reader("s3://bucket/a.tar"))

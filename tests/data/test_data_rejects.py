@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 
+import fsspec
 import pytest
 
 from hypersd_ray.config.data import DataConfig
-from hypersd_ray.data.rejects import RejectCounter, TooManyRejectsError, check, start_reject_log
+from hypersd_ray.data.rejects import RejectCounter, TooManyRejectsError, check, start_reject_log, told
 
 BROKEN = [("broken_image", "k1"), ("broken_image", "k2"), ("empty_caption", "k3")]
 
@@ -69,3 +70,22 @@ def test_the_actor_raises_in_the_caller(tmp_path):
     ray.get(log.report.remote("a", 3, BROKEN))
     with pytest.raises(TooManyRejectsError, match="3 of 3 rows rejected"):
         check(log)
+
+
+def test_where_files_cannot_grow_each_report_is_a_file():
+    """gcsfs writes "a" over what was there."""
+    path = "memory://rejects-test/rejects.jsonl"
+    filesystem, folder = fsspec.core.url_to_fs("memory://rejects-test")
+    first = RejectCounter(path, 0.5, 0)
+    first.report("a.tar", 4, [("broken_image", "1")])
+    first.report("b.tar", 4, [])
+    first.report("c.tar", 4, [("empty_caption", "2"), ("empty_caption", "3")])
+    again = RejectCounter(path, 0.5, 0)
+    again.report("a.tar", 4, [("broken_image", "1")])
+    again.report("d.tar", 4, [("broken_image", "9")])
+    names = sorted(filesystem.ls(folder, detail=False))
+    assert [name.rpartition("/")[2] for name in names] == [f"rejects-{i:05d}.jsonl" for i in range(3)]
+    listed = [json.loads(line) for name in names for line in filesystem.read_text(name).splitlines()]
+    assert [(r["shard"], r["key"]) for r in listed] == [("a.tar", "1"), ("c.tar", "2"), ("c.tar", "3"), ("d.tar", "9")]
+    assert told(again.summary(), path) == f"2 of 8 rows were rejected (broken_image 2), listed in {path}"
+    assert told(RejectCounter(None, 0.5, 0).summary(), "x") == ""

@@ -142,21 +142,27 @@ def test_a_fake_score_of_another_run(config, parts, tmp_path, change):
 @pytest.mark.parametrize(
     ("have", "most", "autoscaling", "said"),
     [
-        ({"CPU": 4.0}, None, "", r"run\.workers=9 with run\.cpus_per_worker=1\.0 need 9 CPU, the cluster has 4: lower"),
+        (
+            {"CPU": 4.0},
+            None,
+            "",
+            r"run\.workers=9 with run\.cpus_per_worker=1 need 22\.5 CPU, 1\.5 of .* the cluster has 4: lower",
+        ),
         (
             {"CPU": 4.0},
             {"CPU": 8.0},
             "1",
-            r"need 9 CPU, the cluster's autoscaler adds nodes up to 8: lower run\.workers",
+            r"need 22\.5 CPU, .* the cluster's autoscaler adds nodes up to 8: lower run\.workers",
         ),
-        ({"CPU": 4.0}, {"CPU": 9.0}, "1", None),
-        ({"CPU": 9.0}, {"CPU": 0.0}, "", None),
+        ({"CPU": 4.0}, {"CPU": 22.5}, "1", None),
+        ({"CPU": 22.5}, {"CPU": 0.0}, "", None),
         ({"CPU": 4.0}, None, "1", None),
     ],
 )
 def test_more_workers_than_there_will_ever_be(config, monkeypatch, have, most, autoscaling, said):
     monkeypatch.setattr(run.ray, "cluster_resources", lambda: have)
     monkeypatch.setattr(run, "_most_there_will_be", lambda: most)
+    monkeypatch.setattr(run, "await_places", lambda _: None)
     monkeypatch.setenv("RAY_AUTOSCALING", autoscaling)
     nine = changed(config, run=config.run.model_dump() | {"workers": 9}, optim={"batch": 18})
     if said is None:

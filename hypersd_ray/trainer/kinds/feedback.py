@@ -99,7 +99,7 @@ def read_annotations(config: FeedbackConfig) -> Annotations | None:
 def tscd_metadata(config: FeedbackConfig, found: LoRAMetadata | None, rank: int) -> LoRAMetadata:
     """What the TSCD LoRA says of itself; what the run knows of it where its file says nothing."""
     info, steps = read_base(config.teacher), tuple(sorted(config.refl.steps))
-    return found or LoRAMetadata(info.path.name, info.family, 1, steps, "TCDScheduler", 0.0, rank, float(rank))
+    return found or LoRAMetadata(info.name, info.family, 1, steps, "TCDScheduler", 0.0, rank, float(rank))
 
 
 def export(config: FeedbackConfig, state: Feedback, stage: int, folder: Path | None) -> None:

@@ -78,7 +78,7 @@ def onestep_metadata(config: OneStepConfig) -> LoRAMetadata:
     info, unified = read_base(config.teacher), config.mode == "unified"
     steps = tuple(range(1, 9)) if unified else (len(config.starts),)
     return LoRAMetadata(
-        base_model=info.path.name, family=info.family, k=1, steps=steps,
+        base_model=info.name, family=info.family, k=1, steps=steps,
         scheduler="TCDScheduler" if unified else "LCMScheduler", eta=1.0 if config.mode == "few" else 0.0, rank=config.lora.rank,
         alpha=config.lora.effective_alpha, recipe=config.run.name,
         extra={} if unified else {TIMESTEP: ", ".join(str(t - 1) for t in config.starts)},

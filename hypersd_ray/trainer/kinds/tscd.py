@@ -134,7 +134,7 @@ def lora_metadata(config: TSCDConfig, k: int) -> LoRAMetadata:
     # A student that was asked at the segments' edges alone knows no other sampler than its own k steps.
     others = () if config.distill.start == "edges" else tuple(s for s in (1, 2, 4, 8) if s != k)
     return LoRAMetadata(
-        base_model=info.path.name, family=info.family, k=k, steps=(k, *others), scheduler=scheduler_of(config, k),
+        base_model=info.name, family=info.family, k=k, steps=(k, *others), scheduler=scheduler_of(config, k),
         eta=eta_of(config, k), rank=config.lora.rank, alpha=config.lora.effective_alpha, recipe=config.run.name,
         extra={GUIDANCE: KEPT} if config.distill.keeps_guidance else {},
     )  # fmt: skip
