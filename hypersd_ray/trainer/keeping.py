@@ -93,16 +93,17 @@ def uploader(folder: str, patience_s: float) -> Callable[[ray.train.Checkpoint, 
 
     def upload(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
         target, local = f"{folder}/{name}", Path(checkpoint.path)
-        files = sorted((p for p in local.iterdir()), key=lambda p: (p.name == MANIFEST, p.name))
+        files = sorted((p for p in local.rglob("*") if p.is_file()), key=lambda p: (p.name == MANIFEST, p))
+        targets = [(path, f"{target}/{path.relative_to(local).as_posix()}") for path in files]
 
         def put() -> None:
             try:
-                for path in files:
-                    storage.put(path, f"{target}/{path.name}")
+                for path, there in targets:
+                    storage.put(path, there)
             except Exception:
-                for path in files:  # on a full disk half a file is in the way
+                for _, there in targets:  # on a full disk half a file is in the way
                     with storage.tolerant():
-                        storage.remove(f"{target}/{path.name}")
+                        storage.remove(there)
                 raise
 
         storage.patiently(put, target, patience_s)

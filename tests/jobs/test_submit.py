@@ -1,4 +1,4 @@
-"""`ray job submit`, both ways that the README shows, to a real cluster."""
+"""`ray job submit`, with a working directory and bare, to a real cluster."""
 
 from __future__ import annotations
 

@@ -240,3 +240,18 @@ def test_quality_is_distance_to_the_teachers_end(make_micro, teacher, tmp_path):
     assert objective(near, 0) - objective(far, 0) == pytest.approx(-0.6931, abs=1e-4)
     assert objective(far, 1.0) == pytest.approx(0.2231, abs=1e-4)  # -ln(20 / 25)
     assert objective(Quality({1: [float("nan")]}, {}, []), 1.0) == float("inf")
+
+
+def test_two_workers_shares_end_in_one_folder(tmp_path):
+    """Each worker uploads its own files, some in folders; the second finds the first one's there."""
+    for rank in (0, 1):
+        made = tmp_path / f"made{rank}"
+        (made / "zero2" / "student").mkdir(parents=True)
+        (made / "zero2" / "student" / f"rank{rank}.pt").write_text(str(rank))
+        (made / f"position-{rank}.json").write_text("{}")
+        upload = keeping.uploader(str(tmp_path / "run"), 0)
+        upload(ray.train.Checkpoint.from_directory(str(made)), "checkpoint_00000001")
+    there = tmp_path / "run" / "checkpoint_00000001"
+    assert {p.relative_to(there).as_posix() for p in there.rglob("*") if p.is_file()} == {
+        "position-0.json", "position-1.json", "zero2/student/rank0.pt", "zero2/student/rank1.pt",
+    }  # fmt: skip
