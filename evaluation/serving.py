@@ -83,12 +83,16 @@ class Server:
         except OSError as error:
             raise ValueError(f"where Ray's metrics are is not known: {error}") from None
         found: dict[str, float] = {}
+        answered = False
         for address in {address for place in places for address in place["targets"]}:
-            with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+            with suppress(OSError), urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+                answered = True
                 for line in answer.read().decode().splitlines():
                     name, value = line.partition("{")[0].partition(" ")[0].removeprefix("ray_"), line.rpartition(" ")[2]
                     if name in GAUGES:
                         found[name] = found.get(name, 0.0) + float(value)
+        if not answered:
+            raise OSError("none of Ray's metrics exporters answers")
         return found
 
     async def until_running(self, count: int, seconds: float, beside: Sequence[int] = ()) -> float:
