@@ -136,7 +136,8 @@ class Engine:
         shifted = None if on_preview is None else lambda i, step, picture: on_preview(half + i, step, picture)
         first = self._run_split(key, shots[:half], lora, on_preview, wanted)
         second = self._run_split(key, shots[half:], lora, shifted, wanted)
-        seconds = {name: first.seconds[name] + second.seconds[name] for name in first.seconds}
+        names = dict.fromkeys([*first.seconds, *second.seconds])
+        seconds = {name: first.seconds.get(name, 0.0) + second.seconds.get(name, 0.0) for name in names}
         return BatchResult(first.pictures + second.pictures, seconds)
 
     def _run(
@@ -151,7 +152,7 @@ class Engine:
         self.switch.use(lora, key.lora_scale)
         cond, null = self._conditioning(key, shots)
         clock.lap("text")
-        x = self._denoise(key, shots, cond, null, on_preview, wanted)
+        x = self._denoise(key, shots, cond, null, clock, on_preview, wanted)
         clock.lap("denoise")
         pictures = self._decode(x)
         clock.lap("decode")
@@ -182,6 +183,7 @@ class Engine:
         shots: Sequence[Shot],
         cond: Conditioning,
         null: Conditioning | None,
+        clock: _Clock,
         on_preview: OnPreview | None,
         wanted: Callable[[], bool] | None,
     ) -> Tensor:
@@ -197,7 +199,9 @@ class Engine:
             output = network(x, t)
             shown = [i for i, shot in enumerate(shots) if step in shot.show_after]
             if shown and on_preview is not None:
+                clock.lap("denoise")
                 self._show(x[shown], output[shown], t, step, shown, on_preview)
+                clock.lap("preview")
             x = scheduler.step(output, t, x, generator=generators, return_dict=False, **how)[0]
         return x
 
@@ -278,4 +282,5 @@ class _Clock:
     def lap(self, name: str) -> None:
         self._wait()
         now = time.perf_counter()
-        self.seconds[name], self._last = now - self._last, now
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now

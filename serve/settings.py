@@ -71,7 +71,7 @@ class LimitSettings(Strict):
     body_bytes: int = Field(default=4 * 2**20, ge=1024)
     """Bytes of a request's body."""
     seconds: float = Field(default=60.0, gt=0)
-    """Time a request may take, waiting included."""
+    """Time a request may take: its body's upload, waiting, checks and encoding included."""
     queued: int = Field(default=64, ge=0)
     """Requests that may wait for a replica, per ingress replica; the next one is answered 429."""
     lora_scale: float = Field(default=2.0, gt=0)
@@ -174,6 +174,10 @@ class SafetySettings(Strict):
     """stable-diffusion: folder with safety_checker/ and feature_extractor/; None is the base's."""
     replicas: int = Field(default=1, ge=1)
     """Replicas of the checker."""
+    ongoing: int = Field(default=4, ge=1)
+    """Checks that a replica of the checker does at once."""
+    queued: int = Field(default=64, ge=0)
+    """Checks that may wait for one, per ingress replica; the request of the next one is answered 429."""
     cpus: float = Field(default=1.0, ge=0)
     """CPU cores of each."""
     gpus: float = Field(default=0.0, ge=0)
