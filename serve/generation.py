@@ -203,7 +203,7 @@ class Generation:
             return pictures.encode(picture.pixels, asked.output_format, asked.quality, None)
         parameters = {
             "prompt": asked.prompt, "negative_prompt": asked.negative_prompt, "seed": asked.seed + picture.index,
-            "scheduler": "TCDScheduler", "software": "hypersd_ray", **self._echo(asked, plain=True),
+            "scheduler": self.catalog.sampler(asked.key.lora), "software": "hypersd_ray", **self._echo(asked, plain=True),
         }  # fmt: skip
         if asked.key.control:
             parameters |= {"control": asked.key.control, "control_scale": asked.control_scale}

@@ -16,15 +16,16 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response
 from starlette.exceptions import HTTPException
 
 from serve.access import check_key
-from serve.api import GenerationResponse, ModelList, ModelObject, request_schema
+from serve.api import GenerationResponse, ModelList, ModelObject, default_eta, default_guidance
 from serve.calls import Calls
-from serve.catalog import Catalog
+from serve.catalog import Catalog, LoRAInfo
 from serve.errors import ApiError, ErrorEnvelope, error_type
 from serve.generation import Generation
 from serve.links import SUFFIXES, Links
 from serve.metrics import IngressMetrics
 from serve.middleware import Unforeseen
 from serve.safety import Guard
+from serve.schema import request_schema
 from serve.settings import NO_LORA, Settings
 from serve.status import Health, Status
 
@@ -151,19 +152,36 @@ def models_of(settings: Settings, catalog: Catalog) -> list[ModelObject]:
         "created": catalog.created, "sizes": list(catalog.sizes), "controls": list(catalog.controlnets),
         "max_images": settings.limits.images, "max_steps": settings.limits.steps,
         "default_steps": settings.model.default_steps, "examples": list(catalog.examples),
+        "max_guidance": settings.limits.guidance, "max_lora_scale": settings.limits.lora_scale,
     }  # fmt: skip
+
+    def defaults(lora: LoRAInfo | None) -> dict[str, Any]:
+        return {
+            "scheduler": catalog.sampler(NO_LORA if lora is None else lora.name),
+            "default_eta": default_eta(lora, settings), "default_guidance": default_guidance(lora, settings),
+        }  # fmt: skip
+
+    plain = catalog.lora(catalog.choose(settings.model.default_steps))
     chosen = catalog.lora(catalog.choose(settings.model.default_steps, guided=True))
     keeps = chosen is None or chosen.keeps_guidance
-    models = [ModelObject(id=name, keeps_guidance=keeps, **common) for name in (catalog.id, *catalog.aliases)]
+    models = [
+        ModelObject(id=name, keeps_guidance=keeps, **common, **defaults(plain))
+        for name in (catalog.id, *catalog.aliases)
+    ]
     for lora in catalog.loras:
         models.append(
             ModelObject(
                 id=f"{catalog.id}:{lora.name}", lora=lora.name, steps=list(lora.steps),
                 keeps_guidance=lora.keeps_guidance,
-                **common | {"only_steps": len(lora.timesteps) or None},
+                only_steps=len(lora.timesteps) or None,
+                **common,
+                **defaults(lora),
             )
         )  # fmt: skip
-    return [*models, ModelObject(id=f"{catalog.id}:{NO_LORA}", lora=NO_LORA, keeps_guidance=True, **common)]
+    return [
+        *models,
+        ModelObject(id=f"{catalog.id}:{NO_LORA}", lora=NO_LORA, keeps_guidance=True, **common, **defaults(None)),
+    ]
 
 
 def _add_models(app: FastAPI, models: list[ModelObject], guarded: list[Any]) -> None:
