@@ -71,7 +71,8 @@ class Faulty:
         return [self._picture(i) for i in range(len(work.shots))]
 
     async def stream(self, work):
-        yield Preview(0, 2, np.zeros((8, 8, 3), np.uint8))
+        for step in sorted(work.shots[0].show_after):
+            yield Preview(0, step, np.zeros((8, 8, 3), np.uint8))
         await self._act(work.shots[0].prompt)
         yield self._picture(0)
 
