@@ -50,7 +50,9 @@ def test_the_code_has_the_prompt_as_it_is(prompt, tmp_path):
         if word.arg in ("prompt", "extra_body")
     }
     assert {"prompt": given["prompt"], **given["extra_body"]} == body
-    tried = subprocess.run(["sh", "-c", curl.replace("curl -sS", "printf '%s\\n'")], cwd=tmp_path, capture_output=True, text=True)
+    tried = subprocess.run(
+        ["sh", "-c", curl.replace("curl -sS", "printf '%s\\n'")], cwd=tmp_path, capture_output=True, text=True
+    )
     assert json.dumps(body, separators=(",", ":"), ensure_ascii=False) in tried.stdout
 
 
