@@ -1,6 +1,6 @@
 """Whether guidance and negative prompts still work on a few-step LoRA (the paper's limitation, Sec. 6).
 
-    python evaluation/guidance.py --loras runs/tiny-keep-cfg/lora/tscd-k8.safetensors hypersd_ray/embedded/loras/tscd-k8.safetensors
+    python evaluation/guidance.py --loras runs/tiny-minutes-keep-cfg/lora/tscd-k8.safetensors hypersd_ray/embedded/loras/tscd-k8.safetensors
 
 Two tables, every row from the same x_T, a function of (seed, prompt):
 

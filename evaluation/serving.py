@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import json
 import os
@@ -13,7 +14,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,13 @@ ROOT = Path(__file__).resolve().parents[1]
 Model = Literal["embedded", "wide"]
 
 
+MEMORY = "private dirty pages of the processes (smaps_rollup): what is shared, such as libraries, is not counted"
+KINDS = {"Denoiser": "Denoiser", "Ingress": "Ingress", "ProxyActor": "proxy", "ServeController": "controller"}
+"""A word of a process's title -> what it is."""
+GAUGES = ("hypersd_images_waiting", "hypersd_requests_in_flight", "serve_deployment_queued_queries")
+"""Lengths of queues among Ray's metrics."""
+
+
 @dataclass(frozen=True)
 class Server:
     """A running application."""
@@ -36,20 +44,78 @@ class Server:
     url: str
     process: subprocess.Popen
     log: Path
+    ray_folder: Path
+
+    def processes(self) -> dict[str, list[int]]:
+        """Process ids by deployment, proxy and controller."""
+        found: dict[str, list[int]] = {}
+        for pid, title in sorted(descendants(self.process.pid).items()):
+            for word, kind in KINDS.items():
+                if title.startswith("ray::") and word in title:
+                    found.setdefault(kind, []).append(pid)
+        return found
 
     def replicas(self, name: str) -> list[int]:
         """Process ids of a deployment's replicas."""
-        return [pid for pid, title in descendants(self.process.pid).items() if f":{name}" in title]
+        return self.processes().get(name, [])
 
     def memory(self) -> dict[str, int]:
-        """Bytes of private memory by deployment, proxy and controller."""
-        kinds = {"Denoiser": "Denoiser", "Ingress": "Ingress", "ProxyActor": "proxy", "ServeController": "controller"}
-        found: dict[str, int] = {}
-        for pid, title in descendants(self.process.pid).items():
-            for word, kind in kinds.items():
-                if title.startswith("ray::") and word in title:
-                    found[kind] = found.get(kind, 0) + private_bytes(pid)
+        """Bytes of `MEMORY` by deployment, proxy and controller."""
+        return {kind: sum(map(private_bytes, pids)) for kind, pids in self.processes().items()}
+
+    def environment(self, kind: str, name: str) -> str | None:
+        """A variable that the first process of a kind was started with."""
+        for pid in self.processes().get(kind, [])[:1]:
+            for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                if entry.startswith(f"{name}=".encode()):
+                    return entry.partition(b"=")[2].decode()
+        return None
+
+    def gauges(self) -> dict[str, float]:
+        """Queue lengths as Ray's metrics have them, summed over processes; Ray exports them every few seconds.
+
+        Raises:
+            OSError: there is nobody to ask.
+            ValueError: Ray has not said yet where to ask.
+        """
+        try:
+            places = json.loads((self.ray_folder / "ray" / "prom_metrics_service_discovery.json").read_text())
+        except OSError as error:
+            raise ValueError(f"where Ray's metrics are is not known: {error}") from None
+        found: dict[str, float] = {}
+        answered = False
+        for address in {address for place in places for address in place["targets"]}:
+            with suppress(OSError), urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+                answered = True
+                for line in answer.read().decode().splitlines():
+                    name, value = line.partition("{")[0].partition(" ")[0].removeprefix("ray_"), line.rpartition(" ")[2]
+                    if name in GAUGES:
+                        found[name] = found.get(name, 0.0) + float(value)
+        if not answered:
+            raise OSError("none of Ray's metrics exporters answers")
         return found
+
+    async def until_running(self, count: int, seconds: float, beside: Sequence[int] = ()) -> float:
+        """Wait for `count` running replicas of the denoiser, one of them not among the processes `beside`.
+
+        Returns:
+            how many seconds that took.
+
+        Raises:
+            ValueError: there are not so many within `seconds`.
+        """
+        begun = time.monotonic()
+        while time.monotonic() - begun < seconds:
+            new = not beside or set(await asyncio.to_thread(self.replicas, "Denoiser")) - set(beside)
+            if new and await asyncio.to_thread(self._running) == count:
+                return time.monotonic() - begun
+            await asyncio.sleep(0.5)
+        raise ValueError(f"there were not {count} replicas within {seconds:g} s")
+
+    def _running(self) -> int:
+        with suppress(OSError, ValueError), urllib.request.urlopen(f"{self.url}/health", timeout=30) as answer:
+            return json.load(answer)["replicas"].get("RUNNING", 0)
+        return 0
 
 
 def descendants(root: int) -> dict[int, str]:
@@ -98,13 +164,13 @@ def settings_of(model: Model, folder: Path, width: int, max_batch: int, queued: 
         "model": base,
         "limits": {"queued": queued, "images": max(8, max_batch)},
         "denoiser": {"max_batch": max_batch, "replicas": replicas, "cpus": 0.5, "ongoing": 4 * max_batch},
-        "ingress": {"cpus": 0.1, "page": False},
+        "ingress": {"cpus": 0.1, "page": False, "image_folder": str(folder / "images"), "image_seconds": 60},
     }
 
 
 @contextmanager
-def running(args: dict[str, Any], folder: Path, seconds: float = 600) -> Iterator[Server]:
-    """`serve run` with these settings, ready.
+def running(args: dict[str, Any], folder: Path, threads: int, seconds: float = 600) -> Iterator[Server]:
+    """`serve run` with these settings and OMP_NUM_THREADS, ready.
 
     Raises:
         ValueError: it ended, or was not ready in time.
@@ -118,7 +184,9 @@ def running(args: dict[str, Any], folder: Path, seconds: float = 600) -> Iterato
     path, log = folder / "config.yaml", folder / "log.txt"
     path.write_text(yaml.safe_dump(config))
     with tempfile.TemporaryDirectory(prefix="rl", dir="/tmp", ignore_cleanup_errors=True) as ray_folder:
-        environment = os.environ | {"RAY_TMPDIR": ray_folder, "RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
+        environment = os.environ | {
+            "RAY_TMPDIR": ray_folder, "RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads),
+        }  # fmt: skip
         environment.pop("RAY_ADDRESS", None)
         command = [str(Path(sys.executable).parent / "serve"), "run", str(path)]
         with log.open("w") as out:
@@ -129,7 +197,7 @@ def running(args: dict[str, Any], folder: Path, seconds: float = 600) -> Iterato
         try:
             url = f"http://127.0.0.1:{port}"
             _wait(url, process, log, seconds)
-            yield Server(url, process, log)
+            yield Server(url, process, log, Path(ray_folder))
         finally:
             process.send_signal(signal.SIGINT)
             try:

@@ -81,12 +81,19 @@ class GenerationRequest(Lenient):
     seed: int | None = Field(
         default=None, ge=0, le=MAX_SEED, description="Of the first image; drawn and told if absent."
     )
-    eta: float | None = Field(default=None, ge=0, le=1, description="TCD's gamma, the noise that each step puts back.")
+    eta: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="TCD's gamma, the noise that each step puts back; or DDIM's eta. LCM takes 1 alone.",
+    )
     negative_prompt: str | None = Field(
         default=None, description="What is not to be seen, where the LoRA keeps guidance."
     )
     guidance_scale: float | None = Field(
-        default=None, ge=1, description="uncond + scale (cond - uncond), where the LoRA keeps guidance; 1 is none."
+        default=None,
+        ge=1,
+        description="uncond + scale (cond - uncond), where the LoRA keeps guidance; 1 is none. Absent: default_guidance of GET /v1/models.",
     )
     lora: Annotated[LoRAChoice | None, BeforeValidator(_named)] = Field(
         default=None, description="A LoRA's name, or its name and scale."
@@ -146,6 +153,11 @@ class ModelObject(BaseModel):
     keeps_guidance: bool = Field(default=False, description="Takes guidance_scale and negative_prompt.")
     sizes: list[str] = []
     controls: list[str] = []
+    scheduler: str = Field(description="diffusers' class that it is sampled with.")
+    default_eta: float = Field(description="eta of a request that gives none.")
+    default_guidance: float = Field(description="guidance_scale of a request that gives none; 1 is not guided.")
+    max_guidance: float
+    max_lora_scale: float
     max_images: int
     default_steps: int
     max_steps: int
@@ -252,9 +264,16 @@ def fill_in(request: GenerationRequest, settings: Settings, catalog: Catalog) ->
     control, picture = read_control(
         request.control_image, request.control, request.control_scale, tuple(catalog.controlnets), width, height
     )
-    default_eta = settings.model.eta if settings.model.eta is not None else (lora.eta if lora else 0.0)
-    eta = default_eta if request.eta is None else request.eta
-    key = BatchKey(width, height, steps, eta, lora.name if lora else NO_LORA, scale, guidance != 1, control)
+    key = BatchKey(
+        width,
+        height,
+        steps,
+        _eta(request, lora, steps, settings),
+        lora.name if lora else NO_LORA,
+        scale,
+        guidance != 1,
+        control,
+    )
     return Asked(
         prompt=request.prompt, negative_prompt=negative, n=n, seed=seed, key=key, guidance=guidance,
         control_image=picture, control_scale=1.0 if request.control_scale is None else request.control_scale,
@@ -291,6 +310,8 @@ def _lora(
     if choice.scale > settings.limits.lora_scale:
         raise bad_field("lora.scale", f"{choice.scale:g} is above {settings.limits.lora_scale:g} (limits.lora_scale)")
     if choice.name == NO_LORA:
+        if choice.scale != 1:
+            raise bad_field("lora.scale", f"{choice.scale:g} of no LoRA: {NO_LORA!r} takes none")
         return None, 1.0
     lora = catalog.lora(choice.name)
     if lora is None:
@@ -314,10 +335,32 @@ def _lora_of_model(model: str | None, catalog: Catalog) -> str | None:
     return lora
 
 
+def _eta(request: GenerationRequest, lora: LoRAInfo | None, steps: int, settings: Settings) -> float:
+    """TCD's gamma, or DDIM's eta. LCM has none to set: it puts all noise back before the next step."""
+    given = request.eta
+    if lora is not None and lora.sampler == "LCMScheduler":
+        if given not in (None, 1.0, lora.eta) and steps > 1:
+            raise bad_field("eta", f"LoRA {lora.name!r} is sampled by LCM, which puts all noise back: 1 alone")
+        return lora.eta if given is None else given
+    return default_eta(lora, settings) if given is None else given
+
+
+def default_eta(lora: LoRAInfo | None, settings: Settings) -> float:
+    """Of a request that gives none."""
+    if settings.model.eta is None or (lora is not None and lora.sampler == "LCMScheduler"):
+        return lora.eta if lora else 0.0
+    return settings.model.eta
+
+
+def default_guidance(lora: LoRAInfo | None, settings: Settings) -> float:
+    """Of a request that gives none. The bare base is as it always was: guided only where that is asked for."""
+    return settings.model.guidance if lora is not None and lora.keeps_guidance else 1.0
+
+
 def _guidance(
     request: GenerationRequest, lora: LoRAInfo | None, settings: Settings, catalog: Catalog
 ) -> tuple[float, str]:
-    guidance = 1.0 if request.guidance_scale is None else request.guidance_scale
+    guidance = default_guidance(lora, settings) if request.guidance_scale is None else request.guidance_scale
     negative = request.negative_prompt or ""
     for name, given in (("guidance_scale", guidance != 1), ("negative_prompt", bool(negative))):
         if given and lora is not None and not lora.keeps_guidance:
@@ -332,34 +375,3 @@ def _guidance(
     if negative and guidance == 1:
         raise bad_field("negative_prompt", "does nothing at guidance_scale 1; give one above 1")
     return guidance, negative
-
-
-def request_schema(settings: Settings, catalog: Catalog) -> dict[str, Any]:
-    """The body's JSON schema, with this server's limits in it."""
-    schema = GenerationRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
-    fields = schema["properties"]
-    fields["prompt"] |= {"maxLength": settings.limits.prompt_chars}
-
-    def narrow(name: str, **changes: Any) -> None:
-        fields[name]["anyOf"][0].update(changes)
-
-    narrow("n", maximum=settings.limits.images)
-    narrow("num_inference_steps", maximum=settings.limits.steps)
-    narrow("size", enum=["auto", *catalog.sizes])
-    narrow("guidance_scale", maximum=settings.limits.guidance)
-    narrow("negative_prompt", maxLength=settings.limits.prompt_chars)
-    models = [catalog.id, *catalog.aliases, *(f"{catalog.id}:{name}" for name in (*catalog.lora_names, NO_LORA))]
-    narrow("model", enum=models)
-    names = {"type": "string", "enum": [*catalog.lora_names, NO_LORA]}
-    scale = {"type": "number", "minimum": 0, "maximum": settings.limits.lora_scale, "default": 1.0}
-    choice = {
-        "type": "object", "properties": {"name": names, "scale": scale}, "required": ["name"], "additionalProperties": False,
-    }  # fmt: skip
-    fields["lora"]["anyOf"] = [names, choice, {"type": "null"}]
-    if catalog.controlnets:
-        narrow("control", enum=[*catalog.controlnets])
-    else:
-        for name in ("control", "control_image", "control_scale"):
-            fields[name]["anyOf"] = [{"type": "null"}]
-    return schema

@@ -20,7 +20,7 @@ from serve.denoiser import Denoiser
 from serve.discovery import read_catalog
 from serve.ingress import Ingress
 from serve.settings import DenoiserSettings, Settings
-from serve.status import DENOISER
+from serve.status import CHECKER, DENOISER
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -58,9 +58,11 @@ def build(args: dict[str, Any]) -> Application:
     if kind is not None:
         own = settings.safety
         checker = (
-            ray_serve.deployment(kind, name="SafetyChecker")
+            ray_serve.deployment(kind, name=CHECKER)
             .options(
                 num_replicas=own.replicas,
+                max_ongoing_requests=own.ongoing,
+                max_queued_requests=own.queued,
                 ray_actor_options={"num_cpus": own.cpus, "num_gpus": own.gpus},
                 logging_config=logs,
             )

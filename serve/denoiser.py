@@ -19,7 +19,7 @@ from serve.lora_switch import HotLoRA
 from serve.metrics import DenoiserMetrics
 from serve.settings import NO_LORA, Settings
 from serve.turns import Ticket, Turns
-from serve.work import BatchKey, Picture, Preview, Refused, Shot, Work
+from serve.work import BatchKey, DeviceLost, Picture, Preview, Refused, Shot, Work
 
 logger = logging.getLogger("ray.serve")
 
@@ -66,13 +66,18 @@ class Denoiser:
             for size in {1, self.settings.denoiser.max_batch} if name == default else {1}:
                 self.engine.run(key, [Shot("warm-up", seed) for seed in range(size)], lora)
 
+    def _unless_broken(self) -> None:
+        if self.broken:
+            raise DeviceLost(self.broken)
+
     def check_health(self) -> None:
         """Raises when the device has gone wrong, so that Serve starts another replica."""
         if self.broken:
             raise RuntimeError(self.broken)
 
     async def generate(self, work: Work) -> list[Picture] | Refused:
-        """All images of a request."""
+        """All images of a request. Raises DeviceLost, which another replica may make good."""
+        self._unless_broken()
         tokens = self._tokens(work)
         if isinstance(tokens, Refused):
             return tokens
@@ -85,7 +90,8 @@ class Denoiser:
         return [self._numbered(i, picture, tokens) for i, picture in enumerate(pictures)]
 
     async def stream(self, work: Work) -> AsyncIterator[Preview | Picture | Refused]:
-        """A request's previews as they come, and its images."""
+        """A request's previews as they come, and its images. Raises DeviceLost."""
+        self._unless_broken()
         tokens = self._tokens(work)
         if isinstance(tokens, Refused):
             yield tokens
@@ -144,7 +150,10 @@ class Denoiser:
 
     def _leave(self, tickets: Sequence[Ticket[Picture]]) -> None:
         """Nobody waits for what is not done yet."""
-        gone = sum(ticket.future.cancel() for ticket in tickets)
+        for ticket in tickets:
+            ticket.future.cancel()
+        # asked afterwards: where the request itself was cancelled, `gather` has cancelled them before
+        gone = sum(ticket.future.cancelled() for ticket in tickets)
         if gone:
             self.metrics.abandoned.inc(gone)
         self.metrics.waiting.set(len(self.turns))
@@ -173,15 +182,12 @@ class Denoiser:
         except Abandoned:
             return [Picture(0, np.empty(0), 0, 0)] * len(tickets)  # nobody is there to get it
         except torch.AcceleratorError as error:
-            # The context is lost: every call after this one fails too.
-            self.broken = f"the device failed: {str(error).splitlines()[0]}"
-            raise
+            # The context is lost: every call after this one fails too, until Serve has started another replica.
+            self.broken = f"the device failed: {(str(error).splitlines() or ['?'])[0]}"
+            raise DeviceLost(self.broken) from None
         finally:
             self._count(key, tickets, time.perf_counter() - begun, before is not self.engine.switch.current)
-        return [
-            Picture(0, pixels, len(tickets), 0, {"queue": begun - ticket.entered} | result.seconds)
-            for ticket, pixels in zip(tickets, result.pictures, strict=True)
-        ]
+        return [Picture(0, pixels, len(tickets), 0, result.seconds) for pixels in result.pictures]
 
     def _count(self, key: BatchKey, tickets: Sequence[Ticket[Picture]], seconds: float, switched: bool) -> None:
         tags = {"lora": key.lora, "steps": str(key.steps)}

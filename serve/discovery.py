@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
 from safetensors import SafetensorError, safe_open
 
@@ -13,7 +14,7 @@ from hypersd_ray.embedded import paths
 from hypersd_ray.models.checkpoint import Family, read_base
 from hypersd_ray.models.export import GUIDANCE, KEPT, LoRAMetadata
 from hypersd_ray.recipes import TINY_PROMPTS
-from serve.catalog import Catalog, LoRAInfo
+from serve.catalog import SCHEDULERS, Catalog, LoRAInfo, Scheduler
 from serve.settings import AUTO_LORA, EMBEDDED, NO_LORA, SIZE, ModelSettings
 
 
@@ -82,6 +83,10 @@ def _lora(path: Path, settings: ModelSettings, family: Family) -> LoRAInfo:
         return LoRAInfo(name=path.stem, path=str(path), keeps_guidance=keeps)
     if metadata.family != family:
         raise ConfigError(f"model.loras: {path} is for family {metadata.family}, model.base is {family}")
+    if metadata.scheduler not in SCHEDULERS:
+        raise ConfigError(
+            f"model.loras: {path} is to be sampled by {metadata.scheduler!r}; this server has {', '.join(SCHEDULERS)}"
+        )
     return LoRAInfo(
         name=path.stem,
         path=str(path),
@@ -89,6 +94,7 @@ def _lora(path: Path, settings: ModelSettings, family: Family) -> LoRAInfo:
         steps=metadata.steps,
         eta=metadata.eta,
         keeps_guidance=keeps or metadata.extra.get(GUIDANCE) == KEPT,
+        scheduler=cast(Scheduler, metadata.scheduler),
         timesteps=metadata.timesteps,
     )
 

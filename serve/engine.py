@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import ControlNetModel, LCMScheduler, TCDScheduler
+from diffusers import ControlNetModel, DDIMScheduler, LCMScheduler, TCDScheduler
 from torch import Tensor
 
 from hypersd_ray.diffusion.guidance import guide
@@ -77,7 +77,11 @@ class Engine:
         self.scheduler = TCDScheduler.from_pretrained(
             catalog.base, subfolder="scheduler", original_inference_steps=TCD_GRID, local_files_only=True
         )
-        self.named_timesteps = LCMScheduler.from_config(self.scheduler.config)
+        self.lcm = LCMScheduler.from_config(self.scheduler.config)
+        # clip_sample is on by default, and latents are not within [-1, 1]
+        self.ddim = DDIMScheduler.from_pretrained(
+            catalog.base, subfolder="scheduler", timestep_spacing="trailing", clip_sample=False, local_files_only=True
+        )
         # Requests are counted on one thread while another encodes: a fast tokenizer cannot be borrowed twice.
         self._counting = copy.deepcopy(self.encoders.tokenizers[0])
         self._factor = 2 ** (len(self.encoders.vae.config.block_out_channels) - 1)
@@ -136,7 +140,8 @@ class Engine:
         shifted = None if on_preview is None else lambda i, step, picture: on_preview(half + i, step, picture)
         first = self._run_split(key, shots[:half], lora, on_preview, wanted)
         second = self._run_split(key, shots[half:], lora, shifted, wanted)
-        seconds = {name: first.seconds[name] + second.seconds[name] for name in first.seconds}
+        names = dict.fromkeys([*first.seconds, *second.seconds])
+        seconds = {name: first.seconds.get(name, 0.0) + second.seconds.get(name, 0.0) for name in names}
         return BatchResult(first.pictures + second.pictures, seconds)
 
     def _run(
@@ -151,7 +156,7 @@ class Engine:
         self.switch.use(lora, key.lora_scale)
         cond, null = self._conditioning(key, shots)
         clock.lap("text")
-        x = self._denoise(key, shots, cond, null, on_preview, wanted)
+        x = self._denoise(key, shots, cond, null, clock, on_preview, wanted)
         clock.lap("denoise")
         pictures = self._decode(x)
         clock.lap("decode")
@@ -182,10 +187,11 @@ class Engine:
         shots: Sequence[Shot],
         cond: Conditioning,
         null: Conditioning | None,
+        clock: _Clock,
         on_preview: OnPreview | None,
         wanted: Callable[[], bool] | None,
     ) -> Tensor:
-        """x_0 (B, C, h, w) by TCD's `key.steps` steps, or LCM's at the timesteps that the LoRA was made for."""
+        """x_0 (B, C, h, w) in `key.steps` steps of the scheduler that the LoRA was made for."""
         generators = [torch.Generator().manual_seed(shot.seed) for shot in shots]
         shape = (1, self.info.latent_channels, key.height // self._factor, key.width // self._factor)
         x = torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
@@ -197,18 +203,22 @@ class Engine:
             output = network(x, t)
             shown = [i for i, shot in enumerate(shots) if step in shot.show_after]
             if shown and on_preview is not None:
+                clock.lap("denoise")
                 self._show(x[shown], output[shown], t, step, shown, on_preview)
+                clock.lap("preview")
             x = scheduler.step(output, t, x, generator=generators, return_dict=False, **how)[0]
         return x
 
-    def _sampler(self, key: BatchKey) -> tuple[TCDScheduler | LCMScheduler, dict[str, float]]:
+    def _sampler(self, key: BatchKey) -> tuple[TCDScheduler | DDIMScheduler | LCMScheduler, dict[str, float]]:
         """The scheduler with its timesteps set, and what its `step` takes beside the usual."""
         lora = self.catalog.lora(key.lora)
         if lora is not None and lora.timesteps:
-            self.named_timesteps.set_timesteps(timesteps=list(lora.timesteps), device=self.device)
-            return self.named_timesteps, {}
-        self.scheduler.set_timesteps(key.steps, device=self.device)
-        return self.scheduler, {"eta": key.eta}
+            self.lcm.set_timesteps(timesteps=list(lora.timesteps), device=self.device)
+            return self.lcm, {}
+        named = self.catalog.sampler(key.lora)
+        scheduler = {"TCDScheduler": self.scheduler, "DDIMScheduler": self.ddim, "LCMScheduler": self.lcm}[named]
+        scheduler.set_timesteps(key.steps, device=self.device)
+        return scheduler, {} if scheduler is self.lcm else {"eta": key.eta}
 
     def _network(
         self, key: BatchKey, shots: Sequence[Shot], cond: Conditioning, null: Conditioning | None
@@ -278,4 +288,5 @@ class _Clock:
     def lap(self, name: str) -> None:
         self._wait()
         now = time.perf_counter()
-        self.seconds[name], self._last = now - self._last, now
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now

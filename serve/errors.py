@@ -77,10 +77,32 @@ def lost(retry_after: int) -> ApiError:
     )
 
 
+NO_RETRY = {"x-should-retry": "false"}
+"""OpenAI's client tries again after every 5xx that does not say this."""
+
+
 def too_late(seconds: float) -> ApiError:
-    """504: longer than a request may take."""
+    """504: longer than a request may take. The same request would take as long again."""
     return ApiError(
-        504, f"not done within {seconds:g} s (limits.seconds); ask for fewer images or steps", code="timeout"
+        504,
+        f"not done within {seconds:g} s (limits.seconds); ask for fewer images or steps",
+        code="timeout",
+        headers=NO_RETRY,
+    )
+
+
+def failed(what: str) -> ApiError:
+    """500: the model or the checker raised, and would again."""
+    message = f"the {what.replace('_', ' ')} failed; the server's log has the reason, under this answer's x-request-id"
+    return ApiError(500, message, code=f"{what}_failed", headers=NO_RETRY)
+
+
+def unforeseen() -> ApiError:
+    """500: a fault of the application's own."""
+    return ApiError(
+        500,
+        "something went wrong here; the server's log has the reason, under this answer's x-request-id",
+        code="internal",
     )
 
 

@@ -8,17 +8,19 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from serve import pictures
 from serve.api import Asked, GenerationResponse, ImageObject, LoRAChoice, Usage, fill_in, parse_body
 from serve.calls import Calls
 from serve.catalog import Catalog
-from serve.errors import ApiError
+from serve.errors import ApiError, too_late, unforeseen
 from serve.links import Links
 from serve.metrics import IngressMetrics
 from serve.safety import Guard
@@ -26,6 +28,8 @@ from serve.settings import Settings
 from serve.work import Picture, Preview
 
 logger = logging.getLogger("ray.serve")
+ON_DEVICE = ("text", "denoise", "preview", "decode")
+"""Stages of a replica's batch."""
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -65,30 +69,47 @@ class Generation:
         self.links, self.metrics, self._in_flight = links, metrics, 0
 
     async def answer(self, request: Request) -> Response:
-        """What the client gets.
+        """What the client gets, within `limits.seconds` from here on.
 
         Raises:
             ApiError: for everything that is not a success.
         """
-        watch = _Watch(self)
+        watch, seconds = _Watch(self), self.settings.limits.seconds
+        until = asyncio.get_running_loop().time() + seconds
         try:
-            body = await read_body(request, self.settings.limits.body_bytes)
-            asked = watch.asked = fill_in(parse_body(body), self.settings, self.catalog)
-            await self.guard.check_prompt(asked.prompt)
-            if asked.stream:
-                return await self._stream(asked, watch)
-            found = await self.calls.pictures(asked.work())
-            await self.guard.check_images([picture.pixels for picture in found], watch)
-            response = await self._response(asked, found, request, watch)
+            try:
+                async with asyncio.timeout_at(until) as limit:
+                    response = await self._answer(request, watch, until)
+            except TimeoutError as error:
+                if limit.expired():
+                    raise too_late(seconds) from error
+                raise
         except BaseException as error:
             watch.close(error)
             raise
-        watch.close()
+        if not isinstance(response, _Events):  # which is not over yet
+            watch.close()
         return response
+
+    async def _answer(self, request: Request, watch: _Watch, until: float) -> Response:
+        given = parse_body(await read_body(request, self.settings.limits.body_bytes))
+        if given.control_image is None:
+            asked = fill_in(given, self.settings, self.catalog)
+        else:  # an image is unpacked
+            asked = await asyncio.to_thread(fill_in, given, self.settings, self.catalog)
+        watch.asked = asked
+        watch.lap("read")
+        await self.guard.check_prompt(asked.prompt)
+        watch.lap("check")
+        if asked.stream:
+            return await self._stream(asked, watch, until)
+        found = await self.calls.pictures(asked.work())
+        watch.lap("call")
+        await self.guard.check_images([picture.pixels for picture in found], watch)
+        return await self._response(asked, found, request, watch)
 
     async def _response(self, asked: Asked, found: Sequence[Picture], request: Request, watch: _Watch) -> Response:
         files = await asyncio.gather(*(asyncio.to_thread(self._file, asked, picture) for picture in found))
-        watch.lap("encode")
         data = []
         for picture, file in zip(found, files, strict=True):
             seed = asked.seed + picture.index
@@ -98,6 +119,7 @@ class Generation:
                 data.append(ImageObject(url=f"{root.rstrip('/')}/images/{name}", seed=seed))
             else:
                 data.append(ImageObject(b64_json=base64.b64encode(file).decode(), seed=seed))
+        watch.lap("encode")
         watch.took(found)
         answer = GenerationResponse(
             created=int(time.time()), data=data, output_format=asked.output_format, timings=watch.timings(),
@@ -106,42 +128,61 @@ class Generation:
         )  # fmt: skip
         return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
 
-    async def _stream(self, asked: Asked, watch: _Watch) -> Response:
+    async def _stream(self, asked: Asked, watch: _Watch, until: float) -> Response:
         """Server-sent events; what goes wrong before the first one is an answer of its own."""
-        events = self.calls.events(asked.work())
+        events = self.calls.events(asked.work(), until)
         first = await anext(events)
+        watch.lap("call")
 
-        async def lines() -> AsyncIterator[str]:
+        async def line(event: Preview | Picture) -> str:
             try:
-                yield await self._event(asked, first, watch)
+                async with asyncio.timeout_at(until) as limit:
+                    return await self._event(asked, event, watch)
+            except TimeoutError as error:
+                if limit.expired():
+                    raise too_late(self.settings.limits.seconds) from error
+                raise
+
+        async def lines() -> AsyncGenerator[str, None]:
+            try:
+                yield await line(first)
+                watch.mark()
                 async for event in events:
-                    yield await self._event(asked, event, watch)
+                    watch.lap("call")
+                    yield await line(event)
+                    watch.mark()
             except ApiError as error:
                 watch.close(error)
                 yield _sse("error", error.envelope())
+            except Exception as error:
+                logger.exception("unforeseen, in a stream")
+                watch.close(error)
+                yield _sse("error", unforeseen().envelope())
             except BaseException as error:
                 watch.close(error)
                 raise
             else:
                 watch.close()
-            finally:
-                await events.aclose()
 
-        return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        async def over() -> None:
+            watch.close(asyncio.CancelledError())  # unless it is closed: `lines` may never have begun
+            await events.aclose()
+
+        return _Events(lines(), over)
 
     async def _event(self, asked: Asked, event: Preview | Picture, watch: _Watch) -> str:
         await self.guard.check_images([event.pixels], watch)
         file = await asyncio.to_thread(self._file, asked, event)
         content = {
             "b64_json": base64.b64encode(file).decode(), "created_at": int(time.time()), "background": "opaque",
-            "output_format": asked.output_format, "quality": "high", "index": event.index,
+            "output_format": asked.output_format, "quality": "auto", "index": event.index,
             "seed": asked.seed + event.index, **self._echo(asked, plain=True),
         }  # fmt: skip
+        watch.lap("encode")
         if isinstance(event, Preview):
             place = asked.show_after().index(event.step)
             content |= {"partial_image_index": place, "step": event.step}
             return _sse("image_generation.partial_image", content)
-        watch.lap("encode")
         watch.took([event])
         content |= {
             "usage": _usage(asked, event).model_dump(), "timings": watch.timings(), "batch_size": event.batch_size,
@@ -162,7 +203,7 @@ class Generation:
             return pictures.encode(picture.pixels, asked.output_format, asked.quality, None)
         parameters = {
             "prompt": asked.prompt, "negative_prompt": asked.negative_prompt, "seed": asked.seed + picture.index,
-            "scheduler": "TCDScheduler", "software": "hypersd_ray", **self._echo(asked, plain=True),
+            "scheduler": self.catalog.sampler(asked.key.lora), "software": "hypersd_ray", **self._echo(asked, plain=True),
         }  # fmt: skip
         if asked.key.control:
             parameters |= {"control": asked.key.control, "control_scale": asked.control_scale}
@@ -179,6 +220,21 @@ def _sse(event: str, content: dict[str, Any]) -> str:
     if event != "error":
         content = {"type": event} | content
     return f"event: {event}\ndata: {json.dumps(content)}\n\n"
+
+
+class _Events(StreamingResponse):
+    """Server-sent events, and what is to be done when they are over, however that comes."""
+
+    def __init__(self, lines: AsyncGenerator[str, None], over: Callable[[], Awaitable[None]]):
+        super().__init__(lines, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._lines, self._over = lines, over
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._lines.aclose()
+            await self._over()
 
 
 class _Watch:
@@ -211,8 +267,11 @@ class _Watch:
                 self.seconds[stage] = max(self.seconds.get(stage, 0.0), seconds)
 
     def timings(self) -> dict[str, float]:
-        """Seconds by stage and in all."""
-        return {k: round(v, 5) for k, v in (self.seconds | {"total": time.perf_counter() - self._begun}).items()}
+        """Seconds by stage and in all; `queue` is what a call to the model took beside the model's own stages."""
+        seconds = dict(self.seconds)
+        if (call := seconds.pop("call", None)) is not None:
+            seconds = {"queue": max(0.0, call - sum(seconds.get(stage, 0.0) for stage in ON_DEVICE))} | seconds
+        return {k: round(v, 5) for k, v in (seconds | {"total": time.perf_counter() - self._begun}).items()}
 
     def close(self, error: BaseException | None = None) -> None:
         """Count and log, once."""
@@ -224,7 +283,7 @@ class _Watch:
         status, code = 200, "ok"
         if isinstance(error, ApiError):
             status, code = error.status, error.body.code or ""
-        elif isinstance(error, asyncio.CancelledError | GeneratorExit):
+        elif isinstance(error, asyncio.CancelledError | GeneratorExit | ClientDisconnect):
             status, code = 499, "client_gone"
             metrics.gone.inc()
         elif error is not None:

@@ -42,5 +42,5 @@ class Ingress:
             self.guard,
             Links(own.image_folder, own.image_seconds, own.image_bytes),
             IngressMetrics(),
-            Status(self.settings.denoiser.fewest == 0),
+            Status(self.settings.denoiser.fewest == 0, self.guard.checker is not None),
         )

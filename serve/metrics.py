@@ -14,7 +14,8 @@ class IngressMetrics:
         self.requests = Counter("hypersd_requests", "Requests for images, by answer.", ("status", "code"))
         self.in_flight = Gauge("hypersd_requests_in_flight", "Requests for images being worked on or waiting.")
         self.seconds = Histogram(
-            "hypersd_stage_seconds", "Time of a request by stage: queue, text, denoise, decode, check, encode, total.",
+            "hypersd_stage_seconds",
+            "Time of a request by stage: read, queue, text, denoise, preview, decode, check, encode, total.",
             SECONDS, ("stage", "lora", "steps"),
         )  # fmt: skip
         self.images = Counter("hypersd_images", "Images sent.", ("lora", "steps"))

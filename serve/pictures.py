@@ -61,7 +61,10 @@ def readable(parameters: Mapping[str, Any]) -> str:
         "size": "Size",
         "model": "Model",
     }
-    pairs = ["Sampler: TCD"] + [f"{label}: {parameters[name]}" for name, label in names.items() if name in parameters]
+    sampler = str(parameters.get("scheduler", "TCDScheduler")).removesuffix("Scheduler")
+    pairs = [f"Sampler: {sampler}"] + [
+        f"{label}: {parameters[name]}" for name, label in names.items() if name in parameters
+    ]
     lora = parameters.get("lora") or {}
     if lora.get("name", "none") != "none":
         pairs.append(f"Lora: {lora['name']}:{lora['scale']:g}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,17 +16,20 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response
 from starlette.exceptions import HTTPException
 
 from serve.access import check_key
-from serve.api import GenerationResponse, ModelList, ModelObject, request_schema
+from serve.api import GenerationResponse, ModelList, ModelObject, default_eta, default_guidance
 from serve.calls import Calls
-from serve.catalog import Catalog
+from serve.catalog import Catalog, LoRAInfo
 from serve.errors import ApiError, ErrorEnvelope, error_type
 from serve.generation import Generation
 from serve.links import SUFFIXES, Links
 from serve.metrics import IngressMetrics
+from serve.middleware import Unforeseen
 from serve.safety import Guard
+from serve.schema import request_schema
 from serve.settings import NO_LORA, Settings
 from serve.status import Health, Status
 
+logger = logging.getLogger("ray.serve")
 PAGE = Path(__file__).parent / "page"
 MEDIA = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 POLICY = (
@@ -48,7 +53,7 @@ ERRORS = {
     413: "The body is too large.",
     415: "The body is not JSON.",
     429: "The queue is full; Retry-After says when to come back.",
-    500: "The model failed.",
+    500: "The model or the safety checker failed.",
     503: "The replica was lost; the same request can be sent again.",
     504: "Not done in time.",
 }
@@ -71,23 +76,37 @@ def make_app(
     """The application; `keys` are digests, none lets everyone in."""
     app = FastAPI(title="hypersd_ray", version="1", description=__doc__, docs_url=None, redoc_url=None)
     _handle_errors(app)
+    app.add_middleware(Unforeseen)  # before CORS, which then stands around it
     if settings.ingress.cors_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.ingress.cors_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
+            allow_headers=["*"],  # OpenAI's client in a browser sends several x-stainless-... headers
+            expose_headers=["Retry-After", "X-Request-ID", "X-Should-Retry"],
         )
 
     async def key(request: Request) -> None:
-        check_key(request.headers.get("authorization"), keys)
+        try:
+            check_key(request.headers.get("authorization"), keys)
+        except ApiError as error:
+            code = error.body.code or ""
+            if request.method == "POST":  # the others are no requests for images
+                metrics.requests.inc(1, {"status": str(error.status), "code": code})
+            logger.info(
+                "%s %s %s", request.url.path[:128], error.status, code, extra={"status": error.status, "code": code}
+            )
+            raise
 
     generation = Generation(settings, catalog, calls, guard, links, metrics)
     guarded = [Depends(key)]
     _add_images(app, generation, links, guarded)
     _add_models(app, models_of(settings, catalog), guarded)
 
-    @app.get("/health", responses={503: {"model": Health, "description": "No replica of the model is ready."}})
+    @app.get(
+        "/health",
+        responses={503: {"model": Health, "description": "No replica of the model, or of the checker, is ready."}},
+    )
     async def health() -> Health:
         """Whether a request would be worked on."""
         now = await status.health()
@@ -120,7 +139,7 @@ def _add_images(app: FastAPI, generation: Generation, links: Links, guarded: lis
     )
     async def image(name: str) -> Response:
         """An image of an answer with response_format=url, as long as it is kept."""
-        data = links.get(name)
+        data = await asyncio.to_thread(links.get, name)
         if data is None:
             raise ApiError(404, "there is no such image, or its time is over", "name", "not_found")
         headers = {"Cache-Control": f"private, max-age={links.seconds}", "X-Content-Type-Options": "nosniff"}
@@ -133,19 +152,36 @@ def models_of(settings: Settings, catalog: Catalog) -> list[ModelObject]:
         "created": catalog.created, "sizes": list(catalog.sizes), "controls": list(catalog.controlnets),
         "max_images": settings.limits.images, "max_steps": settings.limits.steps,
         "default_steps": settings.model.default_steps, "examples": list(catalog.examples),
+        "max_guidance": settings.limits.guidance, "max_lora_scale": settings.limits.lora_scale,
     }  # fmt: skip
+
+    def defaults(lora: LoRAInfo | None) -> dict[str, Any]:
+        return {
+            "scheduler": catalog.sampler(NO_LORA if lora is None else lora.name),
+            "default_eta": default_eta(lora, settings), "default_guidance": default_guidance(lora, settings),
+        }  # fmt: skip
+
+    plain = catalog.lora(catalog.choose(settings.model.default_steps))
     chosen = catalog.lora(catalog.choose(settings.model.default_steps, guided=True))
     keeps = chosen is None or chosen.keeps_guidance
-    models = [ModelObject(id=name, keeps_guidance=keeps, **common) for name in (catalog.id, *catalog.aliases)]
+    models = [
+        ModelObject(id=name, keeps_guidance=keeps, **common, **defaults(plain))
+        for name in (catalog.id, *catalog.aliases)
+    ]
     for lora in catalog.loras:
         models.append(
             ModelObject(
                 id=f"{catalog.id}:{lora.name}", lora=lora.name, steps=list(lora.steps),
                 keeps_guidance=lora.keeps_guidance,
-                **common | {"only_steps": len(lora.timesteps) or None},
+                only_steps=len(lora.timesteps) or None,
+                **common,
+                **defaults(lora),
             )
         )  # fmt: skip
-    return [*models, ModelObject(id=f"{catalog.id}:{NO_LORA}", lora=NO_LORA, keeps_guidance=True, **common)]
+    return [
+        *models,
+        ModelObject(id=f"{catalog.id}:{NO_LORA}", lora=NO_LORA, keeps_guidance=True, **common, **defaults(None)),
+    ]
 
 
 def _add_models(app: FastAPI, models: list[ModelObject], guarded: list[Any]) -> None:

@@ -12,10 +12,13 @@ from typing import Protocol
 import numpy as np
 from ray.serve.handle import DeploymentHandle
 
+from serve.calls import replied
 from serve.errors import ApiError
 from serve.settings import SafetySettings
 
 POLICY_CODE = "content_policy_violation"
+RETRY_AFTER = 1
+"""Seconds; a check is short."""
 
 
 class Checker(Protocol):
@@ -53,18 +56,22 @@ class Guard:
         self._blocked = re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE) if words else None
 
     async def check_prompt(self, prompt: str) -> None:
-        """Raises ApiError 400 for a prompt with a blocked word, or one that the checker refuses."""
+        """Raises ApiError 400 for a prompt with a blocked word, or one that the checker refuses; or as `replied`."""
         if self._blocked is not None and self._blocked.search(prompt):
             raise ApiError(400, "prompt: refused by this server's word list", "prompt", POLICY_CODE)
-        if self.checker is not None and self.judges_prompts and await self.checker.check_prompt.remote(prompt):
+        checker = self.checker
+        if checker is None or not self.judges_prompts:
+            return
+        if await replied(lambda: checker.check_prompt.remote(prompt), RETRY_AFTER, "safety_checker"):
             raise ApiError(400, "prompt: refused by this server's safety checker", "prompt", POLICY_CODE)
 
     async def check_images(self, pictures: Sequence[np.ndarray], watch: Stopwatch) -> None:
-        """Raises ApiError 400 when a picture must not be shown."""
+        """Raises ApiError 400 when a picture must not be shown; or as `replied`."""
         watch.mark()
-        if self.checker is None:
+        checker = self.checker
+        if checker is None:
             return
-        flagged = await self.checker.check.remote(list(pictures))
+        flagged = await replied(lambda: checker.check.remote(list(pictures)), RETRY_AFTER, "safety_checker")
         watch.lap("check")
         if any(flagged):
             raise ApiError(400, "an image was refused by this server's safety checker", None, POLICY_CODE)

@@ -28,13 +28,16 @@ class ModelSettings(Strict):
     loras: tuple[str, ...] = (EMBEDDED,)
     """LoRA files, and folders whose *.safetensors are taken, in diffusers' or Kohya's layout."""
     default_lora: str = AUTO_LORA
-    """LoRA of a request that names none. "auto": the one made for that many steps, else the one for the fewest."""
+    """LoRA of a request that names none. "auto": the one made for that many steps, else the one made for the nearest
+    count by ratio, of two the larger."""
     default_steps: int = Field(default=4, ge=1, le=8)
     """Steps of a request that gives none."""
     sizes: tuple[str, ...] = ()
     """Accepted sizes as WIDTHxHEIGHT, the first is "auto"; none given is the size the base was trained at."""
     eta: float | None = Field(default=None, ge=0, le=1)
     """TCD's gamma of a request that gives none; None takes what the LoRA file says."""
+    guidance: float = Field(default=3.0, ge=1)
+    """guidance_scale of a request that gives none, to a LoRA that keeps guidance; the bare base is not guided then."""
     keeps_guidance: tuple[str, ...] = ()
     """LoRAs that take guidance and negative prompts, beside those whose file says so."""
     controlnets: dict[str, str] = Field(default_factory=dict)
@@ -71,7 +74,7 @@ class LimitSettings(Strict):
     body_bytes: int = Field(default=4 * 2**20, ge=1024)
     """Bytes of a request's body."""
     seconds: float = Field(default=60.0, gt=0)
-    """Time a request may take, waiting included."""
+    """Time a request may take: its body's upload, waiting, checks and encoding included."""
     queued: int = Field(default=64, ge=0)
     """Requests that may wait for a replica, per ingress replica; the next one is answered 429."""
     lora_scale: float = Field(default=2.0, gt=0)
@@ -174,6 +177,10 @@ class SafetySettings(Strict):
     """stable-diffusion: folder with safety_checker/ and feature_extractor/; None is the base's."""
     replicas: int = Field(default=1, ge=1)
     """Replicas of the checker."""
+    ongoing: int = Field(default=4, ge=1)
+    """Checks that a replica of the checker does at once."""
+    queued: int = Field(default=64, ge=0)
+    """Checks that may wait for one, per ingress replica; the request of the next one is answered 429."""
     cpus: float = Field(default=1.0, ge=0)
     """CPU cores of each."""
     gpus: float = Field(default=0.0, ge=0)
@@ -199,5 +206,9 @@ class Settings(Strict):
         if self.model.default_steps > self.limits.steps:
             raise CombinationError(
                 f"model.default_steps={self.model.default_steps} is above limits.steps={self.limits.steps}"
+            )
+        if self.model.guidance > self.limits.guidance:
+            raise CombinationError(
+                f"model.guidance={self.model.guidance:g} is above limits.guidance={self.limits.guidance:g}"
             )
         return self

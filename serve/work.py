@@ -67,7 +67,7 @@ class Picture:
     Attributes:
         batch_size: of the batch it was in.
         prompt_tokens: of the whole prompt, start and end not counted.
-        seconds: by stage (queue, text, denoise, decode), of the batch it was in.
+        seconds: by stage (text, denoise, preview, decode), of the batch it was in.
         warnings: for the client.
     """
 
@@ -77,6 +77,10 @@ class Picture:
     prompt_tokens: int
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+
+class DeviceLost(Exception):
+    """The replica's accelerator is lost; another replica can do the work."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ export function recall(stored) {
 
 export async function remember(asked, event, stored) {
   const entry = { ...asked, thumbnail: await thumbnail(event) };
-  const same = (other) => ["prompt", "seed", "lora", "scale", "eta", "guidance", "negative"].every((k) => other[k] === entry[k]);
+  const same = (other) => ["prompt", "seed", "lora", "scale", "eta", "guidance", "negative", "size"].every((k) => other[k] === entry[k]);
   const others = recall(stored).filter((other) => !same(other));
   stored.set(NAME, JSON.stringify([entry, ...others].slice(0, MOST)));
 }

@@ -7,7 +7,7 @@ const $ = (id) => document.getElementById(id);
 // the application may live under a prefix: where this file is, is where it is
 const ROOT = new URL("..", import.meta.url).href.replace(/\/$/, "");
 const STEPS = [1, 2, 4, 8];
-const state = { models: [], steps: STEPS, cards: new Map(), running: null, last: null };
+const state = { models: [], steps: STEPS, cards: new Map(), running: null, last: null, drawing: null, turn: 0, touched: new Set() };
 
 const stored = {
   get: (name) => { try { return localStorage.getItem(name); } catch { return null; } },
@@ -27,12 +27,12 @@ function complain(text) {
 // ---------------------------------------------------------------------------------------------- start
 async function loadModels() {
   const answer = await fetch(`${ROOT}/v1/models`, { headers: headers() });
-  const content = await answer.json();
   if (!answer.ok) {
     if (answer.status === 401) { $("more").open = true; }
-    throw new Error(content.error.message);
+    state.locked = answer.status === 401; // no use in trying again before there is a key
+    throw new Error(await reason(answer));
   }
-  state.models = content.data;
+  state.models = (await answer.json()).data;
   const base = state.models[0];
   $("model-name").textContent = base.id;
   document.title = `${base.id}: few-step images`;
@@ -45,6 +45,9 @@ async function loadModels() {
   $("size-field").hidden = base.sizes.length < 2;
   $("examples").replaceChildren(...base.examples.map(exampleButton));
   if (!$("prompt").value && base.examples.length) $("prompt").value = base.examples[0];
+  $("scale").max = base.max_lora_scale;
+  $("guidance").max = base.max_guidance;
+  showDefaults();
   showSteps();
   showGuidance();
   showCode();
@@ -54,8 +57,15 @@ function exampleButton(text) {
   const button = document.createElement("button");
   button.type = "button";
   button.textContent = text;
-  button.addEventListener("click", () => { $("prompt").value = text; showCode(); draw(); });
+  button.addEventListener("click", () => { $("prompt").value = text; showCode(); redraw(); });
   return button;
+}
+
+// Where the sliders stand until they are moved.
+function showDefaults() {
+  const model = chosenModel();
+  for (const name of ["eta", "guidance"]) if (model && !state.touched.has(name)) $(name).value = model[`default_${name}`];
+  outputs();
 }
 
 // A LoRA that was made for one step count is drawn in that alone.
@@ -81,6 +91,17 @@ function makeCards() {
   $("results").replaceChildren(...state.cards.values());
 }
 
+/** Whether the models are known now; if not, the page says why. */
+async function tryModels() {
+  try {
+    await loadModels();
+    complain("");
+  } catch (error) {
+    complain(error.message);
+  }
+  return state.models.length > 0;
+}
+
 async function watchHealth() {
   let text = "cannot be reached", kind = "wrong";
   try {
@@ -89,6 +110,7 @@ async function watchHealth() {
   } catch { /* said already */ }
   $("health").textContent = text;
   $("health").className = `health ${kind}`;
+  if (kind === "ok" && !state.models.length && !state.locked) tryModels();
   setTimeout(watchHealth, kind === "ok" ? 15000 : 2000);
 }
 
@@ -100,9 +122,9 @@ function settings() {
     seed: Number($("seed").value),
     lora: lora || null,
     scale: lora && lora !== "none" ? scale : 1,
-    eta: Number($("eta").value),
+    eta: noisy() ? Number($("eta").value) : null,
     size: $("size").value,
-    guidance: guided() ? guidance : 1,
+    guidance: guided() ? guidance : null,
     negative: guided() && guidance > 1 ? $("negative").value.trim() : "",
   };
 }
@@ -112,12 +134,18 @@ function chosenModel() {
   return state.models.find((one) => (chosen ? one.lora === chosen : one.lora === null));
 }
 
+/** Whether eta can be set: LCM puts all noise back. */
+function noisy() {
+  return chosenModel()?.scheduler !== "LCMScheduler";
+}
+
 function guided() {
   return Boolean(chosenModel()?.keeps_guidance);
 }
 
 function showGuidance() {
   for (const element of document.querySelectorAll(".guided")) element.hidden = !guided();
+  $("eta").closest("label").hidden = !noisy();
   // without a LoRA that is named there is none to scale
   $("scale").closest("label").hidden = !$("lora").value || $("lora").value === "none";
 }
@@ -134,9 +162,22 @@ function showCode() {
 }
 
 // ---------------------------------------------------------------------------------------------- drawing
-async function draw() {
+function draw() {
   if (state.running) { state.running.abort(); return; }
+  state.drawing = drawAll();
+}
+
+/** Draw what is set now, whatever is being drawn. */
+async function redraw() {
+  const turn = ++state.turn;
+  state.running?.abort();
+  await state.drawing;
+  if (turn === state.turn && !state.running) draw();
+}
+
+async function drawAll() {
   if (!$("form").reportValidity()) return;
+  if (!state.models.length && (!await tryModels() || state.running)) return; // pressed twice meanwhile
   if (!$("keep-seed").checked && state.last !== null && Number($("seed").value) === state.last) newSeed();
   const asked = settings();
   state.last = asked.seed;
@@ -247,20 +288,25 @@ function showHistory() {
     text.append(what, which);
     button.type = "button";
     button.append(image, text);
-    button.addEventListener("click", () => { restore(entry); draw(); });
+    button.addEventListener("click", async () => { if (await restore(entry)) redraw(); });
     item.append(button);
     return item;
   }));
 }
 
-function restore(entry) {
+/** Set everything as it was; false, and why, where that cannot be. */
+async function restore(entry) {
+  if (!state.models.length && !await tryModels()) return false;
+  const gone = (what, value) => { complain(`This was drawn with ${what} ${value}, which this server no longer has.`); return false; };
+  if (entry.lora && ![...$("lora").options].some((option) => option.value === entry.lora)) return gone("the LoRA", entry.lora);
+  if (entry.size && !state.models[0].sizes.includes(entry.size)) return gone("the size", entry.size);
   $("prompt").value = entry.prompt;
   $("seed").value = entry.seed;
   $("lora").value = entry.lora ?? "";
-  if (!$("lora").value) $("lora").value = "";
   $("scale").value = entry.scale;
-  $("eta").value = entry.eta;
-  $("guidance").value = entry.guidance;
+  $("eta").value = entry.eta ?? chosenModel().default_eta;
+  $("guidance").value = entry.guidance ?? 1;
+  for (const name of ["eta", "guidance"]) state.touched.add(name);
   $("negative").value = entry.negative;
   if (entry.size) $("size").value = entry.size;
   state.last = null; // the same seed again is what is asked for
@@ -268,6 +314,7 @@ function restore(entry) {
   showGuidance();
   outputs();
   scrollTo({ top: 0 });
+  return true;
 }
 
 function outputs() {
@@ -298,6 +345,8 @@ async function copy() {
 
 // ---------------------------------------------------------------------------------------------- wiring
 $("form").addEventListener("submit", (event) => { event.preventDefault(); draw(); });
+for (const name of ["eta", "guidance"]) $(name).addEventListener("input", () => state.touched.add(name));
+$("lora").addEventListener("input", showDefaults);
 $("form").addEventListener("input", () => { outputs(); showSteps(); showGuidance(); showCode(); });
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); draw(); }
@@ -310,7 +359,7 @@ document.addEventListener("keydown", (event) => {
   }
 });
 $("dice").addEventListener("click", () => { newSeed(); showCode(); });
-$("key").addEventListener("change", () => loadModels().then(() => complain(""), (error) => complain(error.message)));
+$("key").addEventListener("change", tryModels);
 $("code-section").addEventListener("change", showCode);
 $("copy").addEventListener("click", copy);
 $("clear").addEventListener("click", () => { forget(stored); showHistory(); });
@@ -325,4 +374,4 @@ outputs();
 showSteps();
 showHistory();
 watchHealth();
-loadModels().catch((error) => complain(error.message));
+tryModels();

@@ -114,7 +114,7 @@ def server(lora_folder, tmp_path_factory) -> Iterator[Server]:
     }
     strict = {
         "model": {"loras": []},
-        "limits": {"seconds": 0.001, "body_bytes": 2000},
+        "limits": {"seconds": 0.5, "body_bytes": 2000},
         "denoiser": {"cpus": 0.2, "replicas": 0, "min_replicas": 0, "max_replicas": 1, "upscale_delay_s": 3600},
         "ingress": {"cpus": 0.1, "require_api_key": True, "api_key_env": "HYPERSD_TEST_KEY"},
         "safety": {"blocked_words": ["gore"]},

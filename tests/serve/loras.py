@@ -22,6 +22,7 @@ def write_lora(
     guidance: bool = False,
     family: str = "sd",
     timestep: str = "",
+    scheduler: str = "TCDScheduler",
 ) -> Path:
     """A LoRA of random tensors for `unet` (which stays as it is), with our metadata."""
     with torch.device("meta"):
@@ -30,7 +31,7 @@ def write_lora(
     generator = torch.Generator().manual_seed(seed)
     tensors = {n: 0.1 * torch.randn(t.shape, generator=generator) for n, t in shapes.named_tensors("student").items()}
     metadata = LoRAMetadata(
-        base_model="tiny", family=family, k=k, steps=(k,), scheduler="TCDScheduler", eta=0.0, rank=RANK, alpha=8.0,
+        base_model="tiny", family=family, k=k, steps=(k,), scheduler=scheduler, eta=1.0 if scheduler == "LCMScheduler" else 0.0, rank=RANK, alpha=8.0,
         extra=({"guidance": "kept"} if guidance else {}) | ({"timestep": timestep} if timestep else {}),
     )  # fmt: skip
     return save_diffusers_lora(tensors, folder / f"{name}.safetensors", metadata)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import (
     ControlNetModel,
+    DDIMScheduler,
     LCMScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
@@ -99,6 +100,31 @@ def test_a_lora_for_one_timestep_is_sampled_there(tmp_path):
     pipe.load_lora_weights(str(file))
     elsewhere = pipe(PROMPTS, num_inference_steps=1, guidance_scale=0, generator=generators([5, 6, 7])).images
     assert worst(ours, elsewhere) > 8, "999 must look different, or this test sees nothing"
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "steps", "eta"),
+    [
+        (DDIMScheduler, {"timestep_spacing": "trailing", "clip_sample": False}, 3, 0.0),
+        (DDIMScheduler, {"timestep_spacing": "trailing", "clip_sample": False}, 2, 0.5),
+        (LCMScheduler, {"original_inference_steps": TCD_GRID}, 4, 1.0),
+    ],
+)  # fmt: skip
+def test_a_lora_is_sampled_by_the_scheduler_of_its_file(tmp_path, kind, options, steps, eta):
+    unet = UNet2DConditionModel.from_pretrained(paths.TEACHER / "unet", local_files_only=True)
+    file = write_lora(tmp_path, "one", unet, k=4, seed=4, scheduler=kind.__name__)
+    settings = ModelSettings(loras=(str(tmp_path),))
+    engine = Engine(settings, read_catalog(settings))
+    pipe = pipeline_of(paths.TEACHER)
+    pipe.scheduler = kind.from_pretrained(paths.TEACHER, subfolder="scheduler", **options)
+    pipe.load_lora_weights(str(file))
+    theirs = pipe(PROMPTS, num_inference_steps=steps, guidance_scale=0, eta=eta, generator=generators([5, 6, 7])).images
+    shots = [Shot(prompt, seed) for prompt, seed in zip(PROMPTS, [5, 6, 7], strict=True)]
+    assert worst(run(engine, key_of(steps, lora="one", eta=eta), shots).pictures, theirs) <= 1
+    pipe = pipeline_of(paths.TEACHER)
+    pipe.load_lora_weights(str(file))
+    tcd = pipe(PROMPTS, num_inference_steps=steps, guidance_scale=0, generator=generators([5, 6, 7])).images
+    assert worst(map(np.asarray, tcd), theirs) > 4, "TCD must look different, or this test sees nothing"
 
 
 @pytest.mark.parametrize("steps", [1, 8])

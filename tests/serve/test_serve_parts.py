@@ -12,12 +12,14 @@ import time
 import click
 import numpy as np
 import pytest
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from hypersd_ray.config.base import ConfigError
+from hypersd_ray.embedded import paths
 from serve import pictures
 from serve.access import check_key, key_digests
-from serve.api import MAX_SEED, GenerationRequest, fill_in, parse_body, request_schema
+from serve.api import MAX_SEED, GenerationRequest, fill_in, parse_body
 from serve.app import build, read_settings
 from serve.catalog import Catalog, LoRAInfo
 from serve.discovery import read_catalog
@@ -25,7 +27,9 @@ from serve.errors import ApiError
 from serve.links import Links
 from serve.routes import models_of
 from serve.safety import Guard
+from serve.schema import request_schema
 from serve.settings import IngressSettings, ModelSettings, SafetySettings, Settings
+from tests.serve.loras import write_lora
 
 CATALOG = Catalog(
     id="m", aliases=("dall-e-2",), base="x", family="sd", sizes=("64x64", "128x64"), default_lora="auto",
@@ -69,7 +73,8 @@ def refused(body: bytes | dict, settings: Settings = SETTINGS, catalog: Catalog 
         ({"lora": {"name": "k1", "weight": 1}}, "lora.weight"), ({"lora": {"scale": 1}}, "lora.name"),
         ({"lora": "k1", "model": "m:k4"}, "lora"), ({"guidance_scale": 3, "lora": "k1"}, "guidance_scale"),
         ({"guidance_scale": 0.5, "lora": "free"}, "guidance_scale"), ({"guidance_scale": 99, "lora": "free"}, "guidance_scale"),
-        ({"negative_prompt": "dog"}, "negative_prompt"), ({"negative_prompt": "dog", "lora": "free"}, "negative_prompt"),
+        ({"negative_prompt": "dog", "lora": "none"}, "negative_prompt"), ({"lora": {"name": "none", "scale": 0.5}}, "lora.scale"),
+        ({"negative_prompt": "dog", "lora": "free", "guidance_scale": 1.0}, "negative_prompt"), ({"negative_prompt": "dog", "lora": "k1"}, "negative_prompt"),
         ({"control_image": "!!!", "control": "edges"}, "control_image"), ({"control_image": "QUJD", "control": "edges"}, "control_image"),
         ({"control_image": PNG}, "control"), ({"control_image": PNG, "control": "pose"}, "control"), ({"control_scale": 1.0}, "control_scale"),
         ({"control": "edges"}, "control"), ({"control_image": PNG[:56], "control": "edges"}, "control_image"),
@@ -111,8 +116,10 @@ def test_defaults_and_neutral_values():
     assert asked(seed=None, n=None, size="auto", quality="auto", background="opaque", user="u").size == "64x64"
     assert asked(model="dall-e-2").key == plain.key
     assert len({asked().seed for _ in range(20)}) > 10
-    # made for that many steps, else the one for the fewest; its own eta
-    assert (asked(num_inference_steps=8).key.lora, asked(num_inference_steps=8).key.eta) == ("k1", 0.3)
+    # made for that many steps, else for the nearest count by ratio, of two the larger; its own eta
+    assert [asked(num_inference_steps=n).key.lora for n in (1, 2, 3, 4, 5, 8)] == ["k1", "k4", "k4", "k4", "k4", "k4"]
+    assert asked(num_inference_steps=1).key.eta == 0.3
+    assert asked(lora={"name": "none", "scale": 1.0}).key.lora == "none"
     assert asked(model="m:free").key.lora == "free"
     assert asked(lora="none", guidance_scale=5.0).key.guided
 
@@ -157,6 +164,36 @@ def test_links_cannot_be_guessed_and_end(tmp_path):
     assert len(list((tmp_path / "a").iterdir())) == 1
 
 
+def test_the_folder_of_links_is_not_walked_for_every_image(tmp_path, monkeypatch):
+    links, walks, real = Links(str(tmp_path), seconds=100, max_bytes=100_000), [], Links.sweep
+    foreign = tmp_path / "thesis.png"
+    foreign.write_bytes(bytes(200_000))
+    os.utime(foreign, (0, 0))
+    monkeypatch.setattr(Links, "sweep", lambda self: (walks.append(None), real(self)))
+    for _ in range(500):
+        links.put(bytes(1000), "png")
+        held = sum(path.stat().st_size for path in tmp_path.iterdir() if path != foreign)
+        assert held <= 100_000
+    assert len(walks) < 60, "the folder is full from the hundredth image on"
+    assert foreign.exists()
+
+
+def test_a_lora_is_sampled_as_its_file_says(lora_folder, tmp_path):
+    unet = UNet2DConditionModel.from_pretrained(paths.TEACHER / "unet", local_files_only=True)
+    for name, scheduler in (("d", "DDIMScheduler"), ("l", "LCMScheduler")):
+        write_lora(tmp_path, name, unet, k=4, seed=1, scheduler=scheduler)
+    settings = read_settings({"model.loras": [str(tmp_path)]})
+    catalog = read_catalog(settings.model)
+    assert [catalog.sampler(name) for name in ("d", "l", "none")] == ["DDIMScheduler", "LCMScheduler", "TCDScheduler"]
+    assert {model.lora: model.scheduler for model in models_of(settings, catalog)}["d"] == "DDIMScheduler"
+    assert asked(settings, catalog, lora="d", eta=0.4).key.eta == 0.4
+    assert asked(settings, catalog, lora="l").key.steps == 4
+    assert refused({"lora": "l", "eta": 0.4}, settings, catalog).body.param == "eta"
+    write_lora(tmp_path, "e", unet, k=4, seed=1, scheduler="EulerDiscreteScheduler")
+    with pytest.raises(ConfigError, match="EulerDiscreteScheduler"):
+        read_catalog(settings.model)
+
+
 def test_keys(monkeypatch):
     settings = IngressSettings(require_api_key=True)
     monkeypatch.delenv("HYPERSD_API_KEY", raising=False)
@@ -192,6 +229,7 @@ def test_blocked_words_are_whole_words():
         ({"model.sizes": ["33x32"], "model.loras": []}, "multiples of 8"), ({"model.sizes": ["big"]}, "WIDTHxHEIGHT"),
         ({"model.default_lora": "zz", "model.loras": []}, "zz"), ({"denoiser.min_replicas": 0}, "denoiser.max_replicas"),
         ({"denoiser.min_replicas": 3, "denoiser.max_replicas": 2}, "min_replicas=3"), ({"model.default_steps": 8, "limits.steps": 4}, "limits.steps=4"),
+        ({"model.guidance": 20}, "limits.guidance=15"),
         ({"model.controlnets": {"a": "/nowhere"}}, "/nowhere"), ({"ingress.require_api_key": True}, "HYPERSD_API_KEY"),
     ],
 )  # fmt: skip
@@ -209,7 +247,7 @@ def test_settings_from_the_command_line(lora_folder):
     catalog = read_catalog(settings.model)
     assert catalog.lora_names == ("cfg", "k1", "k8")
     assert [lora.keeps_guidance for lora in catalog.loras] == [True, False, False]
-    assert (catalog.choose(8), catalog.choose(4), catalog.choose(2)) == ("k8", "k1", "k1")
+    assert (catalog.choose(8), catalog.choose(4), catalog.choose(2)) == ("k8", "k8", "k1")
     assert {catalog.choose(n, guided=True) for n in (1, 4, 8)} == {"cfg"}
 
 
@@ -225,7 +263,7 @@ def test_a_lora_for_named_timesteps_is_sampled_in_those_alone():
     assert asked(catalog=catalog, lora="a800", num_inference_steps=1).key.lora == "a800"
     error = refused({"lora": "a800", "num_inference_steps": 2}, catalog=catalog)
     assert error.body.param == "num_inference_steps" and "for 1 alone, at timesteps 800" in error.body.message
-    assert [catalog.choose(n) for n in (1, 2, 4)] == ["a800", "k1", "k4"]
+    assert [catalog.choose(n) for n in (1, 2, 4)] == ["a800", "k4", "k4"]
     only = catalog.model_copy(update={"loras": (tied,)})
     assert (only.choose(1), only.choose(2)) == ("a800", "none")
     by_name = {model.lora: model.only_steps for model in models_of(SETTINGS, catalog)}
@@ -237,6 +275,14 @@ def test_guidance_goes_to_a_lora_that_keeps_it():
     chosen = asked(num_inference_steps=4, guidance_scale=2.0, negative_prompt="a dog")
     assert chosen.key.lora == "free" and chosen.key.guided
     assert models_of(SETTINGS, CATALOG)[0].keeps_guidance
+    # left out, guidance is on where the LoRA was made for it, and nowhere else
+    assert (asked(lora="free").guidance, asked(lora="free").key.guided) == (3.0, True)
+    assert asked(lora="free", negative_prompt="a dog").negative_prompt == "a dog"
+    assert not asked(lora="free", guidance_scale=1.0).key.guided
+    mild = read_settings({"model.guidance": 1.5})
+    assert [asked(mild, lora=name).guidance for name in ("free", "k4", "none")] == [1.5, 1.0, 1.0]
+    told = {model.lora: model.default_guidance for model in models_of(mild, CATALOG)}
+    assert told == {None: 1.0, "k1": 1.0, "k4": 1.0, "free": 1.5, "none": 1.0}
     without = CATALOG.model_copy(update={"loras": CATALOG.loras[:2]})
     assert refused({"guidance_scale": 2.0}, catalog=without).body.param == "guidance_scale"
     assert not models_of(SETTINGS, without)[0].keeps_guidance
