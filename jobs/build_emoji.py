@@ -1,6 +1,7 @@
 """Build the embedded world's shards and annotations from npm's emoji packages.
 
     npm install emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0 @lobehub/fluent-emoji-3d@1.1.0 emojibase-data@17.0.0
+    pip install -e '.[data]'
     python jobs/build_emoji.py --node-modules node_modules --out hypersd_ray/embedded/data
 
 The shards that this makes with its defaults are committed, so nobody needs npm to train.
@@ -9,11 +10,15 @@ The shards that this makes with its defaults are committed, so nobody needs npm 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
+
 import tyro
 
+from hypersd_ray.config.cli import run_job
 from hypersd_ray.embedded import shards
 from hypersd_ray.embedded.catalogue import common_objects, load_catalogue
 
@@ -40,8 +45,9 @@ class BuildConfig:
     seed: int = 0
 
 
-def main(config: BuildConfig) -> None:
+def main() -> None:
     """Build both splits."""
+    config = tyro.cli(BuildConfig, description=__doc__)
     catalogue = load_catalogue(config.node_modules)
     objects = common_objects(catalogue, config.per_subgroup) if config.per_subgroup else catalogue
     categories = sorted({e.subgroup for e in objects})
@@ -57,4 +63,4 @@ def main(config: BuildConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(BuildConfig))
+    run_job(main)

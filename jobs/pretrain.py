@@ -1,22 +1,26 @@
 """Train the embedded world's teacher: autoencoder, then denoiser and text encoder.
 
     python jobs/build_emoji.py --node-modules node_modules --train 24000 --out build/emoji
-    python jobs/pretrain.py --data build/emoji --out build/pretrain
+    python jobs/pretrain.py --data build/emoji --out build/pretrain [--device cuda]
 
-Some four hours on 2 cores; stopped and started again, it goes on. The result is `OUT/teacher`, committed in
+Some four hours on 2 CPU cores, which is how the committed one was made; stopped and started again, it goes on. The result is `OUT/teacher`, committed in
 `hypersd_ray/embedded/teacher`, so nobody needs to run this to distil.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
 
 import torch
 import tyro
 from diffusers import AutoencoderKL
 from transformers import CLIPTokenizer
 
+from hypersd_ray.config.cli import run_job
 from hypersd_ray.embedded.pictures import load_pictures
 from hypersd_ray.embedded.pretrain_unet import train_unet
 from hypersd_ray.embedded.pretrain_vae import train_vae
@@ -36,17 +40,20 @@ class PretrainConfig:
     unet_steps: tuple[int, ...] = (9500, 6000)
     """Likewise, of 64."""
     seed: int = 0
+    device: str = "cpu"
+    """Where: cpu, cuda, ..."""
 
 
-def main(config: PretrainConfig) -> None:
+def main() -> None:
     """Train both, or what of them is not finished yet."""
+    config = tyro.cli(PretrainConfig, description=__doc__)
     config.out.mkdir(parents=True, exist_ok=True)
     images, captions = load_pictures(config.data, "train")
     vae_path = config.out / "vae"
     if vae_path.exists():
         vae = AutoencoderKL.from_pretrained(vae_path)
     else:
-        vae = train_vae(images, config.out, config.vae_steps, seed=config.seed)
+        vae = train_vae(images, config.out, config.vae_steps, seed=config.seed, device=config.device)
     tokenizer_path = config.out / "tokenizer"
     if not tokenizer_path.exists():  # kept: merges that are equally frequent may come in another order another time
         train_tokenizer(captions).save_pretrained(tokenizer_path)
@@ -62,8 +69,9 @@ def main(config: PretrainConfig) -> None:
         config.out,
         config.unet_steps,
         seed=config.seed,
+        device=config.device,
     )
 
 
 if __name__ == "__main__":
-    main(tyro.cli(PretrainConfig))
+    run_job(main)

@@ -44,7 +44,7 @@ def make_unet() -> UNet2DConditionModel:
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
     """Latents (N, 4, h, w) of uint8 images, scaled to unit variance."""
-    parts = [vae.encode(to_unit(chunk)).latent_dist.mode() for chunk in images.split(256)]
+    parts = [vae.encode(to_unit(chunk.to(vae.device))).latent_dist.mode().cpu() for chunk in images.split(256)]
     return torch.cat(parts) * vae.config.scaling_factor
 
 
@@ -60,8 +60,10 @@ class Pretraining:
         steps: Sequence[int],
         batch: int,
         lr: float,
+        device: str = "cpu",
     ):
-        self.unet, self.text = make_unet(), text
+        self.device = torch.device(device)
+        self.unet, self.text = make_unet().to(device), text.to(device)
         self.averages = [copy.deepcopy(self.unet), copy.deepcopy(self.text)]
         self.latents, self.tokens, self.empty, self.batch = latents, tokens, empty, batch
         self.parameters = [*self.unet.parameters(), *self.text.parameters()]
@@ -77,7 +79,8 @@ class Pretraining:
         tokens = torch.where(torch.rand(self.batch, 1, generator=generator) < 0.1, self.empty, tokens)
         eps = torch.randn(x0.shape, generator=generator)
         a = self.alphas_cumprod[t].view(-1, 1, 1, 1)
-        predicted = self.unet(a.sqrt() * x0 + (1 - a).sqrt() * eps, t, self.text(tokens).last_hidden_state).sample
+        x_t, t, tokens, eps = (one.to(self.device) for one in (a.sqrt() * x0 + (1 - a).sqrt() * eps, t, tokens, eps))
+        predicted = self.unet(x_t, t, self.text(tokens).last_hidden_state).sample
         loss = F.mse_loss(predicted, eps)
         self.optimizer.zero_grad()
         loss.backward()
@@ -127,19 +130,20 @@ def save_pipeline(
 
 def train_unet(
     vae: AutoencoderKL, tokenizer: CLIPTokenizer, text: CLIPTextModel, images: torch.Tensor, captions: list[str],
-    out: Path, steps: Sequence[int], batch: int = 64, lr: float = 1e-3, seed: int = 0,
+    out: Path, steps: Sequence[int], batch: int = 64, lr: float = 1e-3, seed: int = 0, device: str = "cpu",
 ) -> None:  # fmt: skip
     """Train for cycles of `steps` batches, resuming from `out/unet_state.pt`; saves the pipeline to `out/teacher` every 1000 steps."""
     torch.manual_seed(seed)
     pad = dict(padding="max_length", truncation=True, return_tensors="pt")
     run = Pretraining(
-        encode(vae, images),
+        encode(vae.to(device), images),
         tokenizer(captions, **pad).input_ids,
         tokenizer([""], **pad).input_ids,
         text,
         steps,
         batch,
         lr,
+        device,
     )
     state_path = out / "unet_state.pt"
     first = run.load(state_path) if state_path.exists() else 0

@@ -47,17 +47,18 @@ def train_vae(
     lr: float = 2e-3,
     kl_weight: float = 1e-5,
     seed: int = 0,
+    device: str = "cpu",
 ) -> AutoencoderKL:
     """Train for cycles of `steps` batches of `images` (N, 3, H, W) uint8, resuming from `out/vae_state.pt`; saves to `out/vae`.
 
     The scaling factor is set so that latents have unit variance, as Stable Diffusion's is.
     """
     torch.manual_seed(seed)
-    vae = make_vae()
+    vae = make_vae().to(device)
 
     def loss(generator: torch.Generator) -> torch.Tensor:
         index = torch.randint(len(images), (batch,), generator=generator)
-        x = to_unit(images[index])
+        x = to_unit(images[index].to(device))
         if torch.rand((), generator=generator) < 0.5:
             x = x.flip(-1)
         return vae_loss(vae, x, generator, kl_weight)
@@ -65,7 +66,7 @@ def train_vae(
     train("vae", vae, loss, steps, lr, out, seed, weight_decay=1e-4)
     vae.eval()
     with torch.no_grad():
-        held = to_unit(images[:512])
+        held = to_unit(images[:512].to(device))
         latents = vae.encode(held).latent_dist.mode()
         error = F.mse_loss(vae.decode(latents).sample, held).item()
     vae.register_to_config(scaling_factor=round(1.0 / latents.std().item(), 5))
