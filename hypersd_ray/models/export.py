@@ -358,13 +358,14 @@ def _check_rank(pairs: Mapping[str, tuple[Tensor, Tensor]], rank: int, what: str
 def _model_spec(metadata: LoRAMetadata) -> dict[str, str]:
     """Stability's ModelSpec fields, which file browsers show."""
     architecture = "stable-diffusion-xl-v1-base" if metadata.family == "sdxl" else "stable-diffusion-v1"
-    steps = ", ".join(map(str, metadata.steps))
+    best = f"{metadata.steps[0]} step{'s' if metadata.steps[0] > 1 else ''}"
+    guidance = "guidance as usual" if metadata.extra.get(GUIDANCE) == KEPT else "no guidance"
     return {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": "diffusers",
-        "modelspec.title": f"{Path(metadata.base_model).name} in {steps} steps",
-        "modelspec.description": f"{steps} steps with {metadata.scheduler}, eta {metadata.eta}, no guidance",
+        "modelspec.title": f"{Path(metadata.base_model).name} in {best}",
+        "modelspec.description": f"{best} with {metadata.scheduler}, eta {metadata.eta}, {guidance}",
     }
 
 
