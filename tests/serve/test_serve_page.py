@@ -118,6 +118,8 @@ def test_seeds_loras_and_history(page):
 
 def test_guidance_shows_where_it_can_be_used(page):
     page.click("summary")
+    assert page.locator("#negative").is_visible(), "the automatic choice takes the one that keeps guidance"
+    page.select_option("#lora", "k8")
     assert page.locator("#negative").is_hidden()
     page.select_option("#lora", "cfg")
     assert page.locator("#negative").is_visible()
