@@ -287,11 +287,11 @@ def _starts(seconds: float) -> list[float]:
 
 
 def back(rates: list[tuple[float, float]], wanted: float) -> float | None:
-    """Seconds to the first window after the last one below `wanted`; None where that is the last of all."""
-    below = [i for i, (_, rate) in enumerate(rates) if rate < wanted]
-    if not below:
-        return 0.0
-    return rates[below[-1] + 1][0] if below[-1] + 1 < len(rates) else None
+    """Seconds to the first window from which on the mean rate is `wanted`; None where it never is again."""
+    for i, (at, rate) in enumerate(rates):
+        if rate >= wanted and statistics.mean(later for _, later in rates[i:]) >= wanted:
+            return at
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------- main

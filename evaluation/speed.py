@@ -43,7 +43,8 @@ from torch.profiler import ProfilerActivity, profile
 from hypersd_ray.config.base import Strict
 from hypersd_ray.config.cli import run_job
 from hypersd_ray.config.data import DataConfig
-from hypersd_ray.config.tscd import AdversarialConfig, DistillConfig, LoRAConfig, OptimConfig, RunConfig, TSCDConfig
+from hypersd_ray.config.run import OptimConfig, RunConfig
+from hypersd_ray.config.tscd import AdversarialConfig, DistillConfig, LoRAConfig, TSCDConfig
 from hypersd_ray.diffusion.schedule import scaled_linear
 from hypersd_ray.diffusion.segments import TEndRule
 from hypersd_ray.embedded.pretrain_unet import SCHEDULER, make_unet

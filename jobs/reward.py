@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 
 from hypersd_ray.config.cli import parse, run_job
 from hypersd_ray.config.preference import PairsConfig, PreferenceConfig
-from hypersd_ray.config.tscd import OptimConfig, RunConfig
+from hypersd_ray.config.run import OptimConfig, RunConfig
 from hypersd_ray.embedded import paths
 
 BUILD = Path("runs/reward-tiny-start")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
@@ -16,7 +17,7 @@ from ray.serve.exceptions import (
     ReplicaUnavailableError,
     RequestCancelledError,
 )
-from ray.serve.handle import DeploymentHandle, DeploymentResponse
+from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
 from serve.errors import ApiError, busy, failed, lost, too_late
 from serve.settings import NO_LORA
@@ -72,9 +73,15 @@ async def _once(call: Callable[[], DeploymentResponse]) -> Any:
         return await response
     except (asyncio.CancelledError, RequestCancelledError):
         if _leaving():
-            response.cancel()  # the client has gone or the time is up: out of the queue
+            _give_up(response)  # the client has gone or the time is up: out of the queue
             raise asyncio.CancelledError from None
         raise RequestCancelledError from None
+
+
+def _give_up(response: DeploymentResponse | DeploymentResponseGenerator) -> None:
+    """Nobody waits for it any more. Serve raises what ended a call (a full queue, say) once more where it is cancelled."""
+    with contextlib.suppress(Exception):
+        response.cancel()
 
 
 def _leaving() -> bool:
@@ -141,7 +148,7 @@ class Calls:
             raise explained(error, self.retry_after, "model") from error
         finally:
             if not done:
-                responses.cancel()
+                _give_up(responses)
         self._recent += 0.1 * (time.monotonic() - begun - self._recent)
 
     def _handle(self, work: Work) -> DeploymentHandle:

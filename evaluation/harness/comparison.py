@@ -25,7 +25,8 @@ from hypersd_ray.config.base import ConfigError, RunError
 from hypersd_ray.config.compare import CompareConfig
 from hypersd_ray.config.evaluate import EvaluateConfig, JudgesConfig
 from hypersd_ray.embedded import paths
-from hypersd_ray.recipes.methods import METHODS, Chain, Config, teacher_passes
+from hypersd_ray.recipes.compare import TRAININGS
+from hypersd_ray.recipes.methods import Chain, Config, teacher_passes
 from hypersd_ray.trainer import run
 from hypersd_ray.trainer.kinds import KINDS, kind_of
 
@@ -50,7 +51,7 @@ class Piece:
 
 def default_lr(method: str) -> float:
     """The method's own learning rate."""
-    return inspect.signature(METHODS[method]).parameters["lr"].default
+    return inspect.signature(TRAININGS[method]).parameters["lr"].default
 
 
 def sweep(config: CompareConfig, method: str) -> list[Piece]:
@@ -70,16 +71,16 @@ class Comparison:
     def __init__(self, config: CompareConfig, log: Log = lambda _: None):
         self.config, self.log = config, log
         self.out = Path(config.out).expanduser().resolve()
-        unknown = [m for m in config.methods if m not in METHODS]
+        unknown = [m for m in config.methods if m not in TRAININGS]
         if unknown:
-            raise ConfigError(f"--methods {unknown[0]}: choose of {', '.join(METHODS)}")
+            raise ConfigError(f"--methods {unknown[0]}: choose of {', '.join(TRAININGS)}")
         if config.select not in type(config.judges).model_fields:
             raise ConfigError(
                 f"--select {config.select} is no judge: one of {', '.join(type(config.judges).model_fields)}"
             )
         for method in config.methods:
             try:
-                METHODS[method](budget=config.budget)
+                TRAININGS[method](budget=config.budget)
             except ConfigError as error:
                 raise ConfigError(f"--budget {config.budget} with method {method}: {error}") from None
         self._same()
@@ -176,7 +177,7 @@ class Comparison:
     def train(self, piece: Piece) -> None:
         """All runs of a piece, from where they stand."""
         begun = time.perf_counter()
-        chain: Chain = METHODS[piece.method](budget=self.config.budget, lr=piece.lr, seed=piece.seed)
+        chain: Chain = TRAININGS[piece.method](budget=self.config.budget, lr=piece.lr, seed=piece.seed)
         folders, passes = [], 0
         current: Config | None = self._placed(chain.first)
         for link in [*chain.then, None]:

@@ -68,8 +68,9 @@ class DataConfig(Strict):
     """The job stops when more than this share of the rows is rejected."""
     reject_grace: int = Field(default=200, ge=0)
     """Rows seen before max_reject_share counts."""
-    reader_cpus: float = Field(default=0.5, gt=0)
-    """CPU cores reserved by each reading task. The cluster needs at least this much beside the training workers."""
+    reader_cpus: float = Field(default=0.5, ge=0)
+    """CPU cores reserved by each reading task. The cluster needs at least this much beside the training workers. 0 reserves
+    none: two tasks at a time then."""
     encoder: EncoderPool = EncoderPool()
     """The actors that encode images and captions; a pool for each training worker."""
     cache: Literal["none", "disk"] = "none"

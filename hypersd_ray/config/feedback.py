@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 from hypersd_ray.config.base import CombinationError, Strict
 from hypersd_ray.config.data import DataConfig
 from hypersd_ray.config.rewards import PerceptionConfig, PlacementConfig, RewardConfig
-from hypersd_ray.config.tscd import LoRAConfig, OptimConfig, RunConfig
+from hypersd_ray.config.run import OptimConfig, RunConfig, check_shares
+from hypersd_ray.config.tscd import LoRAConfig
 from hypersd_ray.diffusion.segments import edges
 
 
@@ -189,12 +190,7 @@ class FeedbackConfig(Strict):
             raise CombinationError(
                 "structure.model.checkpoint is empty: name SOLO's weights, or set structure.weight=0"
             )
-        share = self.run.workers * self.optim.accumulation
-        if self.optim.batch % share:
-            nearest = max(1, round(self.optim.batch / share)) * share
-            raise CombinationError(
-                f"optim.batch={self.optim.batch} is not divisible by run.workers * optim.accumulation = {share}; the nearest accepted is {nearest}"
-            )
+        check_shares(self.optim.batch, self.run, self.optim)
         for field, path in (("teacher", self.teacher), ("tscd", self.tscd)):
             if "://" not in path and not Path(path).exists():
                 raise CombinationError(f"{field}={path!r} does not exist")

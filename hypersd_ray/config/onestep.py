@@ -10,7 +10,8 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from hypersd_ray.config.base import CombinationError, Strict
-from hypersd_ray.config.tscd import AdversarialConfig, DistillConfig, RunConfig, TSCDConfig
+from hypersd_ray.config.run import RunConfig, check_shares, rows_each
+from hypersd_ray.config.tscd import AdversarialConfig, DistillConfig, TSCDConfig
 
 UNIFIED_TIMESTEP, DEDICATED_TIMESTEP = 999, 800
 """The network's input in the single step (its own index; our t is one more). Paper, Sec. 4.1."""
@@ -163,14 +164,12 @@ class OneStepConfig(TSCDConfig):
             raise CombinationError(
                 "dmd.weight=0 without regression.pairs or adversarial.adv_end: nothing trains the single step; set one"
             )
-        workers = self.run.workers * self.optim.accumulation
-        if self.regression.pairs is not None and self.regression.batch % workers:
+        if self.regression.pairs is not None:
+            check_shares(self.regression.batch, self.run, self.optim, "regression.batch")
+        rows = rows_each(self.optim.batch, self.run.workers, self.optim.accumulation) // self.optim.accumulation
+        if self.share > 0 and rows < 2:
             raise CombinationError(
-                f"regression.batch={self.regression.batch} is not divisible by run.workers * optim.accumulation = {workers}"
-            )
-        if self.share > 0 and self.optim.batch // workers < 2:
-            raise CombinationError(
-                f"optim.batch={self.optim.batch} leaves {self.optim.batch // workers} row to a part, consistency_share={self.share} "
+                f"optim.batch={self.optim.batch} leaves {rows} row to a part, consistency_share={self.share} "
                 "needs at least 2: raise optim.batch or set consistency_share=0"
             )
         return self

@@ -8,7 +8,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from hypersd_ray.config.base import CombinationError, Strict
-from hypersd_ray.config.tscd import OptimConfig, RunConfig
+from hypersd_ray.config.run import OptimConfig, RunConfig, check_shares
 
 
 class PairsConfig(Strict):
@@ -50,11 +50,10 @@ class PreferenceConfig(Strict):
 
     @model_validator(mode="after")
     def _batch_fits(self) -> PreferenceConfig:
-        share = self.run.workers * self.optim.accumulation
-        if self.optim.batch % share:
-            nearest = max(1, round(self.optim.batch / share)) * share
+        check_shares(self.optim.batch, self.run, self.optim)
+        if self.run.min_workers is not None:
             raise CombinationError(
-                f"optim.batch={self.optim.batch} is not divisible by run.workers * optim.accumulation = {share}; the nearest accepted is {nearest}"
+                f"run.min_workers={self.run.min_workers}: the number of these workers is fixed; leave it out"
             )
         return self
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import ray
@@ -40,11 +41,16 @@ def _items(windows: Sequence[Window]) -> ray.data.Dataset:
     return dataset
 
 
+def _reading(config: DataConfig) -> dict[str, Any]:
+    """What a reading task takes; without reserved cores the number of tasks has a limit of its own."""
+    return {"num_cpus": config.reader_cpus} | ({} if config.reader_cpus else {"concurrency": 2})
+
+
 def raw_dataset(
     windows: Sequence[Window], format: str, config: DataConfig, reject_log: ray.actor.ActorHandle
 ) -> ray.data.Dataset:
     """Chunks of filtered, cropped rows of all shards, in order; one reading task a shard."""
-    return _items(windows).flat_map(ReadShard(format, config, reject_log), num_cpus=config.reader_cpus)
+    return _items(windows).flat_map(ReadShard(format, config, reject_log), **_reading(config))
 
 
 def precomputed_dataset(windows: Sequence[Window], config: DataConfig) -> ray.data.Dataset:
@@ -53,7 +59,7 @@ def precomputed_dataset(windows: Sequence[Window], config: DataConfig) -> ray.da
     Not `ray.data.read_parquet`: Ray 2.60's needs 2 to 5 s to start on 8 files of 3 MB (its older version 0.6 to 1.4 s),
     this 0.3 s, and every epoch starts anew. Besides, this deals rows to ranks where they are read.
     """
-    return _items(windows).map_batches(ReadLatents(), batch_size=1, num_cpus=config.reader_cpus)
+    return _items(windows).map_batches(ReadLatents(), batch_size=1, **_reading(config))
 
 
 def encoded_dataset(

@@ -3,7 +3,8 @@
 Every rank runs its own Ray Data execution over its own windows (plan.py), one an epoch. This is deliberate: Ray's
 `streaming_split` and `get_dataset_shard` restart a dataset at row 0 when a worker or a run restarts, and how they deal
 blocks to ranks depends on timing. Here what rank r reads at a position is a function of (seed, epoch, r), so a position
-of three integers in the checkpoint is enough; whole windows before it are never opened.
+of three integers in the checkpoint is enough; whole windows before it are never opened. A position that was dealt to
+another number of ranks names its windows one by one.
 
 Two threads run ahead of the trainer: one reads the next pool of rows (so an epoch's or a window's start costs no wait),
 one cuts `prefetch_batches` batches.
@@ -16,9 +17,10 @@ Batch
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,7 @@ from hypersd_ray.config.data import DataConfig
 from hypersd_ray.data import plan, rejects
 from hypersd_ray.data.encode import TENSOR_COLUMNS
 from hypersd_ray.data.pipeline import Columns, encoded_dataset, precomputed_dataset, split_windows
-from hypersd_ray.data.plan import StreamPosition
+from hypersd_ray.data.plan import Slot, StreamPosition, Window
 from hypersd_ray.data.prefetch import Prefetch
 from hypersd_ray.data.sources import detect_format
 from hypersd_ray.data.tasks import damaged_shard
@@ -39,7 +41,7 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True)
 class Pool:
-    """Rows that are permuted together: pool `number` of a window, from its row `start`; `last` of the window or not."""
+    """Rows that are permuted together: pool `number` of a leg's window, from its row `start`; `last` of the window or not."""
 
     window: int
     number: int
@@ -52,10 +54,32 @@ class Pool:
 
 
 @dataclass(frozen=True)
+class Leg:
+    """Windows that one Ray Data execution reads: what is left of another number of ranks' epochs (`over` is then where to
+    go on after it), or an epoch's own."""
+
+    slots: tuple[Slot, ...]
+    over: StreamPosition | None = None
+
+    def after(self, index: int, row: int) -> StreamPosition:
+        """The position after `row` rows of window `index`."""
+        slot = replace(self.slots[index], row=row)
+        if self.over is None:
+            return StreamPosition(slot.epoch, slot.window, row)
+        return replace(self.over, left=(slot, *self.slots[index + 1 :]))
+
+    def past(self, index: int) -> StreamPosition:
+        """The position at window `index`'s end: the next one's beginning, so that this is not read again."""
+        if self.over is None:
+            return StreamPosition(self.slots[index].epoch, self.slots[index].window + 1)
+        return replace(self.over, left=self.slots[index + 1 :])
+
+
+@dataclass(frozen=True)
 class _Ordered:
     """A pool with the order in which its rows leave; the first `skip` of them have left before."""
 
-    epoch: int
+    leg: Leg
     pool: Pool
     order: np.ndarray
     skip: int
@@ -90,6 +114,7 @@ class LatentStream:
         plan.windows(urls, seed, 0, config.shards_per_window, rank, world_size)
         self.config, self.model_path, self.urls, self.batch_size = config, model_path, tuple(urls), batch_size
         self.rank, self.world_size, self.seed = rank, world_size, seed
+        self._dealing = self.urls, seed, config.shards_per_window
         self.format = detect_format(urls) if config.format == "auto" else config.format
         self.reject_log = reject_log
         if reject_log is None and self.format != "latents":
@@ -138,24 +163,37 @@ class LatentStream:
                     pieces, missing = [], self.batch_size
 
     def _ordered_pools(self, position: StreamPosition) -> Iterator[_Ordered]:
-        """Every epoch's pools from `position` on."""
-        epoch, first, skip = position.epoch, position.window, position.row
-        while True:
+        """Every leg's pools from `position` on."""
+        for leg in self._legs(position):
             found = False
-            for pool in cut_pools(self._blocks(epoch, first), self.config.shuffle_rows):
-                found = True
-                already = max(0, skip - pool.start) if pool.window == position.window and epoch == position.epoch else 0
+            for pool in cut_pools(self._blocks(leg), self.config.shuffle_rows):
+                found, slot = True, leg.slots[pool.window]
+                already = max(0, slot.row - pool.start)
                 if already < len(pool):
-                    order = plan.row_order(len(pool), self.seed, epoch, pool.window, pool.number)
-                    yield _Ordered(epoch, pool, order, already)
-            if not found and first == 0:
-                raise ValueError(self._no_rows(epoch))
-            epoch, first = epoch + 1, 0
+                    order = plan.row_order(len(pool), self.seed, slot.epoch, slot.window, pool.number)
+                    yield _Ordered(leg, pool, order, already)
+            if not found and leg.slots and leg.over is None and leg.slots[0].window == 0:
+                raise ValueError(self._no_rows(leg.slots[0].epoch))
 
-    def _blocks(self, epoch: int, first_window: int) -> Iterator[Columns]:
-        """The epoch's rows of this rank as Ray Data hands them out, from window `first_window` on."""
-        shards_per_window = self.config.shards_per_window
-        todo = plan.windows(self.urls, self.seed, epoch, shards_per_window, self.rank, self.world_size)[first_window:]
+    def _legs(self, position: StreamPosition) -> Iterator[Leg]:
+        """What is left of earlier epochs, then each epoch's own windows, the first from `position` on."""
+        yield Leg(position.left, replace(position, left=()))
+        position = replace(position, left=())
+        while True:
+            yield Leg(tuple(plan.slots_of(position, position.epoch, *self._dealing, self.rank, self.world_size)))
+            position = StreamPosition(position.epoch + 1)
+
+    def _windows(self, leg: Leg) -> list[Window]:
+        """The shards of each of its slots, numbered within the leg."""
+        dealt = functools.cache(
+            lambda epoch, rank, world: plan.windows(self.urls, self.seed, epoch, self._dealing[2], rank, world)
+        )
+        found = [dealt(slot.epoch, slot.rank, slot.world_size)[slot.window] for slot in leg.slots]
+        return [replace(window, index=i) for i, window in enumerate(found)]
+
+    def _blocks(self, leg: Leg) -> Iterator[Columns]:
+        """A leg's rows as Ray Data hands them out."""
+        todo = self._windows(leg)
         if not todo:
             return
         if self.format == "latents":
@@ -218,11 +256,11 @@ def cut_pools(blocks: Iterable[Columns], size: int) -> Iterator[Pool]:
 
 
 def _after(item: _Ordered, done: int) -> StreamPosition:
-    """The position after `done` rows of a pool; at a window's end the next one's, so that this is not read again."""
+    """The position after `done` rows of a pool."""
     pool = item.pool
     if pool.last and done == len(pool):
-        return StreamPosition(item.epoch, pool.window + 1, 0)
-    return StreamPosition(item.epoch, pool.window, pool.start + done)
+        return item.leg.past(pool.window)
+    return item.leg.after(pool.window, pool.start + done)
 
 
 def _batch(pieces: list[Columns]) -> Batch:

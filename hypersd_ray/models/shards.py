@@ -22,7 +22,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from hypersd_ray.config.tscd import OptimConfig
+from hypersd_ray.config.run import OptimConfig
 from hypersd_ray.config.zero import ZeroConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

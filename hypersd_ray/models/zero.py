@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hypersd_ray.config.tscd import OptimConfig
+from hypersd_ray.config.run import OptimConfig
 from hypersd_ray.config.zero import ZeroConfig
 from hypersd_ray.diffusion.parameterization import Parameterization
 from hypersd_ray.diffusion.schedule import Schedule

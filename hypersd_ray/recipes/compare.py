@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from hypersd_ray.config.compare import CompareConfig
 from hypersd_ray.embedded import paths
+from hypersd_ray.recipes.ablations import ABLATIONS
 from hypersd_ray.recipes.methods import BUDGET, METHODS
 
 
@@ -14,4 +15,14 @@ def compare_tiny() -> CompareConfig:
     return CompareConfig(teacher=str(paths.TEACHER), methods=tuple(METHODS), budget=BUDGET, out="runs/compare-tiny")
 
 
-COMPARE_RECIPES: dict[str, Callable[..., CompareConfig]] = {"tiny": compare_tiny}
+def ablations() -> CompareConfig:
+    """TSCD on the embedded model, and with one part of it changed at a time: each once, at the same learning rate."""
+    methods = ("tscd", *ABLATIONS)
+    return CompareConfig(
+        teacher=str(paths.TEACHER), methods=methods, budget=BUDGET, rates=(1.0,), seeds=(0,), out="runs/ablations"
+    )
+
+
+COMPARE_RECIPES: dict[str, Callable[..., CompareConfig]] = {"tiny": compare_tiny, "ablations": ablations}
+TRAININGS = METHODS | ABLATIONS
+"""What a comparison can train, by name."""

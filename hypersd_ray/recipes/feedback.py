@@ -7,7 +7,7 @@ from typing import Literal
 
 from hypersd_ray.config.feedback import FeedbackConfig, ReFLConfig, StructureConfig
 from hypersd_ray.config.rewards import PerceptionConfig, PlacementConfig, RewardConfig
-from hypersd_ray.config.tscd import OptimConfig, RunConfig
+from hypersd_ray.config.run import OptimConfig, RunConfig
 from hypersd_ray.embedded import paths
 from hypersd_ray.recipes.tscd import TINY_PROMPTS, sd15, sdxl, tiny
 

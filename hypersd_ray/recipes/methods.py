@@ -48,7 +48,8 @@ class Chain:
     then: tuple[Link, ...] = ()
 
 
-def _name(method: str, lr: float, seed: int) -> str:
+def run_name(method: str, lr: float, seed: int) -> str:
+    """Of a comparison's training."""
     return f"{method}-lr{lr:g}-seed{seed}"
 
 
@@ -56,19 +57,19 @@ def trajectory(method: str, budget: int = BUDGET, lr: float = 1e-3, seed: int = 
     """A method of `hypersd_ray/recipes/trajectory.py`."""
     steps = budget // BATCH
     settings = embedded_tscd(steps, FULL_SHARES) if method == "tscd" else TRAJECTORIES[method](steps, TINY_OMEGA)
-    return Chain(embedded(_name(method, lr, seed), settings, lr, seed))
+    return Chain(embedded(run_name(method, lr, seed), settings, lr, seed))
 
 
 def score(method: Few, budget: int = BUDGET, lr: float = 2e-4, seed: int = 0) -> Chain:
     """A four-step model by score distillation; a fake score learns five times as fast as the student."""
-    base = embedded(_name(method, lr, seed), lr=lr, seed=seed)
+    base = embedded(run_name(method, lr, seed), lr=lr, seed=seed)
     return Chain(few_step(method, base, budget // BATCH, GUIDANCE, fake_updates=3, fake_lr=5 * lr))
 
 
 def hyper(*parts: Literal["feedback", "dmd"], budget: int = BUDGET, lr: float = 1e-3, seed: int = 0) -> Chain:
     """Hyper-SD: TSCD, and above its k = 1 LoRA each of `parts` in turn, for a fifth of the budget and of the rate."""
     steps, *later = shared(budget // BATCH, (5 - len(parts), *(1 for _ in parts)))
-    first = embedded(_name("-".join(("tscd", *parts)), lr, seed), embedded_tscd(steps, FULL_SHARES), lr, seed)
+    first = embedded(run_name("-".join(("tscd", *parts)), lr, seed), embedded_tscd(steps, FULL_SHARES), lr, seed)
     then: list[Link] = []
     rank = first.lora.rank
     for part, n in zip(parts, later, strict=True):

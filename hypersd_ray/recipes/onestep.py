@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Literal
 
 from hypersd_ray.config.onestep import DMDConfig, OneStepConfig
-from hypersd_ray.config.tscd import AdversarialConfig, DistillConfig, OptimConfig, RunConfig, TSCDConfig
+from hypersd_ray.config.run import OptimConfig, RunConfig
+from hypersd_ray.config.tscd import AdversarialConfig, DistillConfig, TSCDConfig
 from hypersd_ray.recipes.tscd import TINY_PROMPTS, embedded, sd15, sdxl, tiny
 
 Mode = Literal["unified", "dedicated"]

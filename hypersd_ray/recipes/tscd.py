@@ -7,7 +7,8 @@ from typing import Literal
 
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.data import DataConfig, EncoderPool
-from hypersd_ray.config.tscd import LoRAConfig, OptimConfig, RunConfig, TSCDConfig
+from hypersd_ray.config.run import OptimConfig, RunConfig
+from hypersd_ray.config.tscd import LoRAConfig, TSCDConfig
 from hypersd_ray.embedded import paths
 from hypersd_ray.recipes import trajectory
 from hypersd_ray.recipes.trajectory import TRAJECTORIES, Settings, Trajectory

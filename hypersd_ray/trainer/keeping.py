@@ -18,7 +18,7 @@ import torch
 
 from hypersd_ray.config.base import RunError
 from hypersd_ray.trainer import storage
-from hypersd_ray.training.checkpoint import MANIFEST, DamagedCheckpoint, check_whole, load_checkpoint, load_position
+from hypersd_ray.training.checkpoint import MANIFEST, DamagedCheckpoint, check_whole, load_checkpoint, load_positions
 from hypersd_ray.training.distributed import most
 from hypersd_ray.training.protocol import Training
 
@@ -29,10 +29,12 @@ SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 @dataclass(frozen=True)
 class Found:
-    """Where a run goes on: the checkpoint's path, the data position of this worker, and the names of damaged newer ones."""
+    """Where a run goes on: the checkpoint's path, the data position of this worker (of all former ones, where their number
+    was another: then the data is `dealt_again`), and the names of damaged newer ones."""
 
     path: str | None
-    position: dict[str, Any]
+    positions: list[dict[str, Any]]
+    dealt_again: bool = False
     damaged: tuple[str, ...] = ()
 
 
@@ -62,12 +64,12 @@ def resume(
     last = ""
     for name in names(folder):
         path, error = f"{folder}/{name}", ""
-        position: dict[str, Any] = {}
+        positions: list[dict[str, Any]] = []
         with contextlib.ExitStack() as stack:
             try:
                 local = stack.enter_context(storage.local_folder(path))
-                check_whole(local)
-                position = load_position(local, rank, world) or {}
+                manifest = check_whole(local)
+                positions = load_positions(local, rank, world)
             except Exception as caught:
                 if not isinstance(caught, DamagedCheckpoint) and not storage.is_trouble(caught):
                     raise
@@ -75,7 +77,7 @@ def resume(
             # before anything is loaded: a share of a ZeRO state is loaded by all workers or by none
             if not most(int(bool(error)), device):
                 load_checkpoint(local, state)
-                return Found(path, position, tuple(damaged))
+                return Found(path, positions, manifest["world_size"] != world, tuple(damaged))
         damaged.append(name)
         last = last or error
         if rank == 0:
@@ -85,7 +87,7 @@ def resume(
             f"none of the {len(damaged)} checkpoints in {folder} is whole ({last or 'another worker says so'}): set run.name to "
             "start another run, or delete them to start this one anew"
         )
-    return Found(None, {})
+    return Found(None, [])
 
 
 def uploader(folder: str, patience_s: float) -> Callable[[ray.train.Checkpoint, str], ray.train.Checkpoint]:

@@ -8,7 +8,7 @@ import tempfile
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ import torch
 from hypersd_ray.actors.placement import Handles
 from hypersd_ray.config.base import CombinationError, RunError
 from hypersd_ray.config.onestep import OneStepConfig
-from hypersd_ray.data.plan import StreamPosition
+from hypersd_ray.config.run import rows_each
+from hypersd_ray.data.plan import StreamPosition, deal_again
 from hypersd_ray.data.stream import LatentStream
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import load_encoders
@@ -106,34 +107,46 @@ class Worker:
         self.folder = storage.run_folder(config.run)
         self.yardstick: Yardstick | None = None
         self.kind = KINDS[given.kind]
-        self.position, self.pairs_position = self._resume()
+        self.position, self.pairs_position = self._resume(given)
         self.notices = Notices(self.board, self.rank, device)
+        rows = rows_each(config.optim.batch, self.world, config.optim.accumulation)
         self.stream = LatentStream(
-            config.data, config.teacher, given.urls, config.optim.batch // self.world, self.rank, self.world,
-            config.run.seed, self.position, given.reject_log,
+            config.data, config.teacher, given.urls, rows, self.rank, self.world, config.run.seed, self.position,
+            given.reject_log,
         )  # fmt: skip
         self.pairs = None if given.pairs is None else self._pair_stream(given.pairs)
-        self.clock = Stopwatch(config)
+        self.clock = Stopwatch(config, self.world)
         progress = distiller.progress
         self.loggers = (
             Loggers(config, self.clock.global_step(progress.stage, progress.step)) if self.rank == 0 else None
         )
 
-    def _resume(self) -> tuple[StreamPosition, StreamPosition]:
+    def _resume(self, given: LoopArguments) -> tuple[StreamPosition, StreamPosition]:
         """Of the images and of the pairs."""
         tell = lambda line: self.board.tell.remote(line)
         found = keeping.resume(self.folder, self.distiller, self.rank, self.world, self.device, tell)
         self.last_checkpoint, self.damaged = found.path or "none yet", found.damaged
-        images, pairs = (StreamPosition.from_dict(found.position.get(name, {})) for name in ("images", "pairs"))
-        return images, pairs
+        pairs = () if given.pairs is None else given.pairs.urls
+        return self._position(found, "images", given.urls), self._position(found, "pairs", pairs)
+
+    def _position(self, found: keeping.Found, name: str, urls: Sequence[str]) -> StreamPosition:
+        """Of one stream; where the number of workers was another, what they had left is dealt anew."""
+        positions = [StreamPosition.from_dict(one.get(name, {})) for one in found.positions]
+        if not positions or not urls:
+            return StreamPosition()
+        if not found.dealt_again:
+            return positions[0]
+        per_window = self.config.data.shards_per_window
+        return deal_again(positions, urls, self.config.run.seed, per_window, self.rank, self.world)
 
     def _pair_stream(self, source: PairSource) -> LatentStream:
         assert isinstance(self.config, OneStepConfig)
         self.pair_seed = source.seed
         config = self.config.data.model_copy(update={"format": "latents"})
+        rows = rows_each(self.config.regression.batch, self.world, self.config.optim.accumulation)
         return LatentStream(
-            config, self.config.teacher, source.urls, self.config.regression.batch // self.world, self.rank, self.world,
-            self.config.run.seed, self.pairs_position,
+            config, self.config.teacher, source.urls, rows, self.rank, self.world, self.config.run.seed,
+            self.pairs_position,
         )  # fmt: skip
 
     def run(self) -> None:
@@ -316,8 +329,9 @@ class Stopwatch:
 
     WARMUP = 5
 
-    def __init__(self, config: AnyConfig):
+    def __init__(self, config: AnyConfig, world: int):
         self.config, self.steps_done, self.waited, self.total = config, 0, 0.0, 0.0
+        self.images = world * rows_each(config.optim.batch, world, config.optim.accumulation)  # of a step
         self.recent: deque[tuple[float, float]] = deque(maxlen=50)
         self.wait = 0.0
         self.begun = time.perf_counter()
@@ -357,7 +371,7 @@ class Stopwatch:
         left = sum(self.config.stage_steps) - self.global_step(stage, step)
         wait = sum(w for _, w in self.recent)
         return {
-            "images_per_s": self.config.optim.batch / seconds if seconds else 0.0,
+            "images_per_s": self.images / seconds if seconds else 0.0,
             "data_wait": wait / (seconds * len(self.recent)) if seconds else 0.0,
             "seconds_left": seconds * left,
         }

@@ -13,7 +13,7 @@ from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from hypersd_ray.config.base import ConfigError
-from hypersd_ray.config.tscd import RunConfig
+from hypersd_ray.config.run import RunConfig
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def await_places(run: RunConfig) -> None:
     """
     each = {"CPU": run.cpus_per_worker, "GPU": run.gpus_per_worker}
     bundle = {name: amount for name, amount in each.items() if amount}
-    group = placement_group([bundle] * run.workers, strategy="PACK")
+    group = placement_group([bundle] * run.fewest, strategy="PACK")
     ready, quiet_since, begun = group.ready(), time.monotonic(), time.monotonic()
     try:
         while not ray.wait([ready], timeout=1.0)[0]:
@@ -62,16 +62,14 @@ def await_places(run: RunConfig) -> None:
 
 def _why(run: RunConfig, bundle: dict[str, float], now: Autoscaler, waited: float) -> str:
     have = ray.cluster_resources()
-    wanted = ", ".join(
-        f"{amount * run.workers:g} {name} (now {have.get(name, 0):g})" for name, amount in bundle.items()
-    )
+    wanted = ", ".join(f"{amount * run.fewest:g} {name} (now {have.get(name, 0):g})" for name, amount in bundle.items())
     why = (
         "the autoscaler may not start so many nodes"
         if now.infeasible
         else f"no node came or is on its way in {waited:.0f} s"
     )
     return (
-        f"run.workers={run.workers} with run.cpus_per_worker={run.cpus_per_worker:g} and run.gpus_per_worker="
-        f"{run.gpus_per_worker:g} need {wanted}, and {why}: raise max_workers in the cluster's file, or lower run.workers"
+        f"{run.fewest_knob}={run.fewest} with run.cpus_per_worker={run.cpus_per_worker:g} and run.gpus_per_worker="
+        f"{run.gpus_per_worker:g} need {wanted}, and {why}: raise max_workers in the cluster's file, or lower {run.fewest_knob}"
         + ("" if now.infeasible else f" (or raise run.place_timeout_s={run.place_timeout_s:g} where nodes are scarce)")
     )

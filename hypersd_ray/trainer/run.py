@@ -28,7 +28,7 @@ from hypersd_ray.actors.placement import Handles, start_evaluators, stop_evaluat
 from hypersd_ray.config.base import CombinationError, ConfigError, RunError
 from hypersd_ray.config.feedback import FeedbackConfig
 from hypersd_ray.config.onestep import OneStepConfig
-from hypersd_ray.config.tscd import RunConfig, TSCDConfig
+from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.data.precompute import rejected, resolve, validate
 from hypersd_ray.data.rejects import start_reject_log, told
 from hypersd_ray.data.sources import find_shards
@@ -104,6 +104,7 @@ def check(config: AnyConfig) -> None:
     if config.run.precision == "bf16" and config.run.gpus_per_worker == 0:
         raise ConfigError("run.precision=bf16 with run.gpus_per_worker=0: bf16 is for GPUs; set run.precision=fp32")
     check_deepspeed(config)
+    check_open_number(config)
     kind.check(config)
     find_pairs(config)
     for name in {"wandb", "mlflow"} & set(config.run.loggers):
@@ -149,6 +150,28 @@ def check_deepspeed(config: AnyConfig) -> None:
             f"zero.stage={config.zero.stage} needs DeepSpeed {OLDEST_DEEPSPEED} or newer, it is {found}: "
             "pip install 'hypersd-ray[zero]', or set zero.stage=0"
         )
+
+
+def check_open_number(config: AnyConfig) -> None:
+    """Ray Train counts a node's whole resources as places for workers when their number is open: nothing else may need some.
+
+    Raises:
+        ConfigError: what does, and the setting that mends it.
+    """
+    if config.run.min_workers is None:
+        return
+    if _encodes(config):
+        raise ConfigError(
+            f"run.min_workers={config.run.min_workers} with data that is encoded while it trains: the encoders' places would "
+            "be counted as workers'; set data.cache=disk, or encode before (jobs/precompute.py)"
+        )
+    if isinstance(config, FeedbackConfig) and config.placement.where != "local":
+        taken = {name: getattr(config.placement, name) for name in ("num_gpus", "num_cpus")}
+        if name := next((name for name, amount in taken.items() if amount), None):
+            raise ConfigError(
+                f"run.min_workers={config.run.min_workers} with placement.{name}={taken[name]:g}: the actors' places would be "
+                f"counted as workers'; set placement.where=local or placement.{name}=0"
+            )
 
 
 def check_same_run(config: AnyConfig, folder: str) -> None:
@@ -217,10 +240,10 @@ def check_resources(config: AnyConfig) -> None:
         ("GPU", config.run.gpus_per_worker, "run.gpus_per_worker"),
     ):
         beside = beside_workers(config)[name]
-        wanted = config.run.workers * (each + beside)
+        wanted = config.run.fewest * (each + beside)
         if wanted <= have.get(name, 0) + 1e-9:
             continue
-        needs = f"run.workers={config.run.workers} with {knob}={each:g} need {wanted:g} {name}"
+        needs = f"{config.run.fewest_knob}={config.run.fewest} with {knob}={each:g} need {wanted:g} {name}"
         if beside:
             needs += f", {beside:g} of a worker's for its data (data.reader_cpus, data.encoder; encoded before: jobs/precompute.py)"
         if most is not None and wanted > max(have.get(name, 0), most.get(name, 0)):
@@ -242,10 +265,16 @@ def beside_workers(config: AnyConfig) -> dict[str, float]:
     wait for it without a word."""
     data = config.data
     found = {"CPU": data.reader_cpus, "GPU": 0.0}
-    if data.cache == "none" and find_shards(data.patterns, data.format).format != "latents":
+    if _encodes(config):
         found["CPU"] += data.encoder.min_size * data.encoder.num_cpus
         found["GPU"] += data.encoder.min_size * data.encoder.num_gpus
     return found
+
+
+def _encodes(config: AnyConfig) -> bool:
+    """Pictures are encoded while it trains."""
+    data = config.data
+    return data.cache == "none" and find_shards(data.patterns, data.format).format != "latents"
 
 
 def _most_there_will_be() -> dict[str, float] | None:
@@ -308,6 +337,8 @@ def train(config: AnyConfig, callbacks: Sequence[UserCallback] = ()) -> Result:
     storage.write_text(f"{folder}/config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     sources = resolve(config.data, config.teacher, folder, encoding_lines())
     data = config.data.model_copy(update={"format": sources.format})
+    if config.run.min_workers is not None:
+        data = data.model_copy(update={"reader_cpus": 0.0})  # a worker's own place has room for them: see _trainer
     pairs = find_pairs(config)
     reject_log = None if sources.format == "latents" else start_reject_log(data, f"{folder}/rejects.jsonl")
     with shared_models(config) as evaluators, watching() as board:
@@ -318,7 +349,7 @@ def train(config: AnyConfig, callbacks: Sequence[UserCallback] = ()) -> Result:
         keeping.mend_record(folder)
         try:
             with stopping(board, config.run.stop_patience_s):
-                result = _trainer(config.run, arguments, callbacks).fit()
+                result = _trainer(config, arguments, callbacks).fit()
         except TrainingFailedError as error:
             _raise_stop_reason(board)
             print(error, file=sys.stderr)
@@ -368,13 +399,20 @@ def _raise_stop_reason(board: ray.actor.ActorHandle) -> None:
         raise reason
 
 
-def _trainer(run: RunConfig, arguments: LoopArguments, callbacks: Sequence[UserCallback]) -> TorchTrainer:
+def _trainer(config: AnyConfig, arguments: LoopArguments, callbacks: Sequence[UserCallback]) -> TorchTrainer:
+    run = config.run
     gpus = {"GPU": run.gpus_per_worker} if run.gpus_per_worker else {}
+    workers: int | tuple[int, int] = run.workers
+    cpus = run.cpus_per_worker
+    if run.min_workers is not None:
+        # Ray Train divides nodes by this alone: without the readers' share they would find no room.
+        workers, cpus = (run.min_workers, run.workers), cpus + config.data.reader_cpus
     return TorchTrainer(
         train_loop,
         train_loop_config=vars(arguments),
         scaling_config=ScalingConfig(
-            num_workers=run.workers, use_gpu=bool(gpus), resources_per_worker={"CPU": run.cpus_per_worker} | gpus
+            num_workers=workers, use_gpu=bool(gpus), resources_per_worker={"CPU": cpus} | gpus,
+            elastic_resize_monitor_interval_s=run.resize_every_s,
         ),
         run_config=ray.train.RunConfig(
             name=run.name,
@@ -383,4 +421,4 @@ def _trainer(run: RunConfig, arguments: LoopArguments, callbacks: Sequence[UserC
             failure_config=FailureConfig(max_failures=run.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=run.keep_checkpoints),
         ),
-    )
+    )  # fmt: skip

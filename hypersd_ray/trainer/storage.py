@@ -15,7 +15,7 @@ from pathlib import Path
 import fsspec
 
 from hypersd_ray.config.base import RunError
-from hypersd_ray.config.tscd import RunConfig
+from hypersd_ray.config.run import RunConfig
 
 
 class StorageError(RunError):

@@ -49,22 +49,28 @@ def save_position(folder: Path, rank: int, world_size: int, position: dict) -> N
     (folder / _position_name(rank, world_size)).write_text(json.dumps(position))
 
 
-def load_position(folder: Path, rank: int, world_size: int) -> dict | None:
-    """Where rank `rank` was; None when the checkpoint is of another world size (its share of the data is another).
+def load_positions(folder: Path, rank: int, world_size: int) -> list[dict]:
+    """Where rank `rank` was, alone; all former ranks' in their order when the checkpoint is of another world size; none
+    when it has none.
 
     Raises:
-        DamagedCheckpoint: the file is damaged, or missing though the checkpoint is of this world size.
+        DamagedCheckpoint: a file is damaged or missing.
     """
-    path = folder / _position_name(rank, world_size)
-    if not path.exists():
-        manifest = folder / MANIFEST
-        if manifest.exists() and json.loads(manifest.read_text()).get("world_size") == world_size:
-            raise DamagedCheckpoint(f"{path} is missing; the checkpoint is damaged")
-        return None
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise DamagedCheckpoint(f"{path} is not JSON: {error}; the checkpoint is damaged") from None
+        written = json.loads((folder / MANIFEST).read_text())["world_size"]
+    except (OSError, ValueError, KeyError, TypeError):  # `check_whole` says what is wrong there
+        return []
+    ranks = [rank] if written == world_size else range(written)
+    found = []
+    for one in ranks:
+        path = folder / _position_name(one, written)
+        try:
+            found.append(json.loads(path.read_text()))
+        except FileNotFoundError:
+            raise DamagedCheckpoint(f"{path} is missing; the checkpoint is damaged") from None
+        except ValueError as error:
+            raise DamagedCheckpoint(f"{path} is not JSON: {error}; the checkpoint is damaged") from None
+    return found
 
 
 def check_whole(folder: Path) -> dict[str, Any]:

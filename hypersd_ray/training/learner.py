@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hypersd_ray.config.tscd import OptimConfig
+from hypersd_ray.config.run import OptimConfig
 from hypersd_ray.models.roles import Roles
 from hypersd_ray.models.shards import MOMENTS
 from hypersd_ray.models.zero import ZeroRoles

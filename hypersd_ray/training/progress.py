@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hypersd_ray.config.tscd import OptimConfig
+from hypersd_ray.config.run import OptimConfig
 
 
 @dataclass

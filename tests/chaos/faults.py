@@ -104,6 +104,19 @@ def story(trace: Path) -> Story:
     return Story(keys, lost, recovery, restarts, longest)
 
 
+def worlds(trace: Path) -> dict[int, list[list[str]]]:
+    """step -> its workers' samples, rank by rank, of the last time it was made."""
+    made: dict[int, list[dict]] = {}
+    for line in map(json.loads, trace.read_text().splitlines()):
+        made.setdefault(line["step"], []).append(line)
+    found = {}
+    for step, lines in made.items():
+        world = next(line["world"] for line in reversed(lines) if line["rank"] == 0)
+        latest = {line["rank"]: line["keys"] for line in lines if line["world"] == world}
+        found[step] = [latest[rank] for rank in range(world)]
+    return found
+
+
 ROWS: list[tuple[str, str, str, str]] = []
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from tests.chaos.clusters import drain, environment, growing, node_of, nodes
-from tests.chaos.conftest import EVERY
-from tests.chaos.faults import checkpoints, record, story, until
+from tests.chaos.conftest import BATCH, EVERY, STEPS
+from tests.chaos.faults import checkpoints, record, story, until, worlds
 from tests.chaos.test_faults import drive
 from tests.jobs.conftest import ROOT
 from tests.trainer.helpers import folder_of, wait_for, write_config
@@ -60,6 +62,50 @@ def test_a_notice_of_preemption(cluster, make, assert_unchanged, unbroken, tmp_p
     assert told.restarts == 1 and told.lost < 8
     assert_unchanged(config, told)
     record(f"preemption notice, node gone {took:.0f} s after it", "checkpoint at the notice, same weights", told)
+
+
+def test_the_number_of_workers_follows_the_nodes(cluster, make, tmp_path):
+    """One worker; a node joins: two; it goes: one again. Each epoch's samples are trained once."""
+    config = make("elastic", run={"workers": 2, "min_workers": 1, "resize_every_s": 2})
+
+    def steps_of_two() -> int:
+        lines = [json.loads(line) for line in trace.read_text().splitlines()] if trace.exists() else []
+        return len({line["step"] for line in lines if line["world"] == 2})
+
+    with nodes(2) as growing_one:
+        process, trace = drive(config, tmp_path, environment(growing_one), step=5, seconds=6, every_step_s=0.7)
+        wait_for(lambda: Path(f"{trace}.5").exists(), process=process)
+        second = growing_one.add_node(num_cpus=2)
+        wait_for(lambda: steps_of_two() >= EVERY + 2, process=process)
+        growing_one.remove_node(second, allow_graceful=False)
+        said, _ = process.communicate(timeout=500)
+        assert process.returncode == 0, said
+    told, trained = story(trace), worlds(trace)
+    assert sorted(trained) == list(range(1, STEPS + 1))
+    sizes = [len(trained[step]) for step in sorted(trained)]
+    assert sizes[0] == sizes[-1] == 1 and 2 in sizes, sizes
+    assert all(sum(map(len, ranks)) == BATCH for ranks in trained.values())
+    counts = Counter(key for ranks in trained.values() for own in ranks for key in own)
+    assert len(counts) == 24 and max(counts.values()) - min(counts.values()) <= 1, (
+        "three epochs, the ranks side by side"
+    )
+    assert told.restarts == 2 and told.lost <= 2 * EVERY
+    numbers = ", ".join(f"{size} at steps {a} to {b}" for size, a, b in runs_of(sizes))
+    record(
+        f"a node joins and goes, run.min_workers=1 (workers: {numbers})",
+        "the number of workers followed; each sample once an epoch",
+        told,
+    )
+
+
+def runs_of(sizes: list[int]) -> list[tuple[int, int, int]]:
+    """(size, first step, last step) of each stretch of one size."""
+    found, at = [], 1
+    for size, group in itertools.groupby(sizes):
+        count = len(list(group))
+        found.append((size, at, at + count - 1))
+        at += count
+    return found
 
 
 GROW = """

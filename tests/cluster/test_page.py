@@ -13,7 +13,8 @@ import pytest
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.cli import parse, read_options
 from hypersd_ray.config.feedback import FeedbackConfig
-from hypersd_ray.config.tscd import RunConfig, TSCDConfig
+from hypersd_ray.config.run import RunConfig
+from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.models.discriminator import LatentDiscriminator
 from hypersd_ray.recipes import FEEDBACK_RECIPES, RECIPES
 from hypersd_ray.recipes.tscd import sdxl

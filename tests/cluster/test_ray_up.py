@@ -15,7 +15,7 @@ from ray.core.generated.instance_manager_pb2 import Instance, InstanceUpdateEven
 from hypersd_ray.config.data import EncoderPool
 from hypersd_ray.config.feedback import FeedbackConfig
 from hypersd_ray.config.rewards import PlacementConfig
-from hypersd_ray.config.tscd import RunConfig
+from hypersd_ray.config.run import RunConfig
 from hypersd_ray.recipes.feedback import feedback_sdxl
 from hypersd_ray.recipes.tscd import sd15, sdxl
 from tests.cluster.clouds import compute_complaints, ec2_complaints

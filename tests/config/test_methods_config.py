@@ -13,6 +13,8 @@ from hypersd_ray.config.onestep import OneStepConfig
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.embedded import paths
 from hypersd_ray.recipes import METHODS, ONESTEP_RECIPES, RECIPES
+from hypersd_ray.recipes.ablations import ABLATIONS
+from hypersd_ray.recipes.compare import COMPARE_RECIPES, TRAININGS
 from hypersd_ray.recipes.methods import BUDGET, teacher_passes
 from hypersd_ray.recipes.trajectory import TRAJECTORIES, shared
 
@@ -21,7 +23,7 @@ LORA = str(paths.LORAS / "tscd-k1.safetensors")
 
 def parts(method: str, **arguments):
     """Every configuration of a chain."""
-    chain = METHODS[method](**arguments)
+    chain = TRAININGS[method](**arguments)
     return [chain.first, *(link(LORA) for link in chain.then)]
 
 
@@ -29,7 +31,7 @@ def images(config) -> int:
     return config.optim.batch * sum(config.stage_steps)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TRAININGS)
 def test_every_method_has_the_same_budget(method):
     for budget in (BUDGET, 32 * 777):
         configs = parts(method, budget=budget, lr=3e-4, seed=7)
@@ -43,8 +45,8 @@ def test_every_method_has_the_same_budget(method):
 
 
 def test_runs_of_a_sweep_have_names_of_their_own():
-    names = {METHODS[m](lr=lr, seed=s).first.run.name for m in METHODS for lr in (1e-3, 3e-4) for s in (0, 1)}
-    assert len(names) == 4 * len(METHODS)
+    names = {TRAININGS[m](lr=lr, seed=s).first.run.name for m in TRAININGS for lr in (1e-3, 3e-4) for s in (0, 1)}
+    assert len(names) == 4 * len(TRAININGS)
 
 
 def test_a_chain_goes_on_from_what_was_made():
@@ -138,3 +140,23 @@ def test_an_impossible_combination_is_one_line(recipe, arguments, said):
 
 def test_a_method_is_a_few_lines():
     assert all(len(inspect.getsource(method).splitlines()) <= 24 for method in TRAJECTORIES.values())
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_an_ablation_changes_its_part_alone(name):
+    ours, plain = TRAININGS[name]().first, TRAININGS["tscd"]().first
+    differ = {
+        f"{section}.{field}"
+        for section in ("distill", "adversarial", "optim", "lora", "data")
+        for field, value in getattr(plain, section)
+        if getattr(getattr(ours, section), field) != value
+    }
+    allowed = {
+        "tscd-one-stage": {"distill.k_list", "distill.n_list", "distill.steps_list"},
+        "tscd-previous": {"distill.teacher"},
+        "tscd-perturbed": {"distill.perturbation"},
+    }
+    found = {one for one in differ if not one.startswith("adversarial.")} if name not in allowed else differ
+    assert found == allowed.get(name, set())
+    assert name in allowed or "adversarial.adv_end" in differ
+    assert name in COMPARE_RECIPES["ablations"]().methods

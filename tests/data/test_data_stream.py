@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from itertools import islice, takewhile
+from collections import Counter
+from itertools import islice, pairwise, takewhile
 
 import numpy as np
 import pytest
 import torch
 from data_shards import GOOD_KEYS, png, write_tar
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hypersd_ray.config.data import DataConfig, EncoderPool
-from hypersd_ray.data.plan import StreamPosition
+from hypersd_ray.data.plan import StreamPosition, deal_again
 from hypersd_ray.data.precompute import resolve
 from hypersd_ray.data.prefetch import Prefetch
 from hypersd_ray.data.rejects import TooManyRejectsError
@@ -76,6 +79,67 @@ def test_ranks_share_an_epochs_rows(latents, tiny_model, world):
                 if position == last_of_epoch:
                     break
     assert sorted(keys) == GOOD_KEYS
+
+
+def test_other_numbers_of_ranks_read_what_is_left(latents, tiny_model):
+    """2 ranks, then 3, then 1: over whole epochs each row as often as any other."""
+    config, _ = latents
+    urls = resolve(config, tiny_model, "unused").urls
+    positions, counts = [StreamPosition()] * 2, Counter()
+    for world, takes in ((2, (4, 9)), (3, (2, 0, 5))):
+        for rank, count in enumerate(takes):
+            taken = take(config, tiny_model, count, rank=rank, world_size=world, position=positions[rank], batch_size=4)
+            counts.update(key for batch, _ in taken for key in batch["key"])
+            positions[rank] = StreamPosition.from_dict(taken[-1][1].to_dict()) if taken else positions[rank]
+        following = {2: 3, 3: 1}[world]
+        positions = [
+            deal_again(positions, urls, 3, config.shards_per_window, rank, following) for rank in range(following)
+        ]
+    (last,) = positions
+    with open_stream(config, tiny_model, 1, position=last) as stream:
+        for batch, position in stream:
+            counts.update(batch["key"])
+            if position.epoch > last.epoch or (not position.left and position == StreamPosition(last.epoch, 3, 0)):
+                break
+    assert sorted(counts) == GOOD_KEYS
+    assert set(counts.values()) == {last.epoch + 1}
+
+
+rows_of_shards = st.lists(st.integers(4, 7), min_size=1, max_size=6)
+
+
+@given(rows=rows_of_shards, worlds=st.lists(st.integers(1, 4), min_size=2, max_size=4), data=st.data())
+@settings(deadline=None, max_examples=60)
+def test_no_row_is_lost_or_read_twice_whatever_the_numbers_of_ranks(rows, worlds, data):
+    """Each change of the number of ranks at any rows of any of them; then all read on to the end of the epoch."""
+    urls = [f"s{i}" for i in range(len(rows))]
+    per_window, size = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4))
+    kept = DataConfig(shards="x", format="latents", shards_per_window=per_window, shuffle_rows=size)
+
+    def blocks(self, leg):
+        for window in self._windows(leg):
+            for url in window.urls:
+                keys = np.array([f"{url}/{i}" for i in range(rows[int(url[1:])])][window.part :: window.parts])
+                if len(keys):
+                    yield {"key": keys, "caption": keys, "window": np.full(len(keys), window.index)}
+
+    def read(position, rank, world, count):
+        with LatentStream(kept, "", urls, 1, rank, world, 0, position) as stream:
+            for batch, after in islice(stream, count):
+                counts.update(batch["key"])
+                position = after
+        return position
+
+    counts, positions, whole = Counter(), [StreamPosition()] * worlds[0], sum(rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LatentStream, "_blocks", blocks)
+        for world, following in pairwise([*worlds, 1]):
+            for rank in range(world):
+                positions[rank] = read(positions[rank], rank, world, data.draw(st.integers(0, 12)))
+            positions = [deal_again(positions, urls, 0, per_window, rank, following) for rank in range(following)]
+        epoch = positions[0].epoch
+        read(positions[0], 0, 1, (epoch + 1) * whole - counts.total())
+    assert set(counts.values()) == {epoch + 1} and len(counts) == whole
 
 
 @pytest.mark.cluster

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from diffusers import UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 
 from hypersd_ray.embedded import paths
 from serve.discovery import read_catalog
@@ -59,6 +60,21 @@ def lora_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def control_folder(tmp_path_factory) -> Path:
+    """A ControlNet of the embedded UNet, random where a new one is zero and does nothing."""
+    unet = UNet2DConditionModel.from_pretrained(paths.TEACHER / "unet", local_files_only=True)
+    torch.manual_seed(0)
+    # the embedded autoencoder is f4: two halvings, as many as between three widths
+    control = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32, 96))
+    with torch.no_grad():
+        for layer in (control.controlnet_cond_embedding.conv_out, *control.controlnet_down_blocks):
+            torch.nn.init.normal_(layer.weight, std=0.05)
+    folder = tmp_path_factory.mktemp("control") / "edges"
+    control.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def settings(lora_folder) -> Settings:
     """The embedded model with these LoRAs."""
     return Settings.model_validate({"model": {"loras": [str(lora_folder)]}})
@@ -84,10 +100,14 @@ def sdxl_folder(tmp_path_factory) -> Path:
 
 @dataclass(frozen=True)
 class Server:
-    """A running application, and one at /strict: with a key, a word list, no time, and no replica until one is asked for."""
+    """A running application, and two more without a replica until one is asked for.
+
+    /strict: a key, a word list, and no time to wait for a replica. /asleep: time enough, a ControlNet, a checker.
+    """
 
     url: str
     strict: str
+    asleep: str
     log: Path
     ray_folder: Path
 
@@ -100,7 +120,7 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="package")
-def server(lora_folder, tmp_path_factory) -> Iterator[Server]:
+def server(lora_folder, control_folder, tmp_path_factory) -> Iterator[Server]:
     """The application of dev.yaml in a process and a cluster of its own."""
     folder, port = tmp_path_factory.mktemp("serve"), free_port()
     config = yaml.safe_load((ROOT / "serve/config/dev.yaml").read_text())
@@ -119,7 +139,14 @@ def server(lora_folder, tmp_path_factory) -> Iterator[Server]:
         "ingress": {"cpus": 0.1, "require_api_key": True, "api_key_env": "HYPERSD_TEST_KEY"},
         "safety": {"blocked_words": ["gore"]},
     }
-    config["applications"].append(one | {"name": "strict", "route_prefix": "/strict", "args": strict})
+    asleep = {
+        "model": {"controlnets": {"edges": str(control_folder)}},
+        "denoiser": {"cpus": 0.2, "replicas": 0, "max_replicas": 1, "upscale_delay_s": 0, "downscale_delay_s": 3},
+        "ingress": {"cpus": 0.1},
+        "safety": {"checker": "tests.serve.red:RefusesRed", "cpus": 0.1},
+    }
+    for name, args in (("strict", strict), ("asleep", asleep)):
+        config["applications"].append(one | {"name": name, "route_prefix": f"/{name}", "args": args})
     path, log = folder / "config.yaml", folder / "log.txt"
     path.write_text(yaml.safe_dump(config))
     with tempfile.TemporaryDirectory(prefix="rs", dir="/tmp", ignore_cleanup_errors=True) as ray_folder:
@@ -134,9 +161,9 @@ def server(lora_folder, tmp_path_factory) -> Iterator[Server]:
             )
         url = f"http://127.0.0.1:{port}"
         try:
-            for health in (f"{url}/health", f"{url}/strict/health"):
-                _wait_for(health, process, log)
-            yield Server(url, f"{url}/strict", log, Path(ray_folder))
+            for root in (url, f"{url}/strict", f"{url}/asleep"):
+                _wait_for(f"{root}/health", process, log)
+            yield Server(url, f"{url}/strict", f"{url}/asleep", log, Path(ray_folder))
         finally:
             process.send_signal(signal.SIGINT)
             try:

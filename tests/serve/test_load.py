@@ -72,10 +72,11 @@ def test_the_rate_does_not_depend_on_where_the_window_cuts_the_batches():
     assert abs(tally.rate(1.19, 3.21) / 20 - 1) > 0.1, "which counts whole batches too many"
 
 
-def test_back_is_after_the_last_slow_window():
+def test_back_is_where_the_rate_is_that_of_before_from_then_on():
     assert back([(0.0, 9), (0.5, 10), (1.0, 3), (1.5, 10)], 9.5) == 1.5
     assert back([(0.0, 10), (0.5, 3)], 9.5) is None
     assert back([(0.0, 10)], 9.5) == 0.0
+    assert back([(0.0, 3), (0.5, 10), (1.0, 9), (1.5, 10)], 9.5) == 0.5, "noise is no fall"
 
 
 def test_growth_is_by_kind_and_after_the_warm_up():

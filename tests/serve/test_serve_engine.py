@@ -243,16 +243,9 @@ def test_sdxl_is_that_of_diffusers(sdxl_folder, tmp_path):
     assert worst(ours[:1], ours[1:]) > 8
 
 
-def test_controlnet_is_that_of_diffusers(tmp_path, lora_folder):
-    unet = UNet2DConditionModel.from_pretrained(paths.TEACHER / "unet", local_files_only=True)
-    torch.manual_seed(0)
-    # the embedded autoencoder is f4: two halvings, as many as between three widths
-    control = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32, 96))
-    with torch.no_grad():
-        for layer in (control.controlnet_cond_embedding.conv_out, *control.controlnet_down_blocks):
-            torch.nn.init.normal_(layer.weight, std=0.05)  # they begin at zero, and do nothing there
-    control.save_pretrained(tmp_path / "control")
-    settings = ModelSettings(loras=(str(lora_folder),), controlnets={"edges": str(tmp_path / "control")})
+def test_controlnet_is_that_of_diffusers(control_folder, lora_folder):
+    settings = ModelSettings(loras=(str(lora_folder),), controlnets={"edges": str(control_folder)})
+    control = ControlNetModel.from_pretrained(control_folder, local_files_only=True)
     engine = Engine(settings, read_catalog(settings))
     pictures = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
     pipe = pipeline_of(paths.TEACHER, StableDiffusionControlNetPipeline, controlnet=control)

@@ -216,7 +216,7 @@ def test_the_strict_application(server):
 def test_too_much_is_429_and_the_rest_is_answered(server):
     body = {"prompt": PROMPT, "num_inference_steps": 8, "n": 4}
     with concurrent.futures.ThreadPoolExecutor(24) as pool:
-        answers = list(pool.map(lambda i: ask(server.url, body | {"seed": i}), range(24)))
+        answers = list(pool.map(lambda i: ask(server.url, body | {"seed": i, "stream": i % 2 == 0}), range(24)))
     statuses = [status for status, _, _ in answers]
     # 4 are held by the replica (denoiser.ongoing), 4 wait (limits.queued)
     assert set(statuses) == {200, 429}
@@ -226,6 +226,37 @@ def test_too_much_is_429_and_the_rest_is_answered(server):
             assert int(headers["retry-after"]) >= 1
             assert content["error"]["code"] == "queue_full"
     assert ask(server.url, {"prompt": PROMPT, "num_inference_steps": 1})[0] == 200
+
+
+def test_an_application_scaled_to_zero_wakes_checks_and_follows_edges(server):
+    """The first request waits for a replica; after the last one there is none again."""
+    health = f"{server.asleep}/health"
+    assert ask(health)[2] == {"status": "ok", "replicas": {}, "checkers": {"RUNNING": 1}}
+    blue = {"prompt": "a noto fish on a blue background", "seed": 1, "num_inference_steps": 8, "lora": "tscd-k8"}
+    status, _, woken = ask(server.asleep, blue)
+    assert status == 200, woken
+    red = blue | {"prompt": "a noto fish on a red background"}
+    for body, said in ((red, "an image"), (blue | {"prompt": "blood"}, "prompt")):
+        status, _, content = ask(server.asleep, body)
+        assert (status, content["error"]["code"]) == (400, "content_policy_violation")
+        assert content["error"]["message"].startswith(said)
+    assert ask(health)[2]["replicas"] == {"RUNNING": 1}
+
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file, "PNG")
+    follow = blue | {"control": "edges", "control_image": base64.b64encode(file.getvalue()).decode()}
+    free, *followed = (
+        unpack(ask(server.asleep, body)[2]["data"][0]["b64_json"]).astype(int)
+        for body in (blue, follow | {"control_scale": 0.2}, follow | {"control_scale": 0.0})
+    )
+    assert np.abs(free - unpack(woken["data"][0]["b64_json"])).max() <= 1
+    assert np.abs(free - followed[0]).max() > 16 and np.abs(free - followed[1]).max() <= 1
+    status, _, content = ask(server.asleep, follow | {"control_image": "QUJD"})
+    assert (status, content["error"]["param"]) == (400, "control_image")
+    end = time.monotonic() + 60
+    while ask(health)[2]["replicas"] and time.monotonic() < end:
+        time.sleep(1)
+    assert ask(health)[2]["replicas"] == {}
 
 
 def test_a_client_that_leaves_gives_up_its_turn(server):

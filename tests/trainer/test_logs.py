@@ -74,7 +74,7 @@ def test_a_logger_that_is_not_installed_says_how_to_install_it(name, tmp_path, m
 def test_the_stopwatch_leaves_out_pauses_and_counts_waiting(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    watch = Stopwatch(make_config(tmp_path, distill={"steps_list": (20, 20)}))
+    watch = Stopwatch(make_config(tmp_path, distill={"steps_list": (20, 20)}), 1)
     for step in range(1, 26):
         watch.wait_begins()
         now[0] += 0.25  # waiting

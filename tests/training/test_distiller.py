@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hypersd_ray.config.tscd import OptimConfig
+from hypersd_ray.config.run import OptimConfig
 from hypersd_ray.models.roles import EMA, PREVIOUS, STUDENT, TEACHER
 from hypersd_ray.training.adversarial import adversarial_losses, draw_t_star
 from hypersd_ray.training.progress import learning_rate

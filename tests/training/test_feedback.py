@@ -9,7 +9,8 @@ from hypersd_ray.config.base import CombinationError
 from hypersd_ray.config.data import DataConfig
 from hypersd_ray.config.feedback import FeedbackConfig, ReFLConfig, StructureConfig
 from hypersd_ray.config.rewards import PerceptionConfig, RewardConfig
-from hypersd_ray.config.tscd import LoRAConfig, OptimConfig, RunConfig
+from hypersd_ray.config.run import OptimConfig, RunConfig
+from hypersd_ray.config.tscd import LoRAConfig
 from hypersd_ray.models.checkpoint import load_unet, read_base
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import load_encoders

@@ -12,7 +12,7 @@ from PIL import Image
 
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.preference import PairsConfig, PreferenceConfig
-from hypersd_ray.config.tscd import OptimConfig
+from hypersd_ray.config.run import OptimConfig
 from hypersd_ray.data.preferences import PairStream, Position, held_out_pairs, is_held_out, open_batch, read_pairs
 from hypersd_ray.embedded import paths, preferences
 from hypersd_ray.embedded.pictures import load_pictures

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from hypersd_ray.training.checkpoint import load_checkpoint, load_position, save_checkpoint, save_position
+from hypersd_ray.training.checkpoint import MANIFEST, load_checkpoint, load_positions, save_checkpoint, save_position
 from tests.helpers.distil import ADVERSARIAL, make_batch, make_config, make_distiller, run_stages, same, snapshot
 
 KINDS = {
@@ -162,12 +162,18 @@ def test_a_discriminator_where_there_was_none_is_refused(tmp_path):
 
 
 def test_positions_are_of_a_rank_of_a_world(tmp_path):
+    assert load_positions(tmp_path, 0, 1) == [], "there is nothing"
     for rank in range(2):
         save_position(tmp_path, rank, 2, {"epoch": 1, "window": 2, "row": rank})
-    assert load_position(tmp_path, 1, 2) == {"epoch": 1, "window": 2, "row": 1}
-    assert load_position(tmp_path, 0, 1) is None
-    assert load_position(tmp_path, 2, 4) is None
+    (tmp_path / MANIFEST).write_text(json.dumps({"world_size": 2}))
+    of = [{"epoch": 1, "window": 2, "row": rank} for rank in range(2)]
+    assert load_positions(tmp_path, 1, 2) == [of[1]]
+    assert load_positions(tmp_path, 0, 1) == load_positions(tmp_path, 2, 4) == of
     next(tmp_path.glob("position-00000*")).write_text("{")
-    with pytest.raises(ValueError, match="damaged") as caught:
-        load_position(tmp_path, 0, 2)
-    assert "\n" not in str(caught.value)
+    for rank, world in ((0, 2), (0, 1)):
+        with pytest.raises(ValueError, match="damaged") as caught:
+            load_positions(tmp_path, rank, world)
+        assert "\n" not in str(caught.value)
+    next(tmp_path.glob("position-00000*")).unlink()
+    with pytest.raises(ValueError, match="missing"):
+        load_positions(tmp_path, 2, 3)
