@@ -182,7 +182,7 @@ def soak(load: Soak, args: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 async def _soak(load: Soak, server: Server) -> dict[str, Any]:
-    """Capacity first, then arrivals at `factor` times it; memory and queues every two seconds."""
+    """Capacity first, then arrivals at `factor` times it; memory and queues now and then."""
     async with client() as session, session.get(f"{server.url}/v1/models") as answer:
         names = [model.get("lora") for model in (await answer.json())["data"]]
     body = load.mixed([name for name in names if name and name != "none"])
@@ -209,12 +209,16 @@ async def _soak(load: Soak, server: Server) -> dict[str, Any]:
         "memory_counted": MEMORY, "growth": growth(watch.memory),
         "megabytes": {name: {k: round(v / 2**20, 1) for k, v in row.items()}
                       for name, row in (("start", watch.memory[0]), ("end", watch.memory[-1]))},
+        "megabytes_each_minute": [round(sum(row.values()) / 2**20) for row in watch.memory[:: round(60 / WATCH_S)]],
         "errors_of_the_watch": watch.errors,
     }  # fmt: skip
 
 
+WATCH_S = 2
+
+
 class _Watch:
-    """Memory and queue lengths of a server, every two seconds."""
+    """Memory and queue lengths of a server, every WATCH_S seconds."""
 
     def __init__(self, server: Server):
         self.server = server
@@ -231,7 +235,7 @@ class _Watch:
                     self.queues[name] = max(value, self.queues.get(name, 0.0))
             except (OSError, ValueError) as error:
                 self.errors = [*self.errors[-4:], f"{type(error).__name__}: {error}"]
-            await asyncio.sleep(2)
+            await asyncio.sleep(WATCH_S)
 
 
 def growth(memory: list[dict[str, int]]) -> dict[str, float]:
@@ -287,8 +291,10 @@ def _starts(seconds: float) -> list[float]:
 
 
 def back(rates: list[tuple[float, float]], wanted: float) -> float | None:
-    """Seconds to the first window from which on the mean rate is `wanted`; None where it never is again."""
-    for i, (at, rate) in enumerate(rates):
+    """Seconds to the first window, from the slowest one on, after which the mean rate is `wanted`; None where it never is."""
+    slowest = min(range(len(rates)), key=lambda i: rates[i][1])
+    for i in range(slowest, len(rates)):
+        at, rate = rates[i]
         if rate >= wanted and statistics.mean(later for _, later in rates[i:]) >= wanted:
             return at
     return None
