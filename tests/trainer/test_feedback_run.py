@@ -135,9 +135,13 @@ def test_what_cannot_work_is_one_line_before_ray(make, tmp_path, monkeypatch):
 
     monkeypatch.setattr(run, "connect", connect)
     config = make("refused")
-    gone = config.rewards[0].model_copy(update={"checkpoint": "/nowhere/head.pth"})
+    gone, apart = (
+        config.rewards[0].model_copy(update=update)
+        for update in ({"checkpoint": "/nowhere/head.pth"}, {"python": "/nowhere/python"})
+    )
     for changes, said in (
         ({"rewards": (gone,)}, r"rewards\.aesthetic_v2\.checkpoint=/nowhere/head\.pth does not exist"),
+        ({"rewards": (apart,)}, r"rewards\.aesthetic_v2\.python=/nowhere/python is no interpreter"),
         ({"structure": {"model": PerceptionConfig(checkpoint="/nowhere/solo")}}, r"structure\.model\.checkpoint=/nowhere"),
         ({"structure": config.structure.model_copy(update={"annotations": config.tscd})}, "is not a COCO instances file"),
     ):  # fmt: skip

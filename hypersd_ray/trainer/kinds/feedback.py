@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +45,11 @@ def check(config: FeedbackConfig) -> None:
             raise ConfigError(f"{field}={file} does not exist")
     for reward in config.rewards:
         apart = config.placement.where == "actors" and reward.python
+        if apart and shutil.which(reward.python) is None:
+            raise ConfigError(
+                f"rewards.{reward.name}.python={reward.python} is no interpreter: `python jobs/image_reward_env.py --out DIR` "
+                "makes one, DIR/bin/python, at the same path on every node"
+            )
         if reward.name == "image_reward_package" and not apart and importlib.util.find_spec("ImageReward") is None:
             raise ConfigError(
                 f"rewards.image_reward_package with placement.where={config.placement.where} and python={reward.python!r}: "
