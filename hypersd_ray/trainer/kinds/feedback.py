@@ -87,7 +87,8 @@ def build(config: FeedbackConfig, place: Place) -> Feedback:
         if place.evaluators is None
         else RemoteBackend(place.evaluators, place.rank)
     )
-    return Feedback(config, roles, vae, RewardClient(backend), read_annotations(config), place.rank)
+    tell = place.tell if place.rank == 0 else lambda line: None  # once
+    return Feedback(config, roles, vae, RewardClient(backend), read_annotations(config), place.rank, tell)
 
 
 def read_annotations(config: FeedbackConfig) -> Annotations | None:
