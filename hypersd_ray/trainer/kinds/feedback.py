@@ -12,6 +12,7 @@ from torch import Tensor
 from hypersd_ray.actors.client import RemoteBackend
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.feedback import FeedbackConfig
+from hypersd_ray.diffusion.segments import edges
 from hypersd_ray.models.checkpoint import read_base
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import load_vae
@@ -40,6 +41,7 @@ def check(config: FeedbackConfig) -> None:
     """
     with storage.local_copy(config.tscd, "tscd") as path:
         fitting_lora(path, read_base(config.teacher), name="tscd")
+        check_times(config, read_lora(path)[1])
     for field, file in _files(config).items():
         if not storage.exists(file):
             raise ConfigError(f"{field}={file} does not exist")
@@ -58,6 +60,24 @@ def check(config: FeedbackConfig) -> None:
             )
     if config.structure.weight and config.structure.annotations:
         CocoAnnotations(config.structure.annotations)
+
+
+def check_times(config: FeedbackConfig, tscd: LoRAMetadata | None) -> None:
+    """A LoRA that was made for some of the network's inputs alone is asked at no other.
+
+    Raises:
+        ConfigError: one line.
+    """
+    made = tscd.timesteps if tscd else ()
+    asked = {t - 1 for steps in config.refl.steps for t in edges(1000, steps)[1:]}
+    if config.structure.weight:
+        asked |= {t - 1 for t in config.structure.times()}
+    if made and not asked <= set(made):
+        raise ConfigError(
+            f"tscd={config.tscd} was made for the time step{'s' * (len(made) > 1)} {', '.join(map(str, made))} alone, this run "
+            f"asks it at {', '.join(map(str, sorted(asked, reverse=True)))}: give a LoRA of 1 to 8 steps, or change refl.steps"
+            + (", structure.start and structure.denoise_to" if config.structure.weight else "")
+        )
 
 
 def _files(config: FeedbackConfig) -> dict[str, str]:
@@ -119,12 +139,13 @@ def export(config: FeedbackConfig, state: Feedback, stage: int, folder: Path | N
     tscd = tscd_metadata(config, found, rank)
     feedback = {name: p.detach().cpu() for name, p in student_tensors(state.roles).items()}
     alpha, recipe = config.lora.effective_alpha, config.run.name
-    alone = replace(tscd, rank=config.lora.rank, alpha=alpha, recipe=recipe, extra={"above": Path(config.tscd).name})
+    above = tscd.extra | {"above": Path(config.tscd).name}
+    alone = replace(tscd, rank=config.lora.rank, alpha=alpha, recipe=recipe, extra=above)
     save_loras(feedback, folder, FEEDBACK, alone)
     merged = concatenate_loras(
         [Part(tensors, tscd.alpha, 1.0, "tscd"), Part(feedback, alpha, config.merge_weight, "feedback")]
     )
-    said = {"merged": f"{Path(config.tscd).name} + {config.merge_weight:g} x {recipe}"}
+    said = tscd.extra | {"merged": f"{Path(config.tscd).name} + {config.merge_weight:g} x {recipe}"}
     save_loras(
         merged.tensors, folder, MERGED, replace(tscd, rank=merged.rank, alpha=merged.alpha, recipe=recipe, extra=said)
     )
