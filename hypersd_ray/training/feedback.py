@@ -35,6 +35,7 @@ from hypersd_ray.training.protocol import Saved
 from hypersd_ray.training.randomness import generator_of
 from hypersd_ray.training.watch import HackingWatch
 
+WARN = logging.getLogger(__name__).warning
 Annotations = Callable[[str], Instances | None]
 """A picture's key -> its objects at the training resolution; None where it has no annotation."""
 
@@ -158,7 +159,7 @@ class Feedback:
     def __init__(
         self, config: FeedbackConfig, roles: Roles, vae: AutoencoderKL, client: RewardClient,
         annotations: Annotations | None = None, rank: int = 0,
-        tell: Callable[[str], None] = logging.getLogger(__name__).warning,
+        tell: Callable[[str], None] = WARN,
     ):  # fmt: skip
         self.tell = tell
         self.config, self.roles, self.vae, self.client, self.rank = config, roles, vae, client, rank

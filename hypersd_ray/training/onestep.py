@@ -111,6 +111,8 @@ class OneStep(Distiller):
                 totals[name] = totals.get(name, 0) + value / parts
         if self.student.pending or (self.heads is not None and self.heads.pending):
             totals["grad_norm"] = self._update()
+        else:  # the fake score alone learns
+            progress.bad_in_a_row = 0
         if not fake_is_well and progress.bad_in_a_row == 0:
             progress.skipped, progress.bad_in_a_row = progress.skipped + 1, bad_before + 1
         progress.step += 1

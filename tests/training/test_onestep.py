@@ -164,6 +164,16 @@ def test_a_nan_in_the_fake_score_alone_counts_too(tmp_path):
     assert (training.progress.skipped, training.progress.bad_in_a_row) == (2, 2)
 
 
+def test_a_nan_in_the_fake_score_counts_where_nothing_else_learns(tmp_path):
+    training = one_step(config(tmp_path, mode="dedicated", dmd={"warmup_share": 0.9}))
+    bad, counts = batch_of(), []
+    bad.cond.prompt_embeds[1:] = torch.nan
+    for batch in (bad, bad, bad, batch_of(), bad):
+        training.step(batch)
+        counts.append((training.progress.skipped, training.progress.bad_in_a_row))
+    assert counts == [(1, 1), (2, 2), (3, 3), (3, 0), (4, 1)]
+
+
 def test_a_full_unet_runs_through_the_same_step(tmp_path):
     settings = config(tmp_path, full_unet=True, optim={"lr": 1e-5})
     training = OneStep(settings, FullRoles(micro_unet(), scaled_linear(), "epsilon"), null_of())
