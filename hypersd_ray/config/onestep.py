@@ -118,7 +118,12 @@ class OneStepConfig(TSCDConfig):
     def located(self, locate: Callable[[str], str]) -> Self:
         """The same with `locate` applied to each path that workers read."""
         moved = super().located(locate)
-        return moved if self.init is None else moved.model_copy(update={"init": locate(self.init)})
+        if self.init is not None:
+            moved = moved.model_copy(update={"init": locate(self.init)})
+        if self.regression.pairs is not None:
+            pairs = self.regression.model_copy(update={"pairs": locate(self.regression.pairs)})
+            moved = moved.model_copy(update={"regression": pairs})
+        return moved
 
     @model_validator(mode="after")
     def _one_stage(self) -> OneStepConfig:

@@ -34,6 +34,12 @@ def test_the_mode_decides_the_networks_input_and_the_share(init):
     assert (own.t_input, own.share) == (701, 0.1)
 
 
+def test_every_path_that_workers_read_is_located(init):
+    moved = of(init, "--regression.pairs", "pairs").located(lambda path: f"/there/{path}")
+    assert (moved.init, moved.regression.pairs) == (f"/there/{init}", "/there/pairs")
+    assert moved.teacher.startswith("/there/") and of(init).located(str).regression.pairs is None
+
+
 @pytest.mark.parametrize("recipe", ["sd15", "sdxl"])
 def test_the_recipes_are_whole(recipe, init, tmp_path):
     arguments = [

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import ray
 
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.data import EncoderPool
 from hypersd_ray.config.run import RunConfig
+from hypersd_ray.embedded import paths
 from hypersd_ray.recipes.feedback import feedback_sd15
 from hypersd_ray.trainer import room
+from hypersd_ray.trainer import run as trainer_run
+from jobs import pairs, synthesize
 
 NONE = {"CPU": 0.0, "GPU": 0.0}
 
@@ -57,3 +62,31 @@ def test_workers_and_pools(cluster_of):
     room.check_pool(EncoderPool(min_size=1, num_cpus=1.5), "pool", reader_cpus=0.5)
     with pytest.raises(ConfigError, match=r"pool\.min_size=2 with pool\.num_cpus=1 and a reader .* need 2\.5 CPU"):
         room.check_pool(EncoderPool(min_size=2, max_size=2), "pool", reader_cpus=0.5)
+
+
+@pytest.mark.parametrize("job", [synthesize, pairs])
+def test_what_is_wrong_is_said_before_a_cluster_and_a_pool_without_room_at_once(job, cluster_of, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("a cat")
+    asked = []
+    for place in (job, trainer_run):  # where the job has it from
+        monkeypatch.setattr(place, "connect", lambda: asked.append(True), raising=False)
+    cluster_of({"CPU": 4.0})
+
+    def run(teacher, *options):
+        where = ["--out", str(tmp_path / "out")]
+        where += (
+            ["--model", teacher, "--prompts", str(tmp_path / "prompts.txt")]
+            if job is synthesize
+            else ["--teacher", teacher, "--data.shards", str(paths.DATA / "val-00001.tar"), "--data.resolution", "32"]
+        )
+        monkeypatch.setattr(sys, "argv", ["job", *where, *options])
+        job.main()
+
+    with pytest.raises(ValueError, match="nowhere"):
+        run("/nowhere")
+    assert not asked
+    field = "pool" if job is synthesize else "data.encoder"
+    said = rf"{field}\.min_size=1 with {field}\.num_gpus=1 need 1 GPU, the cluster has 0: lower {field}\.num_gpus"
+    with pytest.raises(ConfigError, match=said):
+        run(str(paths.TEACHER), f"--{field}.num-gpus", "1")
+    assert asked and not (tmp_path / "out").exists()

@@ -120,7 +120,19 @@ def samplings(config: OneStepConfig) -> list[Sampling]:
 
 KIND = Kind(
     OneStepConfig,
-    (*DISTILL_SAME_RUN, "init", "mode", "timestep", "timesteps", "inputs", "consistency_share", "dmd", "regression"),
+    (
+        *DISTILL_SAME_RUN,
+        "init",
+        "mode",
+        "timestep",
+        "timesteps",
+        "inputs",
+        "consistency_share",
+        "dmd",
+        "regression.pairs",
+        "regression.weight",
+        "regression.batch",
+    ),
     initial_lora,
     build,
     distillation_batch,
