@@ -13,9 +13,16 @@ from hypersd_ray.recipes.tscd import TINY_PROMPTS, embedded, sd15, sdxl, tiny
 Mode = Literal["unified", "dedicated"]
 
 
-def onestep_tiny(init: str, mode: Mode = "unified", budget: Literal["minutes", "full"] = "minutes") -> OneStepConfig:
+FULL_LR = 5e-7
+"""DMD2's learning rate of a whole UNet; that of its LoRA is 5e-5."""
+
+
+def onestep_tiny(
+    init: str, mode: Mode = "unified", budget: Literal["minutes", "full"] = "minutes", full_unet: bool = False
+) -> OneStepConfig:
     """The embedded model, on a CPU, from the LoRA of `jobs/tscd.py tiny`: minutes, or "full" for the committed one."""
     base, steps = tiny(), 4000 if budget == "full" else 400
+    lr, fake_lr = (1e-5, 5e-5) if full_unet else (2e-4, 1e-3)  # a step of Adam moves each weight by as much
     return OneStepConfig(
         teacher=base.teacher,
         init=init,
@@ -24,14 +31,17 @@ def onestep_tiny(init: str, mode: Mode = "unified", budget: Literal["minutes", "
         distill=DistillConfig(
             k_list=(1,), n_list=(40,), steps_list=(steps,), omega_min=2, omega_max=4, perturbation=0.0
         ),
-        dmd=DMDConfig(guidance=3.0, fake_updates=3, fake_lr=1e-3),
+        dmd=DMDConfig(guidance=3.0, fake_updates=3, fake_lr=fake_lr),
+        full_unet=full_unet,
         lora=base.lora,
-        optim=OptimConfig(lr=2e-4, schedule="cosine", warmup=20, batch=32),
+        optim=OptimConfig(lr=lr, schedule="cosine", warmup=20, batch=32),
         run=RunConfig(name=f"tiny-onestep-{mode}", checkpoint_every=100, log_every=10, prompts=TINY_PROMPTS),
     )
 
 
-def onestep_sd15(teacher: str, init: str, shards: str = "data/*.tar", mode: Mode = "unified") -> OneStepConfig:
+def onestep_sd15(
+    teacher: str, init: str, shards: str = "data/*.tar", mode: Mode = "unified", full_unet: bool = False
+) -> OneStepConfig:
     """Stable Diffusion 1.5 from a TSCD LoRA on 8 GPUs; what the paper leaves open as DMD2 has it."""
     base = sd15(teacher, shards)
     return OneStepConfig(
@@ -41,13 +51,16 @@ def onestep_sd15(teacher: str, init: str, shards: str = "data/*.tar", mode: Mode
         data=base.data,
         distill=DistillConfig(k_list=(1,), n_list=(40,), steps_list=(10_000,), omega_min=3, omega_max=8),
         dmd=DMDConfig(guidance=1.75, fake_updates=10),
+        full_unet=full_unet,
         lora=base.lora,
-        optim=OptimConfig(lr=1e-6, batch=512, accumulation=4, clip=10.0),
+        optim=OptimConfig(lr=FULL_LR if full_unet else 1e-6, batch=512, accumulation=4, clip=10.0),
         run=base.run.model_copy(update={"name": f"sd15-onestep-{mode}"}),
     )
 
 
-def onestep_sdxl(teacher: str, init: str, shards: str = "data/*.tar", mode: Mode = "unified") -> OneStepConfig:
+def onestep_sdxl(
+    teacher: str, init: str, shards: str = "data/*.tar", mode: Mode = "unified", full_unet: bool = False
+) -> OneStepConfig:
     """SDXL at 1024 px from a TSCD LoRA on 32 GPUs; what the paper leaves open as DMD2 has it."""
     base = sdxl(teacher, shards)
     return OneStepConfig(
@@ -57,8 +70,9 @@ def onestep_sdxl(teacher: str, init: str, shards: str = "data/*.tar", mode: Mode
         data=base.data,
         distill=DistillConfig(k_list=(1,), n_list=(40,), steps_list=(10_000,), omega_min=5, omega_max=8),
         dmd=DMDConfig(guidance=8.0, fake_updates=5),
+        full_unet=full_unet,
         lora=base.lora,
-        optim=OptimConfig(lr=1e-6, batch=512, accumulation=8, clip=10.0),
+        optim=OptimConfig(lr=FULL_LR if full_unet else 1e-6, batch=512, accumulation=8, clip=10.0),
         run=base.run.model_copy(update={"name": f"sdxl-onestep-{mode}"}),
     )
 

@@ -40,6 +40,13 @@ def test_every_path_that_workers_read_is_located(init):
     assert moved.teacher.startswith("/there/") and of(init).located(str).regression.pairs is None
 
 
+def test_a_full_unet_learns_slower_than_a_lora(init):
+    lora, full, faster = of(init), of(init, "--full-unet"), of(init, "--full-unet", "--optim.lr", "1e-4")
+    assert full.full_unet and not lora.full_unet
+    assert full.optim.lr < lora.optim.lr / 10 and full.dmd.fake_lr < lora.dmd.fake_lr / 10
+    assert (faster.optim.lr, faster.dmd.fake_lr) == (1e-4, full.dmd.fake_lr)
+
+
 @pytest.mark.parametrize("recipe", ["sd15", "sdxl"])
 def test_the_recipes_are_whole(recipe, init, tmp_path):
     arguments = [
