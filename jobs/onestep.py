@@ -6,6 +6,7 @@ python jobs/onestep.py tiny --mode dedicated --init runs/tiny-minutes/lora/tscd-
 python jobs/onestep.py sd15 --teacher PATH --init LORA --data.shards 's3://...'
 python jobs/onestep.py tiny --init LORA --full-unet --zero.stage 2 --run.workers 2              # DeepSpeed ZeRO
 python jobs/onestep.py sdxl --full-unet --plan --gpus 8 --gpu-memory 80                         # what a GPU would hold
+python jobs/onestep.py tiny --init LORA --feedback                                              # a reward judges it too
 python jobs/onestep.py few-tiny --method turbo
 python jobs/onestep.py few-sd15 --method dmd --teacher PATH --data.shards 's3://...'
 ray job submit --working-dir . -- python jobs/onestep.py tiny --init LORA                       # on a cluster

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -169,14 +168,9 @@ class FeedbackConfig(Strict):
             values = {name: getattr(model, name) for name in fields}
             return model.model_copy(update={name: locate(value) for name, value in values.items() if value})
 
-        def reachable(reward: RewardConfig) -> RewardConfig:
-            # An interpreter's links stay: what a virtual environment's leads to knows nothing of the environment.
-            python = os.path.abspath(reward.python) if "/" in reward.python else reward.python
-            return moved(reward, "checkpoint", "tower", "tokenizer").model_copy(update={"python": python})
-
         structure = moved(self.structure, "annotations")
         updates = {
-            "rewards": tuple(map(reachable, self.rewards)),
+            "rewards": tuple(reward.located(locate) for reward in self.rewards),
             "structure": structure.model_copy(update={"model": moved(structure.model, "checkpoint")}),
         }
         return moved(self, "teacher", "tscd").model_copy(update=updates)

@@ -12,6 +12,13 @@ from hypersd_ray.embedded import paths
 from hypersd_ray.recipes.tscd import TINY_PROMPTS, sd15, sdxl, tiny
 
 
+def embedded_reward() -> RewardConfig:
+    """The embedded world's aesthetic predictor."""
+    judges = paths.EVALUATORS
+    checkpoint, tower = str(judges / "aesthetic.safetensors"), str(judges / "clip")
+    return RewardConfig(name="aesthetic_v2", checkpoint=checkpoint, tower=tower, alpha=9.0)
+
+
 def feedback_tiny(lora: str, learn: Literal["both", "reward", "structure"] = "both") -> FeedbackConfig:
     """The embedded model, on a CPU, above the LoRA of `jobs/tscd.py tiny`: rewards, the structure loss, or both."""
     base, judges = tiny(), paths.EVALUATORS
@@ -22,7 +29,7 @@ def feedback_tiny(lora: str, learn: Literal["both", "reward", "structure"] = "bo
         data=base.data,
         steps=120,
         rewards=(
-            RewardConfig(name="aesthetic_v2", checkpoint=str(judges / "aesthetic.safetensors"), tower=clip, alpha=9.0),
+            embedded_reward(),
             RewardConfig(name="clip_score", checkpoint=clip, role="watch"),
         ),
         refl=ReFLConfig(weight=0.0 if learn == "structure" else 0.1),
@@ -47,7 +54,7 @@ SHARE = 0.16
 """Of a GPU, for each of the published rewards and SOLO: six stand on one."""
 
 
-def _published_rewards(models: str, reward: ImageRewardBackend, python: str) -> tuple[RewardConfig, ...]:
+def published_rewards(models: str, reward: ImageRewardBackend, python: str) -> tuple[RewardConfig, ...]:
     """The paper's choice (Sec. 4.1), and held-out ones, as their authors' files are named, in one folder."""
     folder = models.rstrip("/")
     return (
@@ -86,7 +93,7 @@ def feedback_sd15(
         tscd=lora,
         data=base.data,
         steps=5000,
-        rewards=_published_rewards(models, reward, image_reward_python),
+        rewards=published_rewards(models, reward, image_reward_python),
         structure=StructureConfig(model=PerceptionConfig(checkpoint=f"{models.rstrip('/')}/solo_r50_fpn_3x_coco.pth")),
         placement=PlacementConfig(num_gpus=SHARE, precision="bf16"),
         decode_batch=2,

@@ -10,6 +10,7 @@ import ray
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.data import EncoderPool
 from hypersd_ray.config.feedback import FeedbackConfig
+from hypersd_ray.config.onestep import OneStepConfig
 from hypersd_ray.config.run import RunConfig
 
 
@@ -63,19 +64,20 @@ def check_actors(config: object, beside: Mapping[str, float]) -> None:
     Raises:
         ConfigError: one line.
     """
-    if not isinstance(config, FeedbackConfig) or config.placement.where != "actors":
+    if not isinstance(config, FeedbackConfig | OneStepConfig) or config.placement.where != "actors":
         return
     run, placement = config.run, config.placement
+    section = "placement" if isinstance(config, FeedbackConfig) else "feedback.placement"
     actors = len(config.models) * placement.replicas
     for name, worker, actor, knob in (
-        ("CPU", run.cpus_per_worker, placement.num_cpus, "placement.num_cpus"),
-        ("GPU", run.gpus_per_worker, placement.num_gpus, "placement.num_gpus"),
+        ("CPU", run.cpus_per_worker, placement.num_cpus, f"{section}.num_cpus"),
+        ("GPU", run.gpus_per_worker, placement.num_gpus, f"{section}.num_gpus"),
     ):
-        if actor:
+        if actor and actors:
             require(
                 f"{run.fewest_knob}={run.fewest} and {actors} reward actors with {knob}={actor:g} each",
                 {name: run.fewest * (worker + beside[name]) + actors * actor},
-                f"run.workers, {knob} or placement.replicas (or set placement.where=local)",
+                f"run.workers, {knob} or {section}.replicas (or set {section}.where=local)",
             )
 
 

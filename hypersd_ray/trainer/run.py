@@ -167,7 +167,7 @@ def check_open_number(config: AnyConfig) -> None:
             f"run.min_workers={config.run.min_workers} with data that is encoded while it trains: the encoders' places would "
             "be counted as workers'; set data.cache=disk, or encode before (jobs/precompute.py)"
         )
-    if isinstance(config, FeedbackConfig) and config.placement.where != "local":
+    if isinstance(config, FeedbackConfig | OneStepConfig) and KINDS[kind_of(config)].models(config):
         taken = {name: getattr(config.placement, name) for name in ("num_gpus", "num_cpus")}
         if name := next((name for name, amount in taken.items() if amount), None):
             raise ConfigError(
@@ -308,7 +308,7 @@ def shared_models(config: AnyConfig) -> Iterator[Handles | None]:
     if not models:
         yield None
         return
-    assert isinstance(config, FeedbackConfig)
+    assert isinstance(config, FeedbackConfig | OneStepConfig)
     handles = start_evaluators(models, config.placement, config.run.name)
     try:
         yield handles

@@ -21,18 +21,19 @@ from hypersd_ray.config.feedback import FeedbackConfig
 from hypersd_ray.diffusion.schedule import add_noise
 from hypersd_ray.diffusion.segments import edges
 from hypersd_ray.diffusion.solver import ode_solve
-from hypersd_ray.losses.feedback import loss_aes, loss_drift, loss_feedback, loss_percep
+from hypersd_ray.losses.feedback import loss_drift, loss_feedback, loss_percep
 from hypersd_ray.models.checkpoint import load_unet, read_base
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.export import merge_lora, read_lora
 from hypersd_ray.models.perception.protocol import Instances
 from hypersd_ray.models.roles import STUDENT, TEACHER, LoRARoles, Roles
-from hypersd_ray.models.scoring import RewardClient, Scores
+from hypersd_ray.models.scoring import RewardClient
 from hypersd_ray.training.learner import learner_of
 from hypersd_ray.training.pictures import decode, diversity, saturation
 from hypersd_ray.training.progress import Progress, learning_rate
 from hypersd_ray.training.protocol import Saved
 from hypersd_ray.training.randomness import generator_of
+from hypersd_ray.training.rewarded import aes_of, mean
 from hypersd_ray.training.watch import HackingWatch
 
 WARN = logging.getLogger(__name__).warning
@@ -229,16 +230,7 @@ class Feedback:
 
     def _aes(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """L_aes of Eq. 15 and each reward's mean."""
-        trained = self.config.trained
-        scores = self.client(images, {r.name: list(prompts) for r in trained})
-        ordered: list[Scores] = [scores[r.name] for r in trained]
-        loss = loss_aes(
-            [s.values for s in ordered],
-            [r.alpha for r in trained],
-            [s.valid for s in ordered],
-            [r.weight for r in trained],
-        )
-        return loss, {f"reward/{r.name}": _mean(s) for r, s in zip(trained, ordered, strict=True)}
+        return aes_of(self.client, self.config.trained, images, prompts)
 
     def _percep(self, images: Tensor, micro: FeedbackBatch) -> Tensor:
         """L_percep of Eq. 16."""
@@ -267,7 +259,7 @@ class Feedback:
         if not held:
             return
         scores = self.client(images, {r.name: list(prompts) for r in held}, gradient=False)
-        self.watched = {f"watch/{name}": _mean(s) for name, s in scores.items()}
+        self.watched = {f"watch/{name}": mean(s) for name, s in scores.items()}
         numbers = [{k: float(v) for k, v in part.items()} for part in (trained, self.watched)]
         if self.hacking.measure(*numbers):
             lower = "the rewards' alpha" if self.config.refl.weight else "structure.weight"
@@ -313,8 +305,3 @@ class Feedback:
         self.client.dropped = dict(notes["dropped"])
         self.hacking.row, self.hacking.means = notes["watch"]["row"], dict(notes["watch"]["means"])
         self.watched = {name: torch.tensor(v) for name, v in notes["watched"].items()}
-
-
-def _mean(scores: Scores) -> Tensor:
-    valid = scores.valid
-    return (scores.values.detach() * valid).sum() / valid.sum().clamp(min=1)

@@ -20,6 +20,7 @@ from hypersd_ray.models.encoders import load_encoders
 from hypersd_ray.models.export import LoRAMetadata, merge_lora, read_lora, save_diffusers_lora
 from hypersd_ray.models.lora import Adapters
 from hypersd_ray.models.roles import Plain
+from hypersd_ray.recipes.feedback import embedded_reward
 from hypersd_ray.trainer import run
 from hypersd_ray.trainer.pairs import PairsConfig, make_pairs, pair_folder
 from hypersd_ray.training import samples
@@ -117,17 +118,20 @@ def test_a_dedicated_run_ends_in_a_lora_and_a_unet(pairs, place, data):
     assert len((place / "t800" / "metrics.jsonl").read_text().splitlines()) == 4
 
 
-def test_a_full_unet_of_one_step_comes_out_of_two_workers_under_zero(cluster, place, data):
+def test_a_full_unet_of_one_step_comes_out_of_two_workers_under_zero_and_a_reward(cluster, place, data):
     config = OneStepConfig.model_validate(
         {
             "teacher": str(place / "teacher"), "init": str(place / "lora.safetensors"), "data": data, "mode": "dedicated",
             "full_unet": True, "zero": {"stage": 2, "bucket": 20_000}, "dmd": {"fake_updates": 1, "warmup_share": 0.0},
             "distill": {"k_list": (1,), "n_list": (20,), "steps_list": (2,)}, "optim": {"lr": 1e-5, "batch": 4},
+            "feedback": {"rewards": (embedded_reward(),)},
             "run": {"name": "full", "out": str(place), "workers": 2, "log_every": 1, "prompts": ("a cat",)},
         }
     )  # fmt: skip
     result = run.train(config)
     assert result.metrics["stage"] == 1 and result.metrics["skipped"] == 0
+    rows = [json.loads(line) for line in (place / "full" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all({"dmd", "aes", "reward/aesthetic_v2"} <= row.keys() for row in rows)
     folder = place / "full" / "unet-onestep-t800"
     made = UNet2DConditionModel.from_pretrained(folder).state_dict()
     begun = load_unet(read_base(config.teacher), torch.float32, "cpu")

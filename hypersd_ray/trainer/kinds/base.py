@@ -78,9 +78,9 @@ class Kind:
 
 
 def distillation_batch(rows: dict[str, Any], device: torch.device) -> Batch:
-    """Latents and their conditioning."""
+    """Latents, their conditioning and their captions."""
     made = FeedbackBatch.from_rows(rows, device)
-    return Batch(made.x0, made.cond)
+    return Batch(made.x0, made.cond, made.captions)
 
 
 def distillation_grid(samplings: Callable[[Any], Sequence[Sampling]]) -> Callable:

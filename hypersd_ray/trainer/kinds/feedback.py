@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from hypersd_ray.actors.client import RemoteBackend
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.feedback import FeedbackConfig
+from hypersd_ray.config.rewards import PerceptionConfig, PlacementConfig, RewardConfig
 from hypersd_ray.diffusion.segments import edges
 from hypersd_ray.models.checkpoint import read_base
 from hypersd_ray.models.conditioning import Conditioning
@@ -22,7 +24,7 @@ from hypersd_ray.models.merge import Part, concatenate_loras
 from hypersd_ray.models.perception.coco import CocoAnnotations, crop_square
 from hypersd_ray.models.perception.protocol import Instances
 from hypersd_ray.models.roles import STUDENT, TEACHER
-from hypersd_ray.models.scoring import Backend, RewardClient, local_backend
+from hypersd_ray.models.scoring import RewardClient, local_backend
 from hypersd_ray.trainer import storage
 from hypersd_ray.trainer.kinds.base import COMMON_SAME_RUN, Kind, Place, lora_file, save_loras, student_tensors
 from hypersd_ray.training import samples
@@ -42,24 +44,41 @@ def check(config: FeedbackConfig) -> None:
     with storage.local_copy(config.tscd, "tscd") as path:
         fitting_lora(path, read_base(config.teacher), name="tscd")
         check_times(config, read_lora(path)[1])
-    for field, file in _files(config).items():
-        if not storage.exists(file):
-            raise ConfigError(f"{field}={file} does not exist")
-    for reward in config.rewards:
-        apart = config.placement.where == "actors" and reward.python
+    check_rewards(config.rewards, config.placement)
+    if config.structure.weight:
+        check_there(config.structure.model, "structure.model", "checkpoint")
+        check_there(config.structure, "structure", "annotations")
+        if config.structure.annotations:
+            CocoAnnotations(config.structure.annotations)
+
+
+def check_there(owner: object, prefix: str, *fields: str) -> None:
+    """The files that fields of a section name are there. Raises ConfigError: one line."""
+    for field in fields:
+        if (path := getattr(owner, field)) and not storage.exists(path):
+            raise ConfigError(f"{prefix}.{field}={path} does not exist")
+
+
+def check_rewards(rewards: Sequence[RewardConfig], placement: PlacementConfig, section: str = "") -> None:
+    """Every file of the rewards is there, and the interpreters; `section` is where the run has them, "feedback.".
+
+    Raises:
+        ConfigError: one line.
+    """
+    for reward in rewards:
+        check_there(reward, f"{section}rewards.{reward.name}", "checkpoint", "tower", "tokenizer")
+        apart = placement.where == "actors" and reward.python
         if apart and shutil.which(reward.python) is None:
             raise ConfigError(
-                f"rewards.{reward.name}.python={reward.python} is no interpreter: `python jobs/image_reward_env.py --out DIR` "
+                f"{section}rewards.{reward.name}.python={reward.python} is no interpreter: `python jobs/image_reward_env.py --out DIR` "
                 "makes one, DIR/bin/python, at the same path on every node"
             )
         if reward.name == "image_reward_package" and not apart and importlib.util.find_spec("ImageReward") is None:
             raise ConfigError(
-                f"rewards.image_reward_package with placement.where={config.placement.where} and python={reward.python!r}: "
+                f"{section}rewards.image_reward_package with placement.where={placement.where} and python={reward.python!r}: "
                 "image-reward is not installed beside this project; `python jobs/image_reward_env.py --out DIR`, then "
                 "--image-reward-python DIR/bin/python with placement.where=actors"
             )
-    if config.structure.weight and config.structure.annotations:
-        CocoAnnotations(config.structure.annotations)
 
 
 def check_times(config: FeedbackConfig, tscd: LoRAMetadata | None) -> None:
@@ -80,35 +99,23 @@ def check_times(config: FeedbackConfig, tscd: LoRAMetadata | None) -> None:
         )
 
 
-def _files(config: FeedbackConfig) -> dict[str, str]:
-    """Field -> file, of all that are read."""
-    named = {f"rewards.{r.name}": r for r in config.rewards}
-    files = {
-        f"{prefix}.{field}": getattr(reward, field)
-        for prefix, reward in named.items()
-        for field in ("checkpoint", "tower", "tokenizer")
-    }
-    if config.structure.weight:
-        structure = config.structure
-        files |= {
-            "structure.model.checkpoint": structure.model.checkpoint,
-            "structure.annotations": structure.annotations,
-        }
-    return {field: path for field, path in files.items() if path}
-
-
 def build(config: FeedbackConfig, place: Place) -> Feedback:
     """The TSCD model with a fresh feedback LoRA, and a way to the judges."""
     with storage.local_copy(config.tscd, "tscd") as tscd:
         roles = build_roles(config.model_copy(update={"tscd": str(tscd)}), place.device)
     vae = load_vae(config.teacher, str(place.device)).eval().requires_grad_(False)
-    backend: Backend = (
-        local_backend(config.models, place.device, config.placement.precision)
-        if place.evaluators is None
-        else RemoteBackend(place.evaluators, place.rank)
-    )
+    client = client_of(config.models, config.placement, place)
     tell = place.tell if place.rank == 0 else lambda line: None  # once
-    return Feedback(config, roles, vae, RewardClient(backend), read_annotations(config), place.rank, tell)
+    return Feedback(config, roles, vae, client, read_annotations(config), place.rank, tell)
+
+
+def client_of(
+    models: Sequence[RewardConfig | PerceptionConfig], placement: PlacementConfig, place: Place
+) -> RewardClient:
+    """A way to the shared actors where the run has them, else to models of this worker's own."""
+    if place.evaluators is None:
+        return RewardClient(local_backend(models, place.device, placement.precision))
+    return RewardClient(RemoteBackend(place.evaluators, place.rank))
 
 
 def read_annotations(config: FeedbackConfig) -> Annotations | None:
