@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -22,7 +24,7 @@ from hypersd_ray.models.encoders import load_encoders
 from hypersd_ray.models.export import merge_lora, read_lora
 from hypersd_ray.models.roles import STUDENT, TEACHER, Plain
 from hypersd_ray.trainer import storage
-from hypersd_ray.trainer.kinds import onestep, tscd
+from hypersd_ray.trainer.kinds import AnyConfig, onestep, tscd
 from hypersd_ray.trainer.kinds.tscd import build_roles
 from hypersd_ray.trainer.loop import square_time_ids
 from hypersd_ray.training import samples
@@ -67,15 +69,38 @@ def sample_rows(
 
 def placed_rows(config: TSCDConfig, lora: str, omega: float) -> dict[str, torch.Tensor]:
     """`sample_rows` of the LoRA at `lora` (any fsspec URL), on a GPU of the cluster where the run has any, else here."""
+    return _placed(config, _rows_of, lora, omega)
+
+
+def placed_feedback_rows(
+    config: FeedbackConfig, loras: dict[str, str], prompts: Sequence[str], steps: Sequence[int]
+) -> dict[str, torch.Tensor]:
+    """`feedback_rows` of the LoRAs at any fsspec URL, on a GPU of the cluster where the run has any, else here."""
+    return _placed(config, _feedback_rows_of, loras, prompts, steps)
+
+
+def _placed(
+    config: AnyConfig, rows: Callable[..., dict[str, torch.Tensor]], *arguments: Any
+) -> dict[str, torch.Tensor]:
+    """rows(config, *arguments, device) where a worker of the run would be."""
     if not config.run.gpus_per_worker:
-        return _rows_of(config, lora, omega, "cpu")
+        return rows(config, *arguments, "cpu")
+    config = config.located(storage.absolute)  # a task runs in another directory
     resources = {"num_gpus": config.run.gpus_per_worker, "num_cpus": config.run.cpus_per_worker}
-    return ray.get(ray.remote(_rows_of).options(**resources).remote(config, lora, omega, "cuda"))
+    return ray.get(ray.remote(rows).options(**resources).remote(config, *arguments, "cuda"))
 
 
 def _rows_of(config: TSCDConfig, lora: str, omega: float, device: str) -> dict[str, torch.Tensor]:
     with storage.local_copy(lora, "lora") as path:
         return sample_rows(config, path, config.run.prompts, omega, device)
+
+
+def _feedback_rows_of(
+    config: FeedbackConfig, loras: dict[str, str], prompts: Sequence[str], steps: Sequence[int], device: str
+) -> dict[str, torch.Tensor]:
+    with contextlib.ExitStack() as copies:
+        local = {name: copies.enter_context(storage.local_copy(url, "lora")) for name, url in loras.items()}
+        return feedback_rows(config, local, prompts, steps, device)
 
 
 @torch.no_grad()

@@ -20,18 +20,22 @@ from hypersd_ray.recipes import FEEDBACK_RECIPES
 
 
 def main() -> None:
-    """Train, draw, and say where everything is."""
+    """Train, say where everything is, and draw."""
     config = parse(FEEDBACK_RECIPES, FeedbackConfig, __doc__)
     from hypersd_ray.trainer import run  # Ray and torch come after the configuration is known to be right
 
     result = run.train(config)
-    pictures = draw(config, result.folder)
-    report(config, result, pictures)
+    report(config, result)
+    for path in draw(config, result.folder):
+        print(f"picture  {path}")
 
 
 def draw(config: FeedbackConfig, folder: str) -> list[str]:
-    """The model before and after from the same noise, and the curves, in the run's folder; returns what to print."""
-    from evaluation.pictures import draw_curves, draw_grid, feedback_rows
+    """The model before and after from the same noise, and the curves, in the run's folder; returns their paths.
+
+    The grid of a model on GPUs is drawn where a worker would be.
+    """
+    from evaluation.pictures import draw_curves, draw_grid, placed_feedback_rows
     from hypersd_ray.trainer import storage
     from hypersd_ray.trainer.kinds.feedback import MERGED
 
@@ -40,19 +44,17 @@ def draw(config: FeedbackConfig, folder: str) -> list[str]:
         made = Path(temporary)
         (made / "metrics.jsonl").write_text(storage.read_text(f"{folder}/metrics.jsonl"))
         draw_curves(made / "metrics.jsonl", made / "curves.png")
-        with (
-            storage.local_copy(config.tscd, "tscd") as before,
-            storage.local_copy(f"{folder}/lora/{MERGED}.safetensors", "run") as after,
-        ):
-            rows = feedback_rows(config, {"before": before, "after": after}, prompts, steps)
+        tscd = storage.absolute(config.tscd)
+        loras = {"before": tscd, "after": f"{folder}/lora/{MERGED}.safetensors"}
+        rows = placed_feedback_rows(config, loras, prompts, steps)
         draw_grid(rows, prompts, made / "grid.png", "same noise, the TSCD model before feedback and after")
         for name in ("grid.png", "curves.png"):
             storage.put(made / name, f"{folder}/{name}")
     return [f"{folder}/grid.png", f"{folder}/curves.png"]
 
 
-def report(config: FeedbackConfig, result, pictures: list[str]) -> None:
-    """The last lines of the job."""
+def report(config: FeedbackConfig, result) -> None:
+    """What came out, and where it is."""
     from hypersd_ray.models.export import read_lora, usage
     from hypersd_ray.trainer import storage
     from hypersd_ray.trainer.kinds.feedback import FEEDBACK, MERGED
@@ -71,14 +73,14 @@ def report(config: FeedbackConfig, result, pictures: list[str]) -> None:
     merged = f"{result.folder}/lora/{MERGED}.safetensors"
     print(f"LoRA     {merged} (TSCD and feedback in one; in Kohya's layout beside it)")
     print(f"LoRA     {result.folder}/lora/{FEEDBACK}.safetensors (feedback alone; jobs/export.py merges it otherwise)")
-    for path in pictures:
-        print(f"picture  {path}")
+    if result.rejected:
+        print(f"data     {result.rejected}")
     print(f"config   {result.folder}/config.yaml")
     print(f"logs     tensorboard --logdir {result.folder}/tensorboard")
     with storage.local_copy(merged, "run") as file:
         metadata = read_lora(file)[1]
     assert metadata is not None  # the run wrote it
-    print("\nUse it:\n" + usage(merged, metadata, base=config.teacher))
+    print("\nUse it:\n" + usage(merged, metadata, base=config.teacher) + "\n", flush=True)
 
 
 if __name__ == "__main__":

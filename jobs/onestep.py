@@ -6,6 +6,7 @@ python jobs/onestep.py tiny --mode dedicated --init runs/tiny-minutes/lora/tscd-
 python jobs/onestep.py sd15 --teacher PATH --init LORA --data.shards 's3://...'
 python jobs/onestep.py tiny --init LORA --full-unet --zero.stage 2 --run.workers 2              # DeepSpeed ZeRO
 python jobs/onestep.py sdxl --full-unet --plan --gpus 8 --gpu-memory 80                         # what a GPU would hold
+python jobs/onestep.py tiny --init LORA --feedback                                              # a reward judges it too
 python jobs/onestep.py few-tiny --method turbo
 python jobs/onestep.py few-sd15 --method dmd --teacher PATH --data.shards 's3://...'
 ray job submit --working-dir . -- python jobs/onestep.py tiny --init LORA                       # on a cluster
@@ -27,7 +28,7 @@ from hypersd_ray.recipes import ONESTEP_RECIPES
 
 
 def main() -> None:
-    """Train, draw, and say where everything is; with --plan only say what a GPU would hold."""
+    """Train, say where everything is, and draw; with --plan only say what a GPU would hold."""
     if "--plan" in sys.argv[1:]:
         print_plan(sys.argv[1:])
         return
@@ -35,8 +36,9 @@ def main() -> None:
     from hypersd_ray.trainer import run  # Ray and torch come after the configuration is known to be right
 
     result = run.train(config)
-    pictures = draw(config, result.folder)
-    report(config, result, pictures)
+    report(config, result)
+    for path in draw(config, result.folder):
+        print(f"picture  {path}")
 
 
 def print_plan(arguments: list[str]) -> None:
@@ -82,8 +84,11 @@ def stand_ins(arguments: list[str], folder: Path) -> list[str]:
 
 
 def draw(config: OneStepConfig, folder: str) -> list[str]:
-    """Loss curves, and of a LoRA a sample grid, written into the run's folder; returns what to print."""
-    from evaluation.pictures import draw_curves, draw_grid, sample_rows
+    """Loss curves, and of a LoRA a sample grid, written into the run's folder; returns their paths.
+
+    The grid of a model on GPUs is drawn where a worker would be.
+    """
+    from evaluation.pictures import draw_curves, draw_grid, placed_rows
     from hypersd_ray.trainer import storage
     from hypersd_ray.trainer.kinds.onestep import onestep_name
 
@@ -93,11 +98,10 @@ def draw(config: OneStepConfig, folder: str) -> list[str]:
         (made / "metrics.jsonl").write_text(storage.read_text(f"{folder}/metrics.jsonl"))
         draw_curves(made / "metrics.jsonl", made / "curves.png")
         if not config.full_unet:
-            lora = made / "lora.safetensors"
-            storage.get(f"{folder}/lora/{onestep_name(config)}.safetensors", lora)
+            lora = f"{folder}/lora/{onestep_name(config)}.safetensors"
             omega = (config.distill.omega_min + config.distill.omega_max) / 2
             draw_grid(
-                sample_rows(config, lora, prompts, omega),
+                placed_rows(config, lora, omega),
                 prompts,
                 made / "grid.png",
                 f"same noise, teacher at guidance {omega:g}, student from input {config.t_input - 1}"
@@ -109,8 +113,8 @@ def draw(config: OneStepConfig, folder: str) -> list[str]:
     return [f"{folder}/{name}" for name in made_pictures]
 
 
-def report(config: OneStepConfig, result, pictures: list[str]) -> None:
-    """The last lines of the job."""
+def report(config: OneStepConfig, result) -> None:
+    """What came out, and where it is."""
     from hypersd_ray.models.cards import unet_usage
     from hypersd_ray.models.export import usage
     from hypersd_ray.trainer.kinds.onestep import onestep_card, onestep_metadata, onestep_name
@@ -128,14 +132,15 @@ def report(config: OneStepConfig, result, pictures: list[str]) -> None:
         print(f"LoRA     {lora} (in Kohya's layout beside it)")
     if config.full_unet or config.mode == "dedicated":
         print(f"UNet     {unet} (model card in its README.md)")
-    for path in pictures:
-        print(f"picture  {path}")
+    if result.rejected:
+        print(f"data     {result.rejected}")
     print(f"config   {result.folder}/config.yaml")
     print(f"logs     tensorboard --logdir {result.folder}/tensorboard")
     if not config.full_unet:
         print("\nUse it:\n" + usage(lora, onestep_metadata(config), base=config.teacher))
     if config.full_unet or config.mode == "dedicated":
         print("\nUse the UNet:\n" + unet_usage(unet, onestep_card(config)))
+    print(flush=True)
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ from hypersd_ray.config.synthesize import SynthesizeConfig
 def main() -> None:
     """Make the images and say where they are."""
     config: SynthesizeConfig = read_options(SynthesizeConfig, sys.argv[1:], __doc__ or "")
-    from hypersd_ray.data.synthesize import read_prompts, synthesize
-    from hypersd_ray.models.checkpoint import read_base
+    from hypersd_ray.data.synthesize import check, synthesize
+    from hypersd_ray.trainer.room import check_pool
     from hypersd_ray.trainer.run import connect
 
-    read_base(config.model)
-    read_prompts(config.prompts)  # what is wrong with them is said before a cluster starts
+    check(config)
     connect()
+    check_pool(config.pool, "pool")
     started = time.perf_counter()
 
     def progress(done: int, shards: int, images: int) -> None:

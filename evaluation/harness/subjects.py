@@ -18,8 +18,9 @@ import yaml
 
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.evaluate import EvaluateConfig
+from hypersd_ray.models.cards import UNetSampling, read_sampling
 from hypersd_ray.models.checkpoint import read_base
-from hypersd_ray.models.export import GUIDANCE, KEPT, TCD_GRID, TIMESTEP, LoRAMetadata, read_lora
+from hypersd_ray.models.export import GUIDANCE, KEPT, TCD_GRID, LoRAMetadata, read_lora
 from hypersd_ray.models.rewards.weights import sha256_of
 from hypersd_ray.trainer.kinds import KINDS, AnyConfig, kind_of
 from hypersd_ray.training.samples import Sampling
@@ -154,7 +155,8 @@ def find_subject(spec: str, config: EvaluateConfig) -> Subject:
         how = replace(how, scheduler="edges" if config.scheduler == "auto" else how.scheduler)
         return Subject(name or path.name, "base", str(path.resolve()), dict.fromkeys(config.steps, ("", how)))
     if (path / UNET_FILE).is_file() and (path / "config.json").is_file():
-        parts = {n: (str(path.resolve()), _how(config, None, n)) for n in config.steps}
+        said = read_sampling(path)
+        parts = {n: (str(path.resolve()), _how(config, said, n)) for n in config.steps}
         return Subject(name or path.name, "unet", str(Path(config.base).resolve()), parts)
     raise ConfigError(
         f"{path} is no model: name a LoRA (.safetensors), a run's folder (config.yaml), a UNet's folder ({UNET_FILE}), a "
@@ -177,13 +179,13 @@ def _named(spec: str) -> tuple[str, Path]:
     return (match[1], Path(match[2]).expanduser()) if match else ("", Path(spec).expanduser())
 
 
-def _how(config: EvaluateConfig, metadata: LoRAMetadata | None, steps: int) -> How:
-    """What the command line says, else the LoRA's own metadata, else TCD."""
+def _how(config: EvaluateConfig, metadata: LoRAMetadata | UNetSampling | None, steps: int) -> How:
+    """What the command line says, else what the LoRA or the UNet's folder says of itself, else TCD."""
     scheduler, timesteps, guidance = config.scheduler, None, config.guidance
     if scheduler == "auto":
         scheduler = SCHEDULERS.get(metadata.scheduler, "tcd") if metadata else "tcd"  # type: ignore[assignment]
-        if metadata and TIMESTEP in metadata.extra:
-            timesteps = _some([int(t) for t in metadata.extra[TIMESTEP].split(",")], steps)
+        if metadata and metadata.timesteps:
+            timesteps = _some(metadata.timesteps, steps)
     if metadata and metadata.extra.get(GUIDANCE) == KEPT and guidance == 1:
         guidance = config.teacher_guidance  # it was made to be guided
     eta = config.eta if config.eta is not None else metadata.eta if metadata and scheduler == "tcd" else 0.0
@@ -195,7 +197,7 @@ def _how(config: EvaluateConfig, metadata: LoRAMetadata | None, steps: int) -> H
     return How(scheduler, eta if scheduler in ("tcd", "edges") else 0.0, guidance, timesteps=timesteps)
 
 
-def _some(timesteps: list[int], steps: int) -> tuple[int, ...] | None:
+def _some(timesteps: Sequence[int], steps: int) -> tuple[int, ...] | None:
     """`steps` of them, evenly chosen, the first included; None where there are too few."""
     if steps > len(timesteps):
         return None

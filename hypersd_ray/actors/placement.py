@@ -31,7 +31,7 @@ def start_evaluators(
             `placement.place_timeout_s`.
         ValueError: a checkpoint cannot be loaded.
     """
-    check_placeable(placement, len(models) * placement.replicas)
+    check_placeable(placement)
     handles: Handles = {}
     for model in models:
         handles[model.name] = [_start(model, placement, f"{run}/{model.name}/{i}") for i in range(placement.replicas)]
@@ -60,8 +60,8 @@ def _start(model: RewardConfig | PerceptionConfig, placement: PlacementConfig, n
     ).remote(model, placement)
 
 
-def check_placeable(placement: PlacementConfig, actors: int) -> None:
-    """Raises ConfigError when no node, however empty, could hold one actor.
+def check_placeable(placement: PlacementConfig) -> None:
+    """Raises ConfigError when no node, however empty, could hold one actor. How many there are is trainer/room.py's.
 
     Where nodes may still come (RAY_AUTOSCALING), that is not known before `placement.place_timeout_s`.
     """
@@ -84,10 +84,17 @@ def check_placeable(placement: PlacementConfig, actors: int) -> None:
             )
 
 
+def _labels(placement: PlacementConfig) -> str:
+    return f" on a node of placement.label_selector={placement.label_selector}" if placement.label_selector else ""
+
+
+def _is_operator(value: str) -> bool:
+    """ "!x" and "in(a, b)": these are left to Ray's scheduler."""
+    return value.startswith("!") or "(" in value
+
+
 def _has_labels(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
-    # Operators such as "!x" and "in(a, b)" are left to Ray's scheduler.
-    plain = {k: v for k, v in selector.items() if not v.startswith("!") and "(" not in v}
-    return all(labels.get(k) == v for k, v in plain.items())
+    return all(labels.get(k) == v for k, v in selector.items() if not _is_operator(v))
 
 
 def _await_places(handles: Handles, placement: PlacementConfig) -> None:
@@ -109,16 +116,23 @@ def _await_places(handles: Handles, placement: PlacementConfig) -> None:
         have = ", ".join(f"{free.get(k, 0):g} of {every.get(k, 0):g} {k}" for k in ("CPU", "GPU"))
         raise ConfigError(
             f"{len(late)} of {len(pings)} reward actors found no place in {time.monotonic() - begun:.0f} s "
-            f"({pings[late[0]]} wants {placement.num_cpus:g} CPU and {placement.num_gpus:g} GPU; free are {have}): lower "
-            "placement.num_gpus, placement.num_cpus or run.workers, set placement.where=local, or raise "
+            f"({pings[late[0]]} wants {placement.num_cpus:g} CPU and {placement.num_gpus:g} GPU{_labels(placement)}; free are "
+            f"{have}): lower placement.num_gpus, placement.num_cpus or run.workers, set placement.where=local, or raise "
             "placement.place_timeout_s where nodes still come"
         )
 
 
 def _has_room(placement: PlacementConfig) -> bool:
-    """Whether some node could take one more actor now."""
-    nodes = available_resources_per_node().values()
-    return any(free.get("CPU", 0) >= placement.num_cpus and free.get("GPU", 0) >= placement.num_gpus for free in nodes)
+    """Whether some node could take one more actor now. Where only Ray's scheduler knows which nodes may (operators), none
+    is said to: `placement.place_timeout_s` is the limit then."""
+    selector = placement.label_selector
+    if any(map(_is_operator, selector.values())):
+        return False
+    labelled = {n["NodeID"] for n in ray.nodes() if n["Alive"] and _has_labels(n.get("Labels", {}), selector)}
+    return any(
+        node in labelled and free.get("CPU", 0) >= placement.num_cpus and free.get("GPU", 0) >= placement.num_gpus
+        for node, free in available_resources_per_node().items()
+    )
 
 
 def _await_models(handles: Handles, placement: PlacementConfig) -> None:

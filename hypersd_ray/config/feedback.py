@@ -170,7 +170,7 @@ class FeedbackConfig(Strict):
 
         structure = moved(self.structure, "annotations")
         updates = {
-            "rewards": tuple(moved(r, "checkpoint", "tower", "tokenizer") for r in self.rewards),
+            "rewards": tuple(reward.located(locate) for reward in self.rewards),
             "structure": structure.model_copy(update={"model": moved(structure.model, "checkpoint")}),
         }
         return moved(self, "teacher", "tscd").model_copy(update=updates)

@@ -10,6 +10,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from hypersd_ray.config.base import CombinationError, Strict
+from hypersd_ray.config.rewards import PlacementConfig, RewardConfig
 from hypersd_ray.config.run import RunConfig, check_shares, rows_each
 from hypersd_ray.config.tscd import AdversarialConfig, DistillConfig, TSCDConfig
 
@@ -61,6 +62,30 @@ class RegressionConfig(Strict):
     """Pairs of one step over all workers."""
 
 
+class RewardsConfig(Strict):
+    """Feedback (Eq. 15) on the pictures of the single step, beside its other losses."""
+
+    rewards: tuple[RewardConfig, ...] = ()
+    """r_d of Eq. 15; none is off."""
+    weight: float = Field(default=0.1, gt=0)
+    """Weight of L_aes."""
+    decode_batch: int = Field(default=4, ge=1)
+    """Latents decoded at once; each is decoded again in the backward pass, to save memory."""
+    placement: PlacementConfig = PlacementConfig()
+    """Where the models run."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> RewardsConfig:
+        names = [r.name for r in self.rewards]
+        if len(set(names)) != len(names):
+            raise CombinationError(f"feedback.rewards name {max(names, key=names.count)} twice: each model once")
+        if watched := next((r.name for r in self.rewards if r.role == "watch"), None):
+            raise CombinationError(
+                f'feedback.rewards: {watched} has role "watch", which jobs/feedback.py alone knows: leave it out'
+            )
+        return self
+
+
 class OneStepConfig(TSCDConfig):
     """Score distillation. One-step enhancement of a distilled LoRA: the k = 1 stage goes on in a share of each batch,
     distribution matching trains the single step in the rest. Or a few-step model from the base (mode "few")."""
@@ -85,12 +110,24 @@ class OneStepConfig(TSCDConfig):
     """Distribution matching."""
     regression: RegressionConfig = RegressionConfig()
     """The mean squared error for stability, beside or in place of consistency."""
+    feedback: RewardsConfig = RewardsConfig()
+    """What people like, beside them."""
     distill: DistillConfig = DistillConfig(k_list=(1,), n_list=(40,), steps_list=(5000,))
     """The consistency that goes on, at k = 1, and the length of the run."""
     adversarial: AdversarialConfig = AdversarialConfig(adv_end=0.0, mse_end=1.0)
     """adv_end is the weight of an adversarial loss on the single step, against the data; mse_end that of consistency."""
     run: RunConfig = RunConfig(name="onestep")
     """Where it runs."""
+
+    @property
+    def models(self) -> tuple[RewardConfig, ...]:
+        """All reward models that must be loaded."""
+        return self.feedback.rewards
+
+    @property
+    def placement(self) -> PlacementConfig:
+        """Where they run."""
+        return self.feedback.placement
 
     @property
     def t_input(self) -> int:
@@ -118,7 +155,13 @@ class OneStepConfig(TSCDConfig):
     def located(self, locate: Callable[[str], str]) -> Self:
         """The same with `locate` applied to each path that workers read."""
         moved = super().located(locate)
-        return moved if self.init is None else moved.model_copy(update={"init": locate(self.init)})
+        if self.init is not None:
+            moved = moved.model_copy(update={"init": locate(self.init)})
+        if self.regression.pairs is not None:
+            pairs = self.regression.model_copy(update={"pairs": locate(self.regression.pairs)})
+            moved = moved.model_copy(update={"regression": pairs})
+        rewards = tuple(reward.located(locate) for reward in self.feedback.rewards)
+        return moved.model_copy(update={"feedback": self.feedback.model_copy(update={"rewards": rewards})})
 
     @model_validator(mode="after")
     def _one_stage(self) -> OneStepConfig:
@@ -160,9 +203,11 @@ class OneStepConfig(TSCDConfig):
                 "adversarial.conditional: here generated ends are judged against the data, which came from nowhere; "
                 "leave it out"
             )
-        if self.dmd.weight == 0 and self.regression.pairs is None and self.adversarial.adv_end == 0:
+        others = self.regression.pairs is not None or self.adversarial.adv_end > 0 or self.feedback.rewards
+        if self.dmd.weight == 0 and not others:
             raise CombinationError(
-                "dmd.weight=0 without regression.pairs or adversarial.adv_end: nothing trains the single step; set one"
+                "dmd.weight=0 without regression.pairs, adversarial.adv_end or feedback.rewards: nothing trains the single "
+                "step; set one"
             )
         if self.regression.pairs is not None:
             check_shares(self.regression.batch, self.run, self.optim, "regression.batch")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import os
+from collections.abc import Callable
+from typing import Literal, Self
 
 from pydantic import Field
 
@@ -34,6 +36,13 @@ class RewardConfig(Strict):
     """alpha_d of Eq. 15: a sample that scores above it is left alone."""
     weight: float = Field(default=1.0, ge=0)
     """Factor of its hinge in the sum."""
+
+    def located(self, locate: Callable[[str], str]) -> Self:
+        """The same with `locate` applied to each path that workers or actors read."""
+        paths = {name: locate(path) for name in ("checkpoint", "tower", "tokenizer") if (path := getattr(self, name))}
+        # An interpreter's links stay: what a virtual environment's leads to knows nothing of the environment.
+        python = os.path.abspath(self.python) if "/" in self.python else self.python
+        return self.model_copy(update=paths | {"python": python})
 
 
 class PerceptionConfig(Strict):

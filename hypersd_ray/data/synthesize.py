@@ -69,19 +69,37 @@ def image_seed(seed: int, prompt: str, number: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def synthesize(config: SynthesizeConfig, progress: Callable[[int, int, int], None] | None = None) -> Made:
-    """Make what is missing in `config.out`. `progress(shards done, shards in all, images made)`.
+def check(config: SynthesizeConfig) -> list[str]:
+    """What can be known before Ray starts: the prompts.
 
     Raises:
-        ConfigError, ValueError: prompts or a model that are not there, or an `out` of other settings.
+        ConfigError, ValueError: prompts or a model that are not there, or an `out` whose images were made otherwise.
     """
     read_base(config.model)
-    prompts, out = read_prompts(config.prompts), config.out.rstrip("/")
+    prompts = read_prompts(config.prompts)
+    filesystem, root = fsspec.core.url_to_fs(config.out.rstrip("/"))
+    if not filesystem.exists(f"{root}/{MARKER}"):
+        return prompts
+    with filesystem.open(f"{root}/{MARKER}", "r", encoding="utf-8") as file:
+        theirs = json.load(file)
+    for name, value in _marker(config, prompts).items():
+        if theirs.get(name) != value:
+            raise ConfigError(
+                f"out={config.out} holds images made with {name}={theirs.get(name)!s:.60}, not {value!s:.60}: name another folder"
+            )
+    return prompts
+
+
+def synthesize(config: SynthesizeConfig, progress: Callable[[int, int, int], None] | None = None) -> Made:
+    """Make what is missing in `config.out`. `progress(shards done, shards in all, images made)`. Raises: as `check`."""
+    prompts, out = check(config), config.out.rstrip("/")
     images = [(prompt, number) for prompt in prompts for number in range(config.images_per_prompt)]
     shards = [images[i : i + config.per_shard] for i in range(0, len(images), config.per_shard)]
     filesystem, root = fsspec.core.url_to_fs(out)
     filesystem.makedirs(root, exist_ok=True)
-    _check_marker(config, filesystem, root, prompts)
+    if not filesystem.exists(f"{root}/{MARKER}"):
+        with filesystem.open(f"{root}/{MARKER}", "w", encoding="utf-8") as file:
+            json.dump(_marker(config, prompts), file, indent=1)
     todo = [i for i in range(len(shards)) if not filesystem.exists(f"{root}/{_name(i)}")]
     done, made = len(shards) - len(todo), 0
     if todo:
@@ -111,24 +129,12 @@ def _name(shard: int) -> str:
     return f"{shard:05d}.tar"
 
 
-def _check_marker(config: SynthesizeConfig, filesystem: Any, root: str, prompts: Sequence[str]) -> None:
-    """Write how the images are made; refuse a folder whose images were made otherwise."""
-    ours = config.model_dump(exclude={"out", "pool", "model", "prompts"}) | {
+def _marker(config: SynthesizeConfig, prompts: Sequence[str]) -> dict[str, Any]:
+    """How the images are made."""
+    return config.model_dump(exclude={"out", "pool", "model", "prompts"}) | {
         "model": read_base(config.model).path.name,
         "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
     }
-    path = f"{root}/{MARKER}"
-    if not filesystem.exists(path):
-        with filesystem.open(path, "w", encoding="utf-8") as file:
-            json.dump(ours, file, indent=1)
-        return
-    with filesystem.open(path, "r", encoding="utf-8") as file:
-        theirs = json.load(file)
-    for name, value in ours.items():
-        if theirs.get(name) != value:
-            raise ConfigError(
-                f"out={config.out} holds images made with {name}={theirs.get(name)!s:.60}, not {value!s:.60}: name another folder"
-            )
 
 
 class ShardMaker:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffusers import UNet2DConditionModel
@@ -27,19 +28,50 @@ class UNetCard:
     timesteps: tuple[int, ...]
     recipe: str
 
+    @property
+    def scheduler(self) -> str:
+        """diffusers' class to sample with."""
+        return "LCMScheduler" if self.timesteps else "TCDScheduler"
+
+
+SAMPLING = "sampling.json"
+"""Beside a UNet's config.json: how it is meant to be sampled."""
+
+
+@dataclass(frozen=True)
+class UNetSampling:
+    """What a UNet's folder says of that, as `LoRAMetadata` says it of a LoRA. `timesteps` as in `UNetCard`."""
+
+    scheduler: str
+    timesteps: tuple[int, ...]
+    eta: float = 0.0
+    extra: dict[str, str] = field(default_factory=dict)
+
+
+def read_sampling(folder: Path) -> UNetSampling | None:
+    """None where the folder says nothing: another project's.
+
+    Raises:
+        ValueError: it cannot be read; one line.
+    """
+    path = folder / SAMPLING
+    if not path.is_file():
+        return None
+    try:
+        said = json.loads(path.read_text())
+        return UNetSampling(str(said["scheduler"]), tuple(int(t) for t in said["timesteps"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+
 
 def unet_usage(folder: str | Path, card: UNetCard) -> str:
     """Python that puts the UNet in `folder` into its base's pipeline and samples as it was meant."""
     pipeline = PIPELINES[card.info.family]
+    scheduler = card.scheduler
     if not card.timesteps:
-        scheduler, grid, call = (
-            "TCDScheduler",
-            f", original_inference_steps={TCD_GRID}",
-            "num_inference_steps=4, eta=0.0",
-        )
+        grid, call = f", original_inference_steps={TCD_GRID}", "num_inference_steps=4, eta=0.0"
     else:
-        call = f"num_inference_steps={len(card.timesteps)}, timesteps={list(card.timesteps)}"
-        scheduler, grid = "LCMScheduler", ""
+        grid, call = "", f"num_inference_steps={len(card.timesteps)}, timesteps={list(card.timesteps)}"
     return "\n".join(
         (
             f"from diffusers import {scheduler}, {pipeline}, UNet2DConditionModel",
@@ -52,8 +84,10 @@ def unet_usage(folder: str | Path, card: UNetCard) -> str:
 
 
 def save_unet_with_card(unet: UNet2DConditionModel, folder: Path, where: str, card: UNetCard) -> Path:
-    """`save_unet` and a README.md beside it; `where` is the folder's final place, which the lines name."""
+    """`save_unet`, and a README.md and how it is sampled (`read_sampling`) beside it; `where` is the folder's final place,
+    which the lines name."""
     save_unet(unet, folder)
+    (folder / SAMPLING).write_text(json.dumps({"scheduler": card.scheduler, "timesteps": card.timesteps}) + "\n")
     name = card.info.name
     several = len(card.timesteps) > 1
     how = (

@@ -114,7 +114,8 @@ class Roles:
         """Beside what `gather` gives, each worker's share as it is, into `folder`; nothing where nothing is shared."""
 
     def load_own(self, folder: Path) -> bool:
-        """Bring back what `save_own` wrote there, moments too; False when it is not there, or of other shares."""
+        """Bring back what `save_own` wrote there, moments too; False when it is not there, not whole on some worker, or of
+        other shares: on all workers alike."""
         return False
 
     @property

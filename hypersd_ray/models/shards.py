@@ -216,7 +216,8 @@ class Trained:
                 return torch.load(path, map_location=map_location, weights_only=True)
 
         self.engine.checkpoint_engine.load = load
-        self.engine.load_checkpoint(str(folder), tag="zero")
+        path, _ = self.engine.load_checkpoint(str(folder), tag="zero")
+        assert path is not None, f"DeepSpeed found no checkpoint in {folder}, though it is whole"
 
 
 def safe_kinds() -> list[Any]:

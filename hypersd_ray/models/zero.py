@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -17,6 +19,7 @@ from hypersd_ray.config.run import OptimConfig
 from hypersd_ray.config.zero import ZeroConfig
 from hypersd_ray.diffusion.parameterization import Parameterization
 from hypersd_ray.diffusion.schedule import Schedule
+from hypersd_ray.models.rewards.weights import sha256_of
 from hypersd_ray.models.roles import EMA, STUDENT, TEACHER, Roles, check_fit
 from hypersd_ray.models.shards import Followed, Trained, collect, partitioned, placed, scatter
 
@@ -122,13 +125,15 @@ class ZeroRoles(Roles):
             trained.save_own(own / role)
         shares = {f"{role}/{i}": flat.cpu() for role in self.followed for i, flat in enumerate(self.flats[role])}
         save_file(shares, own / f"followed-{dist.get_rank():05d}.safetensors")
+        write_manifest(own, dist.get_rank())
 
     def load_own(self, folder: Path) -> bool:
         own = self._own(folder)
         # Each worker looks on its own node, and all must do the same.
-        there = torch.tensor(float((own / f"followed-{dist.get_rank():05d}.safetensors").is_file()), device=self.device)
-        dist.all_reduce(there, dist.ReduceOp.MIN)
-        if not bool(there):
+        whole = is_whole(own, dist.get_rank(), dist.get_world_size())
+        agreed = torch.tensor(float(whole), device=self.device)
+        dist.all_reduce(agreed, dist.ReduceOp.MIN)
+        if not bool(agreed):
             return False
         for role, trained in self.trained.items():
             trained.load_own(own / role)
@@ -144,3 +149,38 @@ class ZeroRoles(Roles):
         networks = [self.unet, *(trained.network for trained in self.trained.values())]
         for network in networks:
             network.enable_gradient_checkpointing()
+
+
+def _manifest(rank: int) -> str:
+    return f"manifest-{rank:05d}.json"
+
+
+def _writer(name: str) -> int | None:
+    """The rank whose share a file is; None of what rank 0 writes for all."""
+    found = re.search(r"(?:pp_rank_|followed-)(\d+)", name)
+    return int(found[1]) if found else None
+
+
+def write_manifest(own: Path, rank: int) -> None:
+    """What rank `rank` wrote into `own`, byte by byte: sizes and SHA-256. The others may still be writing theirs."""
+    mine = [p for p in sorted(own.rglob("*")) if p.is_file() and (_writer(p.name) or 0) == rank]
+    files = {
+        p.relative_to(own).as_posix(): {"size": p.stat().st_size, "sha256": sha256_of(p)}
+        for p in mine
+        if p.name != _manifest(rank)
+    }
+    (own / _manifest(rank)).write_text(json.dumps(files))
+
+
+def is_whole(own: Path, rank: int, world: int) -> bool:
+    """What all `world` ranks wrote into `own` is there in its full size, and what rank `rank` reads is as it was written."""
+    try:
+        for writer in range(world):
+            for name, written in json.loads((own / _manifest(writer)).read_text()).items():
+                if (own / name).stat().st_size != written["size"]:
+                    return False
+                if _writer(Path(name).name) in (None, rank) and sha256_of(own / name) != written["sha256"]:
+                    return False
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, or no manifest of ours
+        return False
+    return True

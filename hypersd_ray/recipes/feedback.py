@@ -12,6 +12,13 @@ from hypersd_ray.embedded import paths
 from hypersd_ray.recipes.tscd import TINY_PROMPTS, sd15, sdxl, tiny
 
 
+def embedded_reward() -> RewardConfig:
+    """The embedded world's aesthetic predictor."""
+    judges = paths.EVALUATORS
+    checkpoint, tower = str(judges / "aesthetic.safetensors"), str(judges / "clip")
+    return RewardConfig(name="aesthetic_v2", checkpoint=checkpoint, tower=tower, alpha=9.0)
+
+
 def feedback_tiny(lora: str, learn: Literal["both", "reward", "structure"] = "both") -> FeedbackConfig:
     """The embedded model, on a CPU, above the LoRA of `jobs/tscd.py tiny`: rewards, the structure loss, or both."""
     base, judges = tiny(), paths.EVALUATORS
@@ -22,7 +29,7 @@ def feedback_tiny(lora: str, learn: Literal["both", "reward", "structure"] = "bo
         data=base.data,
         steps=120,
         rewards=(
-            RewardConfig(name="aesthetic_v2", checkpoint=str(judges / "aesthetic.safetensors"), tower=clip, alpha=9.0),
+            embedded_reward(),
             RewardConfig(name="clip_score", checkpoint=clip, role="watch"),
         ),
         refl=ReFLConfig(weight=0.0 if learn == "structure" else 0.1),
@@ -43,7 +50,11 @@ ImageRewardBackend = Literal["image_reward", "image_reward_package"]
 """On transformers' classes, or the authors' package in the environment of jobs/image_reward_env.py."""
 
 
-def _published_rewards(models: str, reward: ImageRewardBackend, python: str) -> tuple[RewardConfig, ...]:
+SHARE = 0.16
+"""Of a GPU, for each of the published rewards and SOLO: six stand on one."""
+
+
+def published_rewards(models: str, reward: ImageRewardBackend, python: str) -> tuple[RewardConfig, ...]:
     """The paper's choice (Sec. 4.1), and held-out ones, as their authors' files are named, in one folder."""
     folder = models.rstrip("/")
     return (
@@ -61,6 +72,8 @@ def _published_rewards(models: str, reward: ImageRewardBackend, python: str) -> 
             alpha=2.0,
         ),
         RewardConfig(name="clip_score", checkpoint=f"{folder}/open_clip_vit_b_32_openai.safetensors", role="watch"),
+        RewardConfig(name="pick_score", checkpoint=f"{folder}/PickScore_v1", role="watch"),
+        RewardConfig(name="hps_v21", checkpoint=f"{folder}/HPS_v2.1_compressed.pt", role="watch"),
     )
 
 
@@ -72,16 +85,17 @@ def feedback_sd15(
     reward: ImageRewardBackend = "image_reward",
     image_reward_python: str = "",
 ) -> FeedbackConfig:
-    """Stable Diffusion 1.5 above a TSCD LoRA on 8 GPUs; `models` is the folder of the reward models' and SOLO's files."""
+    """Stable Diffusion 1.5 above a TSCD LoRA on 8 GPUs, and one for the reward models and SOLO, which share it (and 2 for
+    the encoders, as in `recipes.tscd.sd15`); `models` is the folder of the reward models' and SOLO's files."""
     base = sd15(teacher, shards)
     return FeedbackConfig(
         teacher=teacher,
         tscd=lora,
         data=base.data,
         steps=5000,
-        rewards=_published_rewards(models, reward, image_reward_python),
+        rewards=published_rewards(models, reward, image_reward_python),
         structure=StructureConfig(model=PerceptionConfig(checkpoint=f"{models.rstrip('/')}/solo_r50_fpn_3x_coco.pth")),
-        placement=PlacementConfig(num_gpus=0.25, precision="bf16"),
+        placement=PlacementConfig(num_gpus=SHARE, precision="bf16"),
         decode_batch=2,
         lora=base.lora,
         optim=OptimConfig(lr=1e-6, batch=64, accumulation=4),
@@ -97,7 +111,8 @@ def feedback_sdxl(
     reward: ImageRewardBackend = "image_reward",
     image_reward_python: str = "",
 ) -> FeedbackConfig:
-    """SDXL at 1024 px above a TSCD LoRA on 32 GPUs; `models` and the ImageReward as for sd15."""
+    """SDXL at 1024 px above a TSCD LoRA on 32 GPUs, and one for the reward models and SOLO (and 16 for the encoders);
+    `models` and the ImageReward as for sd15."""
     base = sdxl(teacher, shards)
     small = feedback_sd15(teacher, lora, models, shards, reward, image_reward_python)
     return small.model_copy(

@@ -5,17 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from hypersd_ray.config.onestep import DMDConfig, OneStepConfig
+from hypersd_ray.config.onestep import DMDConfig, OneStepConfig, RewardsConfig
+from hypersd_ray.config.rewards import PlacementConfig
 from hypersd_ray.config.run import OptimConfig, RunConfig
 from hypersd_ray.config.tscd import AdversarialConfig, DistillConfig, TSCDConfig
+from hypersd_ray.recipes.feedback import SHARE, embedded_reward, published_rewards
 from hypersd_ray.recipes.tscd import TINY_PROMPTS, embedded, sd15, sdxl, tiny
 
 Mode = Literal["unified", "dedicated"]
 
 
-def onestep_tiny(init: str, mode: Mode = "unified", budget: Literal["minutes", "full"] = "minutes") -> OneStepConfig:
-    """The embedded model, on a CPU, from the LoRA of `jobs/tscd.py tiny`: minutes, or "full" for the committed one."""
+FULL_LR = 5e-7
+"""DMD2's learning rate of a whole UNet; that of its LoRA is 5e-5."""
+
+
+def onestep_tiny(
+    init: str,
+    mode: Mode = "unified",
+    budget: Literal["minutes", "full"] = "minutes",
+    full_unet: bool = False,
+    feedback: bool = False,
+) -> OneStepConfig:
+    """The embedded model, on a CPU, from the LoRA of `jobs/tscd.py tiny`: minutes, or "full" for the committed one;
+    `feedback` has the aesthetic predictor judge the single step too."""
     base, steps = tiny(), 4000 if budget == "full" else 400
+    lr, fake_lr = (1e-5, 5e-5) if full_unet else (2e-4, 1e-3)  # a step of Adam moves each weight by as much
     return OneStepConfig(
         teacher=base.teacher,
         init=init,
@@ -24,15 +38,28 @@ def onestep_tiny(init: str, mode: Mode = "unified", budget: Literal["minutes", "
         distill=DistillConfig(
             k_list=(1,), n_list=(40,), steps_list=(steps,), omega_min=2, omega_max=4, perturbation=0.0
         ),
-        dmd=DMDConfig(guidance=3.0, fake_updates=3, fake_lr=1e-3),
+        dmd=DMDConfig(guidance=3.0, fake_updates=3, fake_lr=fake_lr),
+        feedback=RewardsConfig(rewards=(embedded_reward(),) if feedback else (), decode_batch=32),
+        full_unet=full_unet,
         lora=base.lora,
-        optim=OptimConfig(lr=2e-4, schedule="cosine", warmup=20, batch=32),
+        optim=OptimConfig(lr=lr, schedule="cosine", warmup=20, batch=32),
         run=RunConfig(name=f"tiny-onestep-{mode}", checkpoint_every=100, log_every=10, prompts=TINY_PROMPTS),
     )
 
 
-def onestep_sd15(teacher: str, init: str, shards: str = "data/*.tar", mode: Mode = "unified") -> OneStepConfig:
-    """Stable Diffusion 1.5 from a TSCD LoRA on 8 GPUs; what the paper leaves open as DMD2 has it."""
+def _published(models: str, decode_batch: int) -> RewardsConfig:
+    """The rewards that feedback trains, from their folder; none without one."""
+    chosen = [r for r in published_rewards(models, "image_reward", "") if r.role == "train"] if models else []
+    placement = PlacementConfig(num_gpus=SHARE, precision="bf16")
+    return RewardsConfig(rewards=tuple(chosen), decode_batch=decode_batch, placement=placement)
+
+
+def onestep_sd15(
+    teacher: str, init: str, shards: str = "data/*.tar", mode: Mode = "unified", full_unet: bool = False,
+    rewards: str = "",
+) -> OneStepConfig:  # fmt: skip
+    """Stable Diffusion 1.5 from a TSCD LoRA on 8 GPUs; what the paper leaves open as DMD2 has it. `rewards`: the folder
+    of the feedback recipes' reward models, where these are to judge the single step too (a third of a GPU more)."""
     base = sd15(teacher, shards)
     return OneStepConfig(
         teacher=teacher,
@@ -41,14 +68,20 @@ def onestep_sd15(teacher: str, init: str, shards: str = "data/*.tar", mode: Mode
         data=base.data,
         distill=DistillConfig(k_list=(1,), n_list=(40,), steps_list=(10_000,), omega_min=3, omega_max=8),
         dmd=DMDConfig(guidance=1.75, fake_updates=10),
+        feedback=_published(rewards, decode_batch=2),
+        full_unet=full_unet,
         lora=base.lora,
-        optim=OptimConfig(lr=1e-6, batch=512, accumulation=4, clip=10.0),
+        optim=OptimConfig(lr=FULL_LR if full_unet else 1e-6, batch=512, accumulation=4, clip=10.0),
         run=base.run.model_copy(update={"name": f"sd15-onestep-{mode}"}),
     )
 
 
-def onestep_sdxl(teacher: str, init: str, shards: str = "data/*.tar", mode: Mode = "unified") -> OneStepConfig:
-    """SDXL at 1024 px from a TSCD LoRA on 32 GPUs; what the paper leaves open as DMD2 has it."""
+def onestep_sdxl(
+    teacher: str, init: str, shards: str = "data/*.tar", mode: Mode = "unified", full_unet: bool = False,
+    rewards: str = "",
+) -> OneStepConfig:  # fmt: skip
+    """SDXL at 1024 px from a TSCD LoRA on 32 GPUs; what the paper leaves open as DMD2 has it; `rewards` as for
+    sd15."""
     base = sdxl(teacher, shards)
     return OneStepConfig(
         teacher=teacher,
@@ -57,8 +90,10 @@ def onestep_sdxl(teacher: str, init: str, shards: str = "data/*.tar", mode: Mode
         data=base.data,
         distill=DistillConfig(k_list=(1,), n_list=(40,), steps_list=(10_000,), omega_min=5, omega_max=8),
         dmd=DMDConfig(guidance=8.0, fake_updates=5),
+        feedback=_published(rewards, decode_batch=1),
+        full_unet=full_unet,
         lora=base.lora,
-        optim=OptimConfig(lr=1e-6, batch=512, accumulation=8, clip=10.0),
+        optim=OptimConfig(lr=FULL_LR if full_unet else 1e-6, batch=512, accumulation=8, clip=10.0),
         run=base.run.model_copy(update={"name": f"sdxl-onestep-{mode}"}),
     )
 

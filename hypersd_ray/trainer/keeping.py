@@ -91,11 +91,12 @@ def resume(
 
 
 def uploader(folder: str, patience_s: float) -> Callable[[ray.train.Checkpoint, str], ray.train.Checkpoint]:
-    """Ray Train's `checkpoint_upload_fn`: file by file, the manifest last, and again while the storage refuses."""
+    """Ray Train's `checkpoint_upload_fn`: file by file, the manifests last, and again while the storage refuses."""
 
     def upload(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
         target, local = f"{folder}/{name}", Path(checkpoint.path)
-        files = sorted((p for p in local.rglob("*") if p.is_file()), key=lambda p: (p.name == MANIFEST, p))
+        last = lambda p: (p.name == MANIFEST, p.match("manifest*.json"), p)  # that of a worker's own share before it
+        files = sorted((p for p in local.rglob("*") if p.is_file()), key=last)
         targets = [(path, f"{target}/{path.relative_to(local).as_posix()}") for path in files]
 
         def put() -> None:

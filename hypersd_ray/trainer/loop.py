@@ -93,7 +93,7 @@ def _train(given: LoopArguments) -> None:
     if device.type == "cpu":
         # Ray gives a worker one OpenMP thread per reserved CPU; nobody else computes while it steps.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
-    place = Place(device, context.get_world_rank(), given.evaluators)
+    place = Place(device, context.get_world_rank(), given.evaluators, lambda line: given.board.tell.remote(line))
     Worker(config, given, kind.build(config, place), device).run()
 
 

@@ -30,8 +30,8 @@ from hypersd_ray.config.data import DataConfig
 from hypersd_ray.data.encode import TENSOR_COLUMNS
 from hypersd_ray.data.pipeline import Columns, precomputed_dataset, split_windows
 from hypersd_ray.data.plan import Window
-from hypersd_ray.data.precompute import check_marker, fingerprint, resolve
-from hypersd_ray.data.sources import MARKER
+from hypersd_ray.data.precompute import check_marker, fingerprint, resolve, validate
+from hypersd_ray.data.sources import MARKER, find_shards
 from hypersd_ray.models.checkpoint import load_unet, read_base
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import load_encoders
@@ -91,15 +91,29 @@ class TeacherODE:
         return batch | {"latents": x0.half().cpu().numpy()}
 
 
-def make_pairs(config: PairsConfig, progress: Callable[[int, int, int], None] | None = None) -> Solved:
-    """Solve the ODE for every caption; one file per file of encoded captions, and files that are whole are kept.
+def check(config: PairsConfig) -> dict[str, Any]:
+    """What can be known before Ray starts: how the pairs are made, as their marker says.
 
-    `progress(files done, files in all, rows written)`. Raises ConfigError for captions or a teacher that are not there,
-    and for an `out` that holds something else.
+    Raises:
+        ConfigError, ValueError: captions or a teacher that are not there, or an `out` that holds something else; one line.
     """
+    read_base(config.teacher)
     out = config.out.rstrip("/")
     made = {"seed": config.seed, "steps": config.steps, "omega": config.omega, "unet": unet_fingerprint(config.teacher)}
     check_marker(out, {"pairs": made})
+    if find_shards(config.data.patterns, config.data.format).format == "latents":
+        resolve(config.data, config.teacher, out)  # makes nothing here
+    else:
+        validate(config.data, config.teacher, f"{out}/captions")
+    return made
+
+
+def make_pairs(config: PairsConfig, progress: Callable[[int, int, int], None] | None = None) -> Solved:
+    """Solve the ODE for every caption; one file per file of encoded captions, and files that are whole are kept.
+
+    `progress(files done, files in all, rows written)`. Raises: as `check`.
+    """
+    out, made = config.out.rstrip("/"), check(config)
     data = config.data.model_copy(update={"cache": "disk"})
     urls = resolve(data, config.teacher, out + "/captions" if data.format != "latents" else out).urls
     filesystem, root = fsspec.core.url_to_fs(out)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
+import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,17 @@ import ray
 import ray.train
 import torch
 import yaml
-from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
-from hypersd_ray.config.base import ConfigError
+from hypersd_ray.config.base import ConfigError, RunError
 from hypersd_ray.config.preference import PreferenceConfig
 from hypersd_ray.data.preferences import PairStream, Position, held_out_pairs, open_batch
 from hypersd_ray.models.rewards.image_reward import load_image_reward, save_image_reward
 from hypersd_ray.trainer import storage
 from hypersd_ray.trainer.logs import Loggers
+from hypersd_ray.trainer.progress import ProgressBoard
+from hypersd_ray.trainer.room import check_workers
 from hypersd_ray.trainer.run import connect
 from hypersd_ray.training.checkpoint import load_checkpoint, save_checkpoint
 from hypersd_ray.training.preference import PreferenceTraining, pairwise_accuracy
@@ -44,7 +48,8 @@ def fit(config: PreferenceConfig) -> Fitted:
     """Run `config` from its beginning or from where the run of that name stands.
 
     Raises:
-        ConfigError, ValueError: something a user can mend.
+        ConfigError, ValueError: something a user can mend, before anything started.
+        RunError: the run started and cannot go on.
     """
     run = config.run.model_copy(update={"out": storage.out_folder(config.run)})
     config = config.located(storage.absolute).model_copy(update={"run": run})  # workers run in other directories
@@ -53,16 +58,35 @@ def fit(config: PreferenceConfig) -> Fitted:
     folder = storage.run_folder(run)
     _check_same(config, folder)
     held_out_pairs(config.pairs, 1)
+    load_image_reward(config.init, config.tokenizer or None)  # once here, where what is wrong with it is one line
     connect()
+    check_workers(run)
     storage.write_text(f"{folder}/config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    trainer = TorchTrainer(
+    board = ProgressBoard.remote()  # type: ignore[attr-defined]
+    try:
+        result = _trainer(config, board).fit()
+        failed: TrainingFailedError | None = None
+    except TrainingFailedError as error:
+        failed = error
+    reason = ray.get(board.stop_reason.remote())
+    ray.kill(board)
+    if reason is not None:
+        raise reason
+    if failed is not None:
+        print(failed, file=sys.stderr)
+        failures = f"workers failed more often than run.max_failures={run.max_failures} allows"
+        raise RunError(f"run {run.name}: {failures}; the same command goes on from {folder}") from failed
+    return Fitted(folder, f"{folder}/model", result.metrics or {})
+
+
+def _trainer(config: PreferenceConfig, board: ray.actor.ActorHandle) -> TorchTrainer:
+    run = config.run
+    gpus = {"GPU": run.gpus_per_worker} if run.gpus_per_worker else {}
+    return TorchTrainer(
         train_loop,
-        train_loop_config=config.model_dump(),
+        train_loop_config={"config": config.model_dump(), "board": board},
         scaling_config=ScalingConfig(
-            num_workers=run.workers,
-            use_gpu=run.gpus_per_worker > 0,
-            resources_per_worker={"CPU": run.cpus_per_worker}
-            | ({"GPU": run.gpus_per_worker} if run.gpus_per_worker else {}),
+            num_workers=run.workers, use_gpu=bool(gpus), resources_per_worker={"CPU": run.cpus_per_worker} | gpus
         ),
         run_config=ray.train.RunConfig(
             name=run.name,
@@ -71,8 +95,6 @@ def fit(config: PreferenceConfig) -> Fitted:
             checkpoint_config=CheckpointConfig(num_to_keep=run.keep_checkpoints),
         ),
     )
-    result = trainer.fit()
-    return Fitted(folder, f"{folder}/model", result.metrics or {})
 
 
 def _check_same(config: PreferenceConfig, folder: str) -> None:
@@ -86,8 +108,23 @@ def _check_same(config: PreferenceConfig, folder: str) -> None:
 
 
 def train_loop(arguments: dict[str, Any]) -> None:
-    """Ray Train's `train_loop_per_worker`; `arguments` are a `PreferenceConfig`."""
-    config = PreferenceConfig.model_validate(arguments)
+    """Ray Train's `train_loop_per_worker`; `arguments` are a `PreferenceConfig`'s and the board, where what would end the
+    run the same way every time is said (as in loop.train_loop)."""
+    board = arguments["board"]
+    if ray.get(board.stop_reason.remote()) is not None:
+        return
+    try:
+        _train(PreferenceConfig.model_validate(arguments["config"]))
+    except RunError as error:
+        ray.get(board.stop.remote(error))  # on all ranks at once
+    except ValueError as error:
+        traceback.print_exc()  # into the worker's log
+        ray.get(board.stop.remote(RunError(" ".join(str(error).split()))))
+        if ray.train.get_context().get_world_size() > 1:
+            raise  # the other ranks may be waiting for this one
+
+
+def _train(config: PreferenceConfig) -> None:
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
@@ -131,8 +168,9 @@ class Fitting:
                 step = self.training.progress.step
                 ends = step == self.config.steps
                 if self.training.progress.bad_in_a_row >= run.max_bad_steps:
-                    raise RuntimeError(
-                        f"{run.max_bad_steps} steps in a row had NaN or inf (run.max_bad_steps): lower optim.lr"
+                    raise RunError(
+                        f"{run.max_bad_steps} steps in a row had NaN or inf (run.max_bad_steps={run.max_bad_steps}), the last "
+                        f"step {step}: lower optim.lr or raise optim.warmup"
                     )
                 if ends or step % self.config.eval_every == 0:
                     self._measure()

@@ -39,6 +39,8 @@ from hypersd_ray.trainer.loop import LoopArguments, PairSource, train_loop
 from hypersd_ray.trainer.pairs import pair_folder
 from hypersd_ray.trainer.places import await_places
 from hypersd_ray.trainer.progress import encoding_lines, stderr_held, watching
+from hypersd_ray.trainer.room import check_actors
+from hypersd_ray.trainer.room import most_there_will_be as _most_there_will_be
 
 ROOT = Path(__file__).parents[2]
 OLDEST_DEEPSPEED = "0.19.8"
@@ -165,7 +167,7 @@ def check_open_number(config: AnyConfig) -> None:
             f"run.min_workers={config.run.min_workers} with data that is encoded while it trains: the encoders' places would "
             "be counted as workers'; set data.cache=disk, or encode before (jobs/precompute.py)"
         )
-    if isinstance(config, FeedbackConfig) and config.placement.where != "local":
+    if isinstance(config, FeedbackConfig | OneStepConfig) and KINDS[kind_of(config)].models(config):
         taken = {name: getattr(config.placement, name) for name in ("num_gpus", "num_cpus")}
         if name := next((name for name, amount in taken.items() if amount), None):
             raise ConfigError(
@@ -277,14 +279,6 @@ def _encodes(config: AnyConfig) -> bool:
     return data.cache == "none" and find_shards(data.patterns, data.format).format != "latents"
 
 
-def _most_there_will_be() -> dict[str, float] | None:
-    """Resources of all nodes that an autoscaler may ever have; None where none has said so. It has no public name."""
-    from ray._private.state import state
-
-    found = state.get_max_resources_from_cluster_config()
-    return None if found is None else {name: float(most) for name, most in found.items()}
-
-
 def find_pairs(config: AnyConfig) -> PairSource | None:
     """What a one-step run regresses on; None when it does not.
 
@@ -314,7 +308,7 @@ def shared_models(config: AnyConfig) -> Iterator[Handles | None]:
     if not models:
         yield None
         return
-    assert isinstance(config, FeedbackConfig)
+    assert isinstance(config, FeedbackConfig | OneStepConfig)
     handles = start_evaluators(models, config.placement, config.run.name)
     try:
         yield handles
@@ -333,6 +327,7 @@ def train(config: AnyConfig, callbacks: Sequence[UserCallback] = ()) -> Result:
     check(config)
     connect()
     check_resources(config)
+    check_actors(config, beside_workers(config))
     folder = storage.run_folder(config.run)
     storage.write_text(f"{folder}/config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     sources = resolve(config.data, config.teacher, folder, encoding_lines())

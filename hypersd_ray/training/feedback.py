@@ -21,20 +21,22 @@ from hypersd_ray.config.feedback import FeedbackConfig
 from hypersd_ray.diffusion.schedule import add_noise
 from hypersd_ray.diffusion.segments import edges
 from hypersd_ray.diffusion.solver import ode_solve
-from hypersd_ray.losses.feedback import loss_aes, loss_drift, loss_feedback, loss_percep
+from hypersd_ray.losses.feedback import loss_drift, loss_feedback, loss_percep
 from hypersd_ray.models.checkpoint import load_unet, read_base
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.export import merge_lora, read_lora
 from hypersd_ray.models.perception.protocol import Instances
 from hypersd_ray.models.roles import STUDENT, TEACHER, LoRARoles, Roles
-from hypersd_ray.models.scoring import RewardClient, Scores
+from hypersd_ray.models.scoring import RewardClient
 from hypersd_ray.training.learner import learner_of
 from hypersd_ray.training.pictures import decode, diversity, saturation
 from hypersd_ray.training.progress import Progress, learning_rate
 from hypersd_ray.training.protocol import Saved
 from hypersd_ray.training.randomness import generator_of
+from hypersd_ray.training.rewarded import aes_of, mean
 from hypersd_ray.training.watch import HackingWatch
 
+WARN = logging.getLogger(__name__).warning
 Annotations = Callable[[str], Instances | None]
 """A picture's key -> its objects at the training resolution; None where it has no annotation."""
 
@@ -152,12 +154,15 @@ class Feedback:
         client: scores, from actors or from this process.
         annotations: objects of the shards' pictures; None where there are none.
         rank: this worker's, for its randomness.
+        tell: takes a line that the user should read.
     """
 
     def __init__(
         self, config: FeedbackConfig, roles: Roles, vae: AutoencoderKL, client: RewardClient,
         annotations: Annotations | None = None, rank: int = 0,
+        tell: Callable[[str], None] = WARN,
     ):  # fmt: skip
+        self.tell = tell
         self.config, self.roles, self.vae, self.client, self.rank = config, roles, vae, client, rank
         self.annotations = annotations or (lambda key: None)
         self.progress = Progress()
@@ -209,31 +214,23 @@ class Feedback:
             self.student.backward(loss / parts)
             total = total + loss.detach()
             metrics |= {"aes": aes.detach(), "drift": drift.detach()} | scores
-            metrics |= {"saturation": saturation(images.detach()), "diversity": diversity(images.detach())}
-            if watch and self.progress.step % c.watch.every == 0:
-                self._watch(images.detach(), micro.captions, scores)
+            metrics |= self._look(images.detach(), micro.captions, scores, watch)
         if c.structure.weight:
             made = denoise_from_picture(self.roles, c, micro, generator)
-            percep = self._percep(decode(self.vae, made.x0, c.decode_batch), micro)
+            images = decode(self.vae, made.x0, c.decode_batch)
+            percep = self._percep(images, micro)
             drift = loss_drift(made.x0, made.reference)
             loss = loss_feedback(0.0, percep, drift, 0.0, c.structure.weight, c.drift)
             self.student.backward(loss / parts)
             total = total + loss.detach()
             metrics |= {"percep": percep.detach(), "drift_structure": drift.detach()}
+            if not c.refl.weight:  # what it learns from then is the structure alone: less loss is more reward
+                metrics |= self._look(images.detach(), micro.captions, {"structure": -percep.detach()}, watch)
         return metrics | {"loss": total}
 
     def _aes(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """L_aes of Eq. 15 and each reward's mean."""
-        trained = self.config.trained
-        scores = self.client(images, {r.name: list(prompts) for r in trained})
-        ordered: list[Scores] = [scores[r.name] for r in trained]
-        loss = loss_aes(
-            [s.values for s in ordered],
-            [r.alpha for r in trained],
-            [s.valid for s in ordered],
-            [r.weight for r in trained],
-        )
-        return loss, {f"reward/{r.name}": _mean(s) for r, s in zip(trained, ordered, strict=True)}
+        return aes_of(self.client, self.config.trained, images, prompts)
 
     def _percep(self, images: Tensor, micro: FeedbackBatch) -> Tensor:
         """L_percep of Eq. 16."""
@@ -248,19 +245,29 @@ class Feedback:
         scores = self.client(images, {name: told})[name]
         return loss_percep(scores.values, scores.valid)
 
+    def _look(
+        self, images: Tensor, prompts: Sequence[str], trained: dict[str, Tensor], watch: bool
+    ) -> dict[str, Tensor]:
+        """Saturation and diversity of pictures just made; now and then, where `watch`, the held-out rewards too."""
+        if watch and self.progress.step % self.config.watch.every == 0:
+            self._watch(images, prompts, trained)
+        return {"saturation": saturation(images), "diversity": diversity(images)}
+
     def _watch(self, images: Tensor, prompts: Sequence[str], trained: dict[str, Tensor]) -> None:
         """Held-out rewards of the same pictures; a warning when they fall while the trained ones rise."""
         held = self.config.watched
         if not held:
             return
         scores = self.client(images, {r.name: list(prompts) for r in held}, gradient=False)
-        self.watched = {f"watch/{name}": _mean(s) for name, s in scores.items()}
+        self.watched = {f"watch/{name}": mean(s) for name, s in scores.items()}
         numbers = [{k: float(v) for k, v in part.items()} for part in (trained, self.watched)]
         if self.hacking.measure(*numbers):
-            logging.getLogger(__name__).warning(
-                "step %d: the trained rewards rise while %s fall: likely reward hacking; raise drift=%g, lower the "
-                "rewards' alpha, or stop here", self.progress.step, ", ".join(self.watched), self.config.drift,
-            )  # fmt: skip
+            lower = "the rewards' alpha" if self.config.refl.weight else "structure.weight"
+            self.tell(
+                f"step {self.progress.step}: {', '.join(trained)} rise{'s' * (len(trained) == 1)} while "
+                f"{', '.join(self.watched)} fall: likely reward hacking; raise drift={self.config.drift:g}, lower "
+                f"{lower}, or stop here"
+            )
         self.watched["hacking"] = torch.tensor(float(self.hacking.alarm))
 
     def _update(self) -> Tensor:
@@ -298,8 +305,3 @@ class Feedback:
         self.client.dropped = dict(notes["dropped"])
         self.hacking.row, self.hacking.means = notes["watch"]["row"], dict(notes["watch"]["means"])
         self.watched = {name: torch.tensor(v) for name, v in notes["watched"].items()}
-
-
-def _mean(scores: Scores) -> Tensor:
-    valid = scores.valid
-    return (scores.values.detach() * valid).sum() / valid.sum().clamp(min=1)

@@ -30,6 +30,7 @@ from hypersd_ray.training.learner import Learner, learner_of
 from hypersd_ray.training.progress import learning_rate
 from hypersd_ray.training.protocol import Saved
 from hypersd_ray.training.randomness import generator_of
+from hypersd_ray.training.rewarded import Rewarded
 from hypersd_ray.training.tscd import Batch, Pair, consistency_loss, make_pair
 
 
@@ -45,11 +46,6 @@ class Pairs:
         """`parts` equal micro-batches."""
         ends = Batch(self.x0, self.cond).chunks(parts)
         return [Pairs(noise, end.x0, end.cond) for noise, end in zip(self.x_T.chunk(parts), ends, strict=True)]
-
-
-def rows(batch: Batch, start: int, stop: int) -> Batch:
-    """Rows start..stop-1."""
-    return Batch(batch.x0[start:stop], batch.cond._map(lambda part: part[start:stop]))
 
 
 def single_step(roles: Roles, role: str, x_T: Tensor, cond: Conditioning, t_input: int) -> Tensor:
@@ -77,11 +73,15 @@ class OneStep(Distiller):
         roles: student and EMA on the base, the student already at the TSCD LoRA.
         null: the unconditional input of guidance, batch 1.
         rank: this worker's, for its randomness.
+        rewarded: feedback on the single step's pictures; None is none.
     """
 
     config: OneStepConfig
 
-    def __init__(self, config: OneStepConfig, roles: Roles, null: Conditioning, rank: int = 0):
+    def __init__(
+        self, config: OneStepConfig, roles: Roles, null: Conditioning, rank: int = 0, rewarded: Rewarded | None = None
+    ):
+        self.rewarded = rewarded
         roles.add(FAKE, trainable=True)  # the base: the teacher's own score, as DMD starts
         self.fake = learner_of(roles, FAKE, config.optim)
         super().__init__(config, roles, null, rank)
@@ -111,10 +111,20 @@ class OneStep(Distiller):
                 totals[name] = totals.get(name, 0) + value / parts
         if self.student.pending or (self.heads is not None and self.heads.pending):
             totals["grad_norm"] = self._update()
+        else:  # the fake score alone learns
+            progress.bad_in_a_row = 0
         if not fake_is_well and progress.bad_in_a_row == 0:
             progress.skipped, progress.bad_in_a_row = progress.skipped + 1, bad_before + 1
         progress.step += 1
-        return totals | fake_metrics
+        return totals | fake_metrics | self._counts()
+
+    def _counts(self) -> dict[str, Tensor]:
+        """Of the rewards: scores left out so far, and this step's seconds of waiting for them."""
+        if self.rewarded is None:
+            return {}
+        client = self.rewarded.client
+        dropped = {f"dropped/{name}": torch.tensor(float(n)) for name, n in client.dropped.items()}
+        return dropped | {"reward_seconds": torch.tensor(client.take_seconds())}
 
     def _learn_fake(self, micros: list[Batch]) -> tuple[dict[str, Tensor], bool]:
         """`fake_updates` updates of the fake score, each on newly generated latents; (metrics, none had a NaN)."""
@@ -126,7 +136,7 @@ class OneStep(Distiller):
             loss = torch.zeros_like(loss)
             for index, micro in enumerate(micros):
                 generator = generator_of(c.run.seed, self.rank, progress.stage, progress.step, index, "fake", update)
-                part = self._fake_loss(rows(micro, c.consistency_rows(len(micro.x0)), len(micro.x0)), generator)
+                part = self._fake_loss(micro.rows(c.consistency_rows(len(micro.x0)), len(micro.x0)), generator)
                 self.fake.backward(part / len(micros))
                 loss += part.detach() / len(micros)
             well &= self._update_fake()
@@ -176,14 +186,14 @@ class OneStep(Distiller):
         c, split = self.config, self.config.consistency_rows(len(micro.x0))
         metrics: dict[str, Tensor] = {}
         if split:
-            pair = make_pair(self.roles, rows(micro, 0, split), self.null, c.distill, self.progress.stage, generator)
+            pair = make_pair(self.roles, micro.rows(0, split), self.null, c.distill, self.progress.stage, generator)
             metrics["consistency"] = consistency_loss(pair, self.measure)
             self._learn(self.weights.mse * metrics["consistency"], metrics, parts)
         if pairs is not None:
             x = single_step(self.roles, STUDENT, pairs.x_T, pairs.cond, c.t_input)
             metrics["regression"] = mse(x, pairs.x0).mean()
             self._learn(c.regression.weight * metrics["regression"], metrics, parts)
-        self._learn_single_step(rows(micro, split, len(micro.x0)), metrics, generator, parts)
+        self._learn_single_step(micro.rows(split, len(micro.x0)), metrics, generator, parts)
         return {name: value.detach() for name, value in metrics.items()}
 
     def _learn(self, loss: Tensor, metrics: dict[str, Tensor], parts: int) -> None:
@@ -197,7 +207,8 @@ class OneStep(Distiller):
         """The losses of newly generated latents backward, the discriminator's too; metrics are added."""
         c = self.config
         told = c.dmd.weight > 0 and not self.warming_up
-        if not told and self.heads is None:
+        judged = self.rewarded is not None and not self.warming_up  # the fake score learns what stands still till then
+        if not told and not judged and self.heads is None:
             return
         x_t, t = self._set_out(batch, generator)
         x = to_clean(self.roles, STUDENT, x_t, t, batch.cond)
@@ -205,6 +216,10 @@ class OneStep(Distiller):
         if told:
             metrics["dmd"] = self.matching_loss(x, batch.cond, generator)
             losses.append(c.dmd.weight * metrics["dmd"])
+        if self.rewarded is not None and judged:
+            aes, found = self.rewarded(x, batch.captions)
+            losses.append(c.feedback.weight * aes)
+            metrics |= found
         if self.discriminator is not None and self.heads is not None:
             # Judged at all noise levels, whichever step an end is of.
             first, zero = torch.full_like(t, c.t_input), torch.zeros_like(t)
@@ -243,6 +258,10 @@ class OneStep(Distiller):
     def _learners(self) -> dict[str, Learner]:
         return super()._learners() | {FAKE: self.fake}
 
+    def notes(self) -> dict[str, Any]:
+        """The progress, and what was counted so far."""
+        return super().notes() | ({} if self.rewarded is None else {"dropped": dict(self.rewarded.client.dropped)})
+
     def load(self, saved: Saved, notes: dict[str, Any]) -> None:
         """Bring back what `parts` and `notes` gave.
 
@@ -256,3 +275,5 @@ class OneStep(Distiller):
                 "the checkpoint holds no fake score, it is of another kind of run: set run.name to start another"
             ) from None
         super().load(saved, notes)
+        if self.rewarded is not None:
+            self.rewarded.client.dropped = dict(notes.get("dropped", {}))

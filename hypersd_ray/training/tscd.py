@@ -5,8 +5,8 @@ Shapes: x0, eps, x_t (B, C, h, w) latents; t_n, t_prev, t_end (B,); omega (B,).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -26,18 +26,21 @@ from hypersd_ray.models.roles import EMA, PREVIOUS, STUDENT, TEACHER, Roles
 
 @dataclass(frozen=True)
 class Batch:
-    """x0 (B, C, h, w): scaled latents of the images; cond: their captions."""
+    """x0 (B, C, h, w): scaled latents of the images; cond: their captions, encoded; captions: as text, for who asks."""
 
     x0: Tensor
     cond: Conditioning
+    captions: Sequence[str] = ()
 
     def chunks(self, parts: int) -> list[Batch]:
         """`parts` equal micro-batches."""
         size = len(self.x0) // parts
-        return [
-            Batch(self.x0[i : i + size], self.cond._map(lambda part, i=i: part[i : i + size]))
-            for i in range(0, size * parts, size)
-        ]
+        return [self.rows(i, i + size) for i in range(0, size * parts, size)]
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Rows start..stop-1."""
+        cond = self.cond._map(lambda part: part[start:stop])
+        return Batch(self.x0[start:stop], cond, self.captions[start:stop])
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def empty_some(batch: Batch, null: Conditioning, share: float, generator: torch.
     if share == 0:
         return batch
     empty = (torch.rand(len(batch.x0), generator=generator) < share).to(batch.x0.device)
-    return Batch(batch.x0, batch.cond.emptied(null, empty))
+    return replace(batch, cond=batch.cond.emptied(null, empty))
 
 
 def draw_x_tn(roles: Roles, batch: Batch, t_n: Tensor, config: DistillConfig, generator: torch.Generator) -> Tensor:

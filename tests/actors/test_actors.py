@@ -8,6 +8,7 @@ import pytest
 import ray
 import torch
 
+from hypersd_ray.actors import placement
 from hypersd_ray.actors.client import RemoteBackend
 from hypersd_ray.actors.placement import check_placeable, start_evaluators, stop_evaluators
 from hypersd_ray.config.base import ConfigError
@@ -22,7 +23,8 @@ PROMPTS = ["a noto penguin on a yellow background", "a twemoji red apple on a sk
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    labels = {"hypersd/pool": "reward"}
+    ray.init(num_cpus=3, labels=labels, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 
@@ -118,12 +120,12 @@ def test_no_gpu_is_one_line_at_once(cluster, models):
         start_evaluators(models, PlacementConfig(num_gpus=0.5), "nowhere")
     assert time.monotonic() - begun < 5 and "\n" not in str(e.value)
     with pytest.raises(ConfigError, match="no node has the labels"):
-        check_placeable(PlacementConfig(label_selector={"market": "spot"}), 1)
+        check_placeable(PlacementConfig(label_selector={"market": "spot"}))
 
 
 def test_where_nodes_may_come_actors_wait_for_them_as_long_as_they_are_told(cluster, models, monkeypatch):
     monkeypatch.setenv("RAY_AUTOSCALING", "1")
-    check_placeable(PlacementConfig(label_selector={"hypersd/pool": "reward"}), 1)
+    check_placeable(PlacementConfig(label_selector={"hypersd/pool": "another"}))
     with pytest.raises(ConfigError, match=r"found no place in [4-9] s .*raise placement.place_timeout_s") as e:
         start_evaluators(models, PlacementConfig(num_gpus=0.5, place_timeout_s=4), "coming")
     assert "\n" not in str(e.value)
@@ -135,6 +137,18 @@ def test_no_free_cpu_is_one_line_within_the_time(cluster, models):
     with pytest.raises(ConfigError, match=r"2 of 3 reward actors found no place in 1\d s .*wants 2 CPU") as e:
         start_evaluators(models, PlacementConfig(num_cpus=2, place_timeout_s=12), "crowded")
     assert time.monotonic() - begun < 40 and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("pool", ["reward", "!another"])
+def test_only_nodes_with_the_labels_have_room(cluster, pool, monkeypatch):
+    """The labelled node is full and another is not; where the selector is an operator, the time is the limit."""
+    there = {node["NodeID"]: {"CPU": 0.0} for node in ray.nodes()} | {"another": {"CPU": 8.0}}
+    nodes = [*ray.nodes(), {"NodeID": "another", "Alive": True, "Labels": {}}]
+    monkeypatch.setattr(placement.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(placement, "available_resources_per_node", lambda: there)
+    wanted = PlacementConfig(num_cpus=1, label_selector={"hypersd/pool": pool})
+    assert not placement._has_room(wanted)
+    assert placement._has_room(wanted.model_copy(update={"label_selector": {}}))
 
 
 def test_a_broken_checkpoint_is_named(cluster, models, tmp_path):

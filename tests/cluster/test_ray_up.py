@@ -138,7 +138,7 @@ def test_the_recipes_find_their_nodes(name, tmp_path, feedback):
     assert plan(config, training(small.run)) == ({"train-spot": 1}, 0)
     assert plan(config, encoders(large.data.encoder)) == ({"encode": 1}, 0)  # 8 actors of half a GPU
     assert plan(config, encoders(small.data.encoder)) == ({"encode": 1}, 0)
-    assert plan(config, evaluators(feedback)) == ({"reward": 1}, 0)  # 4 models of a quarter
+    assert plan(config, evaluators(feedback)) == ({"reward": 1}, 0)  # 6 models on one GPU
     assert plan(config, Demand(100, {"CPU": large.data.reader_cpus})) == ({"data": 2}, 0)
 
 

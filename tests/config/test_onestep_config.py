@@ -34,6 +34,28 @@ def test_the_mode_decides_the_networks_input_and_the_share(init):
     assert (own.t_input, own.share) == (701, 0.1)
 
 
+def test_every_path_that_workers_read_is_located(init):
+    moved = of(init, "--regression.pairs", "pairs").located(lambda path: f"/there/{path}")
+    assert (moved.init, moved.regression.pairs) == (f"/there/{init}", "/there/pairs")
+    assert moved.teacher.startswith("/there/") and of(init).located(str).regression.pairs is None
+
+
+def test_feedback_is_a_flag_and_its_files_are_located(init):
+    assert of(init).models == () and of(init).placement.where == "actors"
+    config = of(init, "--feedback", "--feedback.weight", "0.5").located(lambda path: f"/there/{path}")
+    assert config.feedback.weight == 0.5 and [r.name for r in config.models] == ["aesthetic_v2"]
+    assert config.models[0].tower.startswith("/there/") and config.models[0].tokenizer == ""
+    alone = of(init, "--feedback", "--dmd.weight", "0")  # trains the single step by itself
+    assert alone.dmd.weight == 0
+
+
+def test_a_full_unet_learns_slower_than_a_lora(init):
+    lora, full, faster = of(init), of(init, "--full-unet"), of(init, "--full-unet", "--optim.lr", "1e-4")
+    assert full.full_unet and not lora.full_unet
+    assert full.optim.lr < lora.optim.lr / 10 and full.dmd.fake_lr < lora.dmd.fake_lr / 10
+    assert (faster.optim.lr, faster.dmd.fake_lr) == (1e-4, full.dmd.fake_lr)
+
+
 @pytest.mark.parametrize("recipe", ["sd15", "sdxl"])
 def test_the_recipes_are_whole(recipe, init, tmp_path):
     arguments = [

@@ -26,8 +26,10 @@ from hypersd_ray.config.base import ConfigError, RunError
 from hypersd_ray.config.data import EncoderPool
 from hypersd_ray.config.evaluate import EvaluateConfig, JudgesConfig
 from hypersd_ray.embedded import paths
+from hypersd_ray.models.cards import UNetCard, save_unet_with_card
+from hypersd_ray.models.checkpoint import read_base
 from hypersd_ray.training.samples import Sampling
-from tests.helpers.pipelines import CAPTIONS
+from tests.helpers.pipelines import CAPTIONS, tiny_unet
 
 CLIP = str(paths.EVALUATORS / "clip")
 
@@ -123,6 +125,15 @@ def test_a_cell_is_named_by_what_decides_its_pictures(config, make_lora, tmp_pat
     keys |= {c.key for c in find_subject(str(lora), config).cells(1, "float32")}
     keys |= {c.key for c in find_subject(str(make_lora(size=0.1)), config).cells(0, "float32")}
     assert len(keys) == 2 * 6
+
+
+def test_a_unet_of_one_time_step_is_sampled_from_it(config, folders, tmp_path):
+    card = UNetCard(str(folders["sd"]), read_base(folders["sd"]), (800,), "tiny")
+    folder = save_unet_with_card(tiny_unet("sd"), tmp_path / "unet", "unet", card)
+    found = {cell.steps: cell.how for cell in find_subject(str(folder), config).cells(0, "float32")}
+    assert found == {1: How("lcm", timesteps=(800,)), 2: How("lcm")}
+    (folder / "sampling.json").unlink()  # another project's
+    assert find_subject(str(folder), config).cells(0, "float32")[0].how == How("tcd")
 
 
 def test_what_is_no_model_is_one_line(config, tmp_path):

@@ -81,7 +81,7 @@ def _text_config(tokenizer: CLIPTokenizer, width: int, act: str, projection: int
     )  # fmt: skip
 
 
-def _vae(family: Family) -> AutoencoderKL:
+def tiny_vae(family: Family) -> AutoencoderKL:
     """f8 of four levels, as the real one."""
     return AutoencoderKL(
         block_out_channels=(8, 8, 8, 16),
@@ -107,7 +107,7 @@ def build_pipeline(family: Family, folder: Path, seed: int = 0, micro: bool = Fa
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_encoder = CLIPTextModel(_text_config(tokenizer, 32, "quick_gelu", 32)).eval()
-        vae = _vae(family).eval()
+        vae = tiny_vae(family).eval()
         if family == "sd":
             StableDiffusionPipeline(
                 vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=micro_unet(seed) if micro else tiny_unet("sd", seed),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import LCMScheduler, UNet2DConditionModel
 
-from hypersd_ray.models.cards import UNetCard, save_unet_with_card, unet_usage
+from hypersd_ray.models.cards import UNetCard, UNetSampling, read_sampling, save_unet_with_card, unet_usage
 from hypersd_ray.models.checkpoint import read_base
 from hypersd_ray.models.export import TIMESTEP, LoRAMetadata, merge_lora, save_diffusers_lora, usage
 from hypersd_ray.models.lora import Adapters
@@ -46,6 +46,7 @@ def test_the_cards_lines_run_the_single_step_at_800(family, folders, tmp_path):
     merge_lora(unet, tensors, 4.0)
     card = UNetCard(str(folders[family]), read_base(folders[family]), (800,), "tiny")
     folder = save_unet_with_card(unet, tmp_path / "unet", str(tmp_path / "unet"), card)
+    assert read_sampling(folder) == UNetSampling("LCMScheduler", (800,)) and read_sampling(folders[family]) is None
     text = (folder / "README.md").read_text()
     lines = text.split("```python\n")[1].split("\n```")[0]
     assert lines == unet_usage(folder, card)
@@ -70,3 +71,7 @@ def test_a_unified_unets_lines_run_too(folders, tmp_path):
     card = UNetCard(str(folders["sd"]), read_base(folders["sd"]), (), "tiny")
     folder = save_unet_with_card(tiny_unet("sd"), tmp_path / "unet", str(tmp_path / "unet"), card)
     assert run_lines(unet_usage(folder, card))["told"] == [999, 749, 499, 249]
+    assert read_sampling(folder) == UNetSampling("TCDScheduler", ())
+    (folder / "sampling.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"sampling\.json cannot be read: 'scheduler'"):
+        read_sampling(folder)

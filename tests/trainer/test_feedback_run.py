@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+from dataclasses import replace
 
 import pytest
 import ray
@@ -16,7 +17,7 @@ from hypersd_ray.config.data import DataConfig
 from hypersd_ray.config.feedback import FeedbackConfig
 from hypersd_ray.config.rewards import PerceptionConfig
 from hypersd_ray.models.checkpoint import load_unet, read_base
-from hypersd_ray.models.export import LoRAMetadata, merge_lora, read_lora, save_diffusers_lora
+from hypersd_ray.models.export import GUIDANCE, KEPT, TIMESTEP, LoRAMetadata, merge_lora, read_lora, save_diffusers_lora
 from hypersd_ray.models.lora import Adapters
 from hypersd_ray.trainer import run
 from tests.actors.conftest import clip_folder, models, pictures
@@ -26,7 +27,15 @@ from tests.trainer.helpers import metrics, wait_for
 __all__ = ["clip_folder", "models", "pictures"]
 
 METADATA = LoRAMetadata(
-    base_model="micro", family="sd", k=1, steps=(1, 2, 4, 8), scheduler="TCDScheduler", eta=0.0, rank=4, alpha=8.0
+    base_model="micro",
+    family="sd",
+    k=1,
+    steps=(1, 2, 4, 8),
+    scheduler="TCDScheduler",
+    eta=0.0,
+    rank=4,
+    alpha=8.0,
+    extra={GUIDANCE: KEPT},
 )
 STEPS = 12
 
@@ -98,6 +107,7 @@ def test_a_run_and_a_run_whose_reward_actor_is_killed(make, tscd, teacher):
     folder = f"{whole.run.out}/{whole.run.name}/lora"
     feedback, alone = read_lora(f"{folder}/feedback.safetensors")
     tensors, together = read_lora(f"{folder}/feedback-merged.safetensors")
+    assert alone.extra[GUIDANCE] == together.extra[GUIDANCE] == KEPT and "merged" in together.extra
     assert (alone.rank, together.rank, together.steps, together.k) == (4, 8, (1, 2, 4, 8), 1)
     assert any(t.abs().max() > 0 for name, t in feedback.items() if name.endswith("lora_B.weight"))
     merge_lora(merged, tensors, together.alpha)
@@ -135,9 +145,13 @@ def test_what_cannot_work_is_one_line_before_ray(make, tmp_path, monkeypatch):
 
     monkeypatch.setattr(run, "connect", connect)
     config = make("refused")
-    gone = config.rewards[0].model_copy(update={"checkpoint": "/nowhere/head.pth"})
+    gone, apart = (
+        config.rewards[0].model_copy(update=update)
+        for update in ({"checkpoint": "/nowhere/head.pth"}, {"python": "/nowhere/python"})
+    )
     for changes, said in (
         ({"rewards": (gone,)}, r"rewards\.aesthetic_v2\.checkpoint=/nowhere/head\.pth does not exist"),
+        ({"rewards": (apart,)}, r"rewards\.aesthetic_v2\.python=/nowhere/python is no interpreter"),
         ({"structure": {"model": PerceptionConfig(checkpoint="/nowhere/solo")}}, r"structure\.model\.checkpoint=/nowhere"),
         ({"structure": config.structure.model_copy(update={"annotations": config.tscd})}, "is not a COCO instances file"),
     ):  # fmt: skip
@@ -149,4 +163,10 @@ def test_what_cannot_work_is_one_line_before_ray(make, tmp_path, monkeypatch):
     other = LoRAMetadata("other", "sdxl", 1, (1,), "TCDScheduler", 0.0, 4, 4.0)
     path = save_diffusers_lora(randomize(adapters, "student"), tmp_path / "xl.safetensors", other)
     with pytest.raises(ValueError, match=r"tscd=.*xl\.safetensors is a LoRA for sdxl"):
+        run.train(make("refused", tscd=str(path)))
+    single = replace(METADATA, extra={TIMESTEP: "800"})
+    path = save_diffusers_lora(randomize(adapters, "student"), tmp_path / "t800.safetensors", single)
+    with pytest.raises(
+        ValueError, match=r"tscd=.*was made for the time step 800 alone, this run asks it at 999, 749, 499, 249:"
+    ):
         run.train(make("refused", tscd=str(path)))

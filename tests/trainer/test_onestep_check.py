@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
+from hypersd_ray.config.base import CombinationError
 from hypersd_ray.config.data import DataConfig
 from hypersd_ray.config.onestep import OneStepConfig
 from hypersd_ray.config.tscd import TSCDConfig
@@ -125,6 +126,14 @@ def test_zero_without_deepspeed(config, monkeypatch):
     refused(sharded, r"zero\.stage=2 needs DeepSpeed 0\.19\.8 or newer, it is 0\.18\.1: pip install")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     refused(sharded, r"it is not there: pip install 'hypersd-ray\[zero\]', or set zero\.stage=0")
+
+
+def test_a_reward_that_is_not_there(config):
+    gone = {"name": "clip_score", "checkpoint": "/nowhere/clip"}
+    said = r"feedback\.rewards\.clip_score\.checkpoint=/nowhere/clip does not exist"
+    refused(changed(config, feedback={"rewards": (gone,)}), said)
+    with pytest.raises(CombinationError, match="clip_score twice"):
+        changed(config, feedback={"rewards": (gone, gone)})
 
 
 @pytest.mark.parametrize("change", [{"full_unet": True}, {"init": "other"}])

@@ -13,12 +13,14 @@ from diffusers import UNet2DConditionModel
 from hypersd_ray.config.data import DataConfig, EncoderPool
 from hypersd_ray.config.onestep import OneStepConfig
 from hypersd_ray.embedded import paths
+from hypersd_ray.models.cards import UNetSampling, read_sampling
 from hypersd_ray.models.checkpoint import load_unet, read_base
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import load_encoders
 from hypersd_ray.models.export import LoRAMetadata, merge_lora, read_lora, save_diffusers_lora
 from hypersd_ray.models.lora import Adapters
 from hypersd_ray.models.roles import Plain
+from hypersd_ray.recipes.feedback import embedded_reward
 from hypersd_ray.trainer import run
 from hypersd_ray.trainer.pairs import PairsConfig, make_pairs, pair_folder
 from hypersd_ray.training import samples
@@ -114,3 +116,28 @@ def test_a_dedicated_run_ends_in_a_lora_and_a_unet(pairs, place, data):
     again = run.train(config)  # finished: nothing is left to do, and the report is the same
     assert again.metrics["stage"] == 1
     assert len((place / "t800" / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_full_unet_of_one_step_comes_out_of_two_workers_under_zero_and_a_reward(cluster, place, data):
+    config = OneStepConfig.model_validate(
+        {
+            "teacher": str(place / "teacher"), "init": str(place / "lora.safetensors"), "data": data, "mode": "dedicated",
+            "full_unet": True, "zero": {"stage": 2, "bucket": 20_000}, "dmd": {"fake_updates": 1, "warmup_share": 0.0},
+            "distill": {"k_list": (1,), "n_list": (20,), "steps_list": (2,)}, "optim": {"lr": 1e-5, "batch": 4},
+            "feedback": {"rewards": (embedded_reward(),)},
+            "run": {"name": "full", "out": str(place), "workers": 2, "log_every": 1, "prompts": ("a cat",)},
+        }
+    )  # fmt: skip
+    result = run.train(config)
+    assert result.metrics["stage"] == 1 and result.metrics["skipped"] == 0
+    rows = [json.loads(line) for line in (place / "full" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all({"dmd", "aes", "reward/aesthetic_v2"} <= row.keys() for row in rows)
+    folder = place / "full" / "unet-onestep-t800"
+    made = UNet2DConditionModel.from_pretrained(folder).state_dict()
+    begun = load_unet(read_base(config.teacher), torch.float32, "cpu")
+    merge_lora(begun, read_lora(config.init)[0], read_lora(config.init)[1].alpha)
+    apart = {name: float((made[name] - t).abs().max()) for name, t in begun.state_dict().items()}
+    assert made.keys() == apart.keys() and 0 < max(apart.values()) < 1e-4  # two steps of 1e-5 from the TSCD model
+    assert read_sampling(folder) == UNetSampling("LCMScheduler", (800,))
+    card = (folder / "README.md").read_text()
+    assert str(folder) in card and "LCMScheduler" in card and "timesteps=[800]" in card

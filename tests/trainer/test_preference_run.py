@@ -6,12 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hypersd_ray.config.base import ConfigError
+from hypersd_ray.config.base import ConfigError, RunError
 from hypersd_ray.config.preference import PairsConfig, PreferenceConfig
 from hypersd_ray.embedded import paths
 from hypersd_ray.embedded.pictures import load_pictures
 from hypersd_ray.embedded.preferences import write_pairs, write_start
 from hypersd_ray.models.rewards.image_reward import load_image_reward
+from hypersd_ray.trainer import preference
 from hypersd_ray.trainer.preference import fit
 
 pytestmark = pytest.mark.cluster
@@ -47,3 +48,28 @@ def test_a_fitted_model_is_loaded_as_a_reward_and_a_finished_run_trains_nothing(
         fit(config.model_copy(update={"steps": 5}))
     with pytest.raises(ConfigError, match=r"init=.*gone does not exist"):
         fit(config.model_copy(update={"init": "gone"}))
+    monkeypatch.setattr(preference, "connect", lambda: pytest.fail("the run asked for a cluster"))
+    (tmp_path / "start" / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read") as e:
+        fit(config.model_copy(update={"run": config.run.model_copy(update={"name": "unreadable"})}))
+    assert "\n" not in str(e.value)
+
+
+def test_nan_and_too_few_cpus_are_one_line(cluster, tmp_path, monkeypatch):
+    images, captions = load_pictures(paths.DATA, "val")
+    write_pairs(images[:32], captions[:32], paths.TEACHER, tmp_path / "pairs.parquet")
+    write_start(paths.TEACHER, tmp_path / "start")
+    pairs = (str(tmp_path / "pairs.parquet"),)
+    config = PreferenceConfig.model_validate(
+        {
+            "pairs": PairsConfig(train=pairs, held_out=pairs, resolution=32),
+            "init": str(tmp_path / "start"), "freeze": 0.0, "steps": 9, "optim": {"lr": 1e30, "batch": 4},
+            "run": {"name": "nan", "out": str(tmp_path / "runs"), "max_bad_steps": 2},
+        }
+    )  # fmt: skip
+    with pytest.raises(RunError, match=r"2 steps in a row had NaN or inf \(run\.max_bad_steps=2\)"):
+        fit(config)
+    monkeypatch.delenv("RAY_AUTOSCALING", raising=False)
+    many = config.run.model_copy(update={"cpus_per_worker": 99, "name": "many"})
+    with pytest.raises(ConfigError, match=r"run\.workers=1 with run\.cpus_per_worker=99 need 99 CPU, the cluster has"):
+        fit(config.model_copy(update={"run": many}))

@@ -1,7 +1,5 @@
 """The feedback step on a tiny pipeline: gradients, parts of the loss, NaN, resuming, watching."""
 
-import logging
-
 import pytest
 import torch
 
@@ -216,23 +214,33 @@ def test_resuming_gives_the_same_weights(folder, tscd, batch, encoders):
     assert second.notes() == straight.notes()
 
 
-def test_hacking_is_noticed_once(caplog):
+def test_hacking_is_noticed_once():
     watch = HackingWatch(patience=3, smoothing=0.0)
     rows = [watch.measure({"a": i}, {"b": -i, "c": -2 * i}) for i in range(6)]
     assert rows == [False, False, False, True, False, False] and watch.alarm
     assert not watch.measure({"a": 7}, {"b": 0, "c": -20}) and not watch.alarm  # one held-out reward rose
 
 
-def test_the_warning_names_the_knob(folder, tscd, batch, encoders, caplog):
-    config = make_config(
-        folder, tscd, structure=StructureConfig(weight=0), watch={"every": 1, "patience": 1, "smoothing": 0.0}
-    )
-    feedback, _ = make(config, encoders)
-    images = torch.full((4, 3, 8, 8), 0.2)
-    with caplog.at_level(logging.WARNING):
-        for level in (0.2, 0.6):
-            feedback._watch(images + level, PROMPTS, {"reward/aesthetic_v2": torch.tensor(level)})
-    assert "reward hacking; raise drift=1" in caplog.text and feedback.watched["hacking"] == 1
+@pytest.mark.parametrize("alone", [False, True], ids=["rewards", "structure alone"])
+def test_the_warning_is_told_once_and_names_the_knob(alone, folder, tscd, batch, encoders):
+    parts = {"refl": ReFLConfig(weight=0)} if alone else {"structure": StructureConfig(weight=0)}
+    config = make_config(folder, tscd, watch={"every": 1, "patience": 1, "smoothing": 0.0}, **parts)
+    levels, heldout = iter((3.0, 2.0, 1.0)), iter((3.0, 2.0, 1.0))
+    models = {
+        "solo": lambda images, told: images.mean((1, 2, 3)) * 0 + next(levels),  # a loss: what falls is learnt
+        "aesthetic_v2": lambda images, told: images.mean((1, 2, 3)) * 0 - next(levels),
+        "clip_score": lambda images, told: images.mean((1, 2, 3)) * 0 + next(heldout),
+    }
+    feedback, _ = make(config, encoders, **models)
+    told: list[str] = []
+    feedback.tell = told.append
+    for _ in range(3):
+        metrics = feedback.step(batch)
+    what, knob = ("structure", "structure.weight") if alone else ("reward/aesthetic_v2", "the rewards' alpha")
+    assert told == [
+        f"step 1: {what} rises while watch/clip_score fall: likely reward hacking; raise drift=1, lower {knob}, or stop here"
+    ]
+    assert metrics["hacking"] == 1 and {"watch/clip_score", "saturation", "diversity"} <= metrics.keys()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import LCMScheduler, TCDScheduler
@@ -9,10 +11,12 @@ from diffusers import LCMScheduler, TCDScheduler
 from hypersd_ray.diffusion.schedule import scaled_linear
 from hypersd_ray.losses.dmd import dmd_gradient
 from hypersd_ray.models.roles import EMA, FAKE, STUDENT, TEACHER, FullRoles
+from hypersd_ray.models.scoring import LocalBackend, RewardClient
 from hypersd_ray.training.checkpoint import load_checkpoint, save_checkpoint
 from hypersd_ray.training.onestep import OneStep, Pairs, single_step
+from hypersd_ray.training.rewarded import Rewarded
 from tests.helpers.distil import make_config, make_distiller, same, snapshot
-from tests.helpers.pipelines import BETAS, call, micro_unet, tiny_unet
+from tests.helpers.pipelines import BETAS, call, micro_unet, tiny_unet, tiny_vae
 from tests.training.onestep_parts import batch_of, config, copies, differ, inputs, null_of, one_step
 
 
@@ -164,6 +168,16 @@ def test_a_nan_in_the_fake_score_alone_counts_too(tmp_path):
     assert (training.progress.skipped, training.progress.bad_in_a_row) == (2, 2)
 
 
+def test_a_nan_in_the_fake_score_counts_where_nothing_else_learns(tmp_path):
+    training = one_step(config(tmp_path, mode="dedicated", dmd={"warmup_share": 0.9}))
+    bad, counts = batch_of(), []
+    bad.cond.prompt_embeds[1:] = torch.nan
+    for batch in (bad, bad, bad, batch_of(), bad):
+        training.step(batch)
+        counts.append((training.progress.skipped, training.progress.bad_in_a_row))
+    assert counts == [(1, 1), (2, 2), (3, 3), (3, 0), (4, 1)]
+
+
 def test_a_full_unet_runs_through_the_same_step(tmp_path):
     settings = config(tmp_path, full_unet=True, optim={"lr": 1e-5})
     training = OneStep(settings, FullRoles(micro_unet(), scaled_linear(), "epsilon"), null_of())
@@ -207,3 +221,39 @@ def test_the_single_step_is_diffusers(tmp_path):
             ours = single_step(training.roles, STUDENT, x_T, cond, index + 1)
         # TCD stops at our t = 1 (alpha 0.9996), see the traps in the design
         torch.testing.assert_close(theirs, ours, rtol=2e-3, atol=0.05 if index == 999 else 2e-3)
+
+
+def brightness(images, told):
+    return torch.where(torch.tensor([t == "bad" for t in told]), torch.nan, images.mean((1, 2, 3)))
+
+
+def test_feedback_judges_the_single_step_beside_the_other_losses(tmp_path):
+    """The reward rises, who has no valid score takes no part, and a resumed run is the same run."""
+    rewards = ({"name": "aesthetic_v2", "checkpoint": "x", "alpha": 2.0},)
+    settings = config(
+        tmp_path, feedback={"rewards": rewards, "weight": 10.0}, dmd={"warmup_share": 0.1, "fake_updates": 1},
+        distill={"steps_list": (10,)}, optim={"lr": 3e-3},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    vae = tiny_vae("sd").eval().requires_grad_(False)
+
+    def made() -> OneStep:
+        plain = one_step(settings)
+        client = RewardClient(LocalBackend({"aesthetic_v2": brightness}))
+        return OneStep(settings, plain.roles, null_of(), 0, Rewarded(settings.models, vae, client, 2))
+
+    captions = ("consistency", "good", "good", "bad")  # the first row is consistency's
+    training, again = made(), made()
+    history = [training.step(replace(batch_of(), captions=captions)) for _ in range(10)]
+    assert "aes" not in history[0] and {"aes", "dmd", "consistency", "saturation"} <= history[-1].keys()
+    assert history[-1]["reward/aesthetic_v2"] > history[1]["reward/aesthetic_v2"] + 1e-3
+    assert history[-1]["dropped/aesthetic_v2"] == 9 and training.progress.skipped == 0
+
+    half = made()
+    for _ in range(5):
+        half.step(replace(batch_of(), captions=captions))
+    save_checkpoint(tmp_path / "half", half)
+    load_checkpoint(tmp_path / "half", again)
+    for _ in range(5):
+        again.step(replace(batch_of(), captions=captions))
+    assert same(snapshot(training), snapshot(again)) and again.notes() == training.notes()

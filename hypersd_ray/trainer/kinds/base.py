@@ -38,11 +38,13 @@ DISTILL_SAME_RUN = (*COMMON_SAME_RUN, "full_unet", "distill", "adversarial")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a worker stands: its device, its rank, and the shared models' actors where the run has some."""
+    """Where a worker stands: its device, its rank, the shared models' actors where the run has some, and who takes a line
+    that the user should read."""
 
     device: torch.device
     rank: int
     evaluators: Any = None
+    tell: Callable[[str], None] = print
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,9 @@ class Kind:
 
 
 def distillation_batch(rows: dict[str, Any], device: torch.device) -> Batch:
-    """Latents and their conditioning."""
+    """Latents, their conditioning and their captions."""
     made = FeedbackBatch.from_rows(rows, device)
-    return Batch(made.x0, made.cond)
+    return Batch(made.x0, made.cond, made.captions)
 
 
 def distillation_grid(samplings: Callable[[Any], Sequence[Sampling]]) -> Callable:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from torch import Tensor
 from hypersd_ray.actors.client import RemoteBackend
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.feedback import FeedbackConfig
+from hypersd_ray.config.rewards import PerceptionConfig, PlacementConfig, RewardConfig
+from hypersd_ray.diffusion.segments import edges
 from hypersd_ray.models.checkpoint import read_base
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import load_vae
@@ -20,7 +24,7 @@ from hypersd_ray.models.merge import Part, concatenate_loras
 from hypersd_ray.models.perception.coco import CocoAnnotations, crop_square
 from hypersd_ray.models.perception.protocol import Instances
 from hypersd_ray.models.roles import STUDENT, TEACHER
-from hypersd_ray.models.scoring import Backend, RewardClient, local_backend
+from hypersd_ray.models.scoring import RewardClient, local_backend
 from hypersd_ray.trainer import storage
 from hypersd_ray.trainer.kinds.base import COMMON_SAME_RUN, Kind, Place, lora_file, save_loras, student_tensors
 from hypersd_ray.training import samples
@@ -39,36 +43,60 @@ def check(config: FeedbackConfig) -> None:
     """
     with storage.local_copy(config.tscd, "tscd") as path:
         fitting_lora(path, read_base(config.teacher), name="tscd")
-    for field, file in _files(config).items():
-        if not storage.exists(file):
-            raise ConfigError(f"{field}={file} does not exist")
-    for reward in config.rewards:
-        apart = config.placement.where == "actors" and reward.python
+        check_times(config, read_lora(path)[1])
+    check_rewards(config.rewards, config.placement)
+    if config.structure.weight:
+        check_there(config.structure.model, "structure.model", "checkpoint")
+        check_there(config.structure, "structure", "annotations")
+        if config.structure.annotations:
+            CocoAnnotations(config.structure.annotations)
+
+
+def check_there(owner: object, prefix: str, *fields: str) -> None:
+    """The files that fields of a section name are there. Raises ConfigError: one line."""
+    for field in fields:
+        if (path := getattr(owner, field)) and not storage.exists(path):
+            raise ConfigError(f"{prefix}.{field}={path} does not exist")
+
+
+def check_rewards(rewards: Sequence[RewardConfig], placement: PlacementConfig, section: str = "") -> None:
+    """Every file of the rewards is there, and the interpreters; `section` is where the run has them, "feedback.".
+
+    Raises:
+        ConfigError: one line.
+    """
+    for reward in rewards:
+        check_there(reward, f"{section}rewards.{reward.name}", "checkpoint", "tower", "tokenizer")
+        apart = placement.where == "actors" and reward.python
+        if apart and shutil.which(reward.python) is None:
+            raise ConfigError(
+                f"{section}rewards.{reward.name}.python={reward.python} is no interpreter: `python jobs/image_reward_env.py --out DIR` "
+                "makes one, DIR/bin/python, at the same path on every node"
+            )
         if reward.name == "image_reward_package" and not apart and importlib.util.find_spec("ImageReward") is None:
             raise ConfigError(
-                f"rewards.image_reward_package with placement.where={config.placement.where} and python={reward.python!r}: "
+                f"{section}rewards.image_reward_package with placement.where={placement.where} and python={reward.python!r}: "
                 "image-reward is not installed beside this project; `python jobs/image_reward_env.py --out DIR`, then "
                 "--image-reward-python DIR/bin/python with placement.where=actors"
             )
-    if config.structure.weight and config.structure.annotations:
-        CocoAnnotations(config.structure.annotations)
 
 
-def _files(config: FeedbackConfig) -> dict[str, str]:
-    """Field -> file, of all that are read."""
-    named = {f"rewards.{r.name}": r for r in config.rewards}
-    files = {
-        f"{prefix}.{field}": getattr(reward, field)
-        for prefix, reward in named.items()
-        for field in ("checkpoint", "tower", "tokenizer")
-    }
+def check_times(config: FeedbackConfig, tscd: LoRAMetadata | None) -> None:
+    """A LoRA that was made for some of the network's inputs alone is asked at no other.
+
+    Raises:
+        ConfigError: one line.
+    """
+    made = tscd.timesteps if tscd else ()
+    asked = {t - 1 for steps in config.refl.steps for t in edges(1000, steps)[1:]}
     if config.structure.weight:
-        structure = config.structure
-        files |= {
-            "structure.model.checkpoint": structure.model.checkpoint,
-            "structure.annotations": structure.annotations,
-        }
-    return {field: path for field, path in files.items() if path}
+        asked |= {t - 1 for t in config.structure.times()}
+    if made and not asked <= set(made):
+        raise ConfigError(
+            f"tscd={config.tscd} was made for the time step{'s' * (len(made) > 1)} {', '.join(map(str, made))} alone, this run "
+            f"asks it at {', '.join(map(str, sorted(asked, reverse=True)))}: give a LoRA of 1 to 8 steps, or change refl.steps"
+            + (", structure.start and structure.denoise_to" if config.structure.weight else "")
+        )
 
 
 def build(config: FeedbackConfig, place: Place) -> Feedback:
@@ -76,12 +104,18 @@ def build(config: FeedbackConfig, place: Place) -> Feedback:
     with storage.local_copy(config.tscd, "tscd") as tscd:
         roles = build_roles(config.model_copy(update={"tscd": str(tscd)}), place.device)
     vae = load_vae(config.teacher, str(place.device)).eval().requires_grad_(False)
-    backend: Backend = (
-        local_backend(config.models, place.device, config.placement.precision)
-        if place.evaluators is None
-        else RemoteBackend(place.evaluators, place.rank)
-    )
-    return Feedback(config, roles, vae, RewardClient(backend), read_annotations(config), place.rank)
+    client = client_of(config.models, config.placement, place)
+    tell = place.tell if place.rank == 0 else lambda line: None  # once
+    return Feedback(config, roles, vae, client, read_annotations(config), place.rank, tell)
+
+
+def client_of(
+    models: Sequence[RewardConfig | PerceptionConfig], placement: PlacementConfig, place: Place
+) -> RewardClient:
+    """A way to the shared actors where the run has them, else to models of this worker's own."""
+    if place.evaluators is None:
+        return RewardClient(local_backend(models, place.device, placement.precision))
+    return RewardClient(RemoteBackend(place.evaluators, place.rank))
 
 
 def read_annotations(config: FeedbackConfig) -> Annotations | None:
@@ -112,12 +146,13 @@ def export(config: FeedbackConfig, state: Feedback, stage: int, folder: Path | N
     tscd = tscd_metadata(config, found, rank)
     feedback = {name: p.detach().cpu() for name, p in student_tensors(state.roles).items()}
     alpha, recipe = config.lora.effective_alpha, config.run.name
-    alone = replace(tscd, rank=config.lora.rank, alpha=alpha, recipe=recipe, extra={"above": Path(config.tscd).name})
+    above = tscd.extra | {"above": Path(config.tscd).name}
+    alone = replace(tscd, rank=config.lora.rank, alpha=alpha, recipe=recipe, extra=above)
     save_loras(feedback, folder, FEEDBACK, alone)
     merged = concatenate_loras(
         [Part(tensors, tscd.alpha, 1.0, "tscd"), Part(feedback, alpha, config.merge_weight, "feedback")]
     )
-    said = {"merged": f"{Path(config.tscd).name} + {config.merge_weight:g} x {recipe}"}
+    said = tscd.extra | {"merged": f"{Path(config.tscd).name} + {config.merge_weight:g} x {recipe}"}
     save_loras(
         merged.tensors, folder, MERGED, replace(tscd, rank=merged.rank, alpha=merged.alpha, recipe=recipe, extra=said)
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 from hypersd_ray.config.onestep import OneStepConfig
 from hypersd_ray.models.cards import UNetCard, save_unet_with_card
 from hypersd_ray.models.checkpoint import load_unet, read_base
+from hypersd_ray.models.encoders import load_vae
 from hypersd_ray.models.export import TIMESTEP, LoRAMetadata, merge_lora
 from hypersd_ray.models.initial import fitting_lora
 from hypersd_ray.models.roles import EMA, STUDENT
@@ -26,8 +27,10 @@ from hypersd_ray.trainer.kinds.base import (
     student_tensors,
     student_unet,
 )
+from hypersd_ray.trainer.kinds.feedback import check_rewards, client_of
 from hypersd_ray.trainer.kinds.tscd import build_roles
 from hypersd_ray.training.onestep import OneStep
+from hypersd_ray.training.rewarded import Rewarded
 from hypersd_ray.training.samples import Sampling
 
 
@@ -58,7 +61,28 @@ def build(config: OneStepConfig, place: Place) -> OneStep:
     if tensors is not None and not config.full_unet:
         roles.load(STUDENT, tensors)
         roles.copy(STUDENT, EMA)
-    return OneStep(config, roles, null, place.rank)
+    return OneStep(config, roles, null, place.rank, rewarded(config, place))
+
+
+def rewarded(config: OneStepConfig, place: Place) -> Rewarded | None:
+    """What judges the single step's pictures, where the run has feedback."""
+    feedback = config.feedback
+    if not feedback.rewards:
+        return None
+    vae = load_vae(config.teacher, str(place.device)).eval().requires_grad_(False)
+    return Rewarded(
+        feedback.rewards, vae, client_of(feedback.rewards, feedback.placement, place), feedback.decode_batch
+    )
+
+
+def check(config: OneStepConfig) -> None:
+    """The LoRA fits, and what the rewards are read from is there.
+
+    Raises:
+        ValueError, ConfigError: one line.
+    """
+    initial_lora(config)
+    check_rewards(config.feedback.rewards, config.feedback.placement, "feedback.")
 
 
 def onestep_name(config: OneStepConfig) -> str:
@@ -118,14 +142,20 @@ def samplings(config: OneStepConfig) -> list[Sampling]:
     return [Sampling(n, (*times, 0), eta=1.0 if n > 1 else 0.0) for n, times in chosen.items()]
 
 
+SAME_RUN = (
+    *DISTILL_SAME_RUN, "init", "mode", "timestep", "timesteps", "inputs", "consistency_share", "dmd", "regression.pairs",
+    "regression.weight", "regression.batch", "feedback.rewards", "feedback.weight",
+)  # fmt: skip
+
 KIND = Kind(
     OneStepConfig,
-    (*DISTILL_SAME_RUN, "init", "mode", "timestep", "timesteps", "inputs", "consistency_share", "dmd", "regression"),
-    initial_lora,
+    SAME_RUN,
+    check,
     build,
     distillation_batch,
     export,
     distillation_grid(samplings),
     product,
     samplings,
+    lambda config: config.models if config.placement.where == "actors" else (),
 )
