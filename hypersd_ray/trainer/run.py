@@ -197,7 +197,7 @@ def check_same_run(config: AnyConfig, folder: str) -> None:
     for field in kind.same_run:
         ours, theirs = (functools.reduce(getattr, field.split("."), one) for one in (config, saved))
         theirs = there.get(field, theirs)
-        if _in_checkout(ours) != _in_checkout(theirs):
+        if in_checkout(ours) != in_checkout(theirs):
             raise ConfigError(
                 f"{field} differs from the run that is in {folder}: {_difference(ours, theirs)}; "
                 "set run.name to start another run"
@@ -209,10 +209,13 @@ def _is_of(kind: Kind, values: dict[str, Any]) -> bool:
     return kind is min(KINDS.values(), key=lambda one: len(one.config.model_fields.keys() ^ values.keys()))
 
 
-def _in_checkout(value: Any) -> Any:
-    """A path within the checkout from there on: each upload of a job's working directory lies somewhere else."""
-    if isinstance(value, tuple):
-        return tuple(map(_in_checkout, value))
+def in_checkout(value: Any) -> Any:
+    """A path within the checkout from there on, in lists and dicts too: each upload of a job's working directory lies
+    somewhere else."""
+    if isinstance(value, dict):
+        return {name: in_checkout(inner) for name, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(map(in_checkout, value))
     return re.sub(r"^.*/_ray_pkg_\w+/", "", value).removeprefix(f"{ROOT}/") if isinstance(value, str) else value
 
 

@@ -89,7 +89,9 @@ def test_the_number_of_workers_follows_the_nodes(cluster, make, tmp_path):
     assert len(counts) == 24 and max(counts.values()) - min(counts.values()) <= 1, (
         "three epochs, the ranks side by side"
     )
-    joined = next(b["step"] - a["step"] for a, b in itertools.pairwise(firsts(trace)) if (a["world"], b["world"]) == (1, 2))
+    joined = next(
+        b["step"] - a["step"] for a, b in itertools.pairwise(firsts(trace)) if (a["world"], b["world"]) == (1, 2)
+    )
     assert joined == 1, "a node that joins costs no step"
     assert told.restarts == 2 and told.lost <= EVERY + 1
     numbers = ", ".join(f"{size} at steps {a} to {b}" for size, a, b in runs_of(sizes))
