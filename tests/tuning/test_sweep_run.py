@@ -18,8 +18,8 @@ from hypersd_ray.config.sweep import SweepConfig
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.trainer import keeping
 from hypersd_ray.trainer.run import in_checkout
-from hypersd_ray.tuning import sweep as sweeps
 from hypersd_ray.training.quality import Quality, objective
+from hypersd_ray.tuning import sweep as sweeps
 from tests.chaos.faults import record
 from tests.helpers.pipelines import CAPTIONS
 from tests.trainer.helpers import ROOT, wait_for
