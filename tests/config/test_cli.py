@@ -39,7 +39,7 @@ def test_a_saved_config_is_read_back(recipes, tmp_path):
     with fsspec.open("memory://runs/config.yaml", "wt") as file:
         file.write(path.read_text())
     assert parse(recipes, TSCDConfig, "", ["--config", "memory://runs/config.yaml"]) == config
-    with pytest.raises(ConfigError, match="--config memory://runs/none.yaml: ") as caught:
+    with pytest.raises(ConfigError, match=r"--config memory://runs/none\.yaml: ") as caught:
         parse(recipes, TSCDConfig, "", ["--config", "memory://runs/none.yaml"])
     assert "\n" not in str(caught.value)
 
