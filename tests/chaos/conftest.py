@@ -26,7 +26,8 @@ def make(make_config) -> Callable[..., TSCDConfig]:
 
     def build(name: str, shards: Path | None = None, **changes) -> TSCDConfig:
         changes["run"] = {"max_failures": 10} | changes.get("run", {})
-        return make_config(name, shards=shards, distill=STAGES, **changes)
+        changes["distill"] = STAGES | changes.get("distill", {})
+        return make_config(name, shards=shards, **changes)
 
     return build
 

@@ -149,8 +149,9 @@ DRIVE = """
 import yaml
 from pathlib import Path
 from hypersd_ray.config.tscd import TSCDConfig
+from hypersd_ray.trainer import run
 from tests.chaos.faults import broken, slow
-faults = {{step: slow({every}) for step in range(1, 19)}} if {every} else {{}}
+faults = {{step: slow({every}) for step in range(1, 31)}} if {every} else {{}}
 run.train_loop = broken(Path({trace!r}), faults | {{{step}: slow({seconds})}})
 from hypersd_ray.config.cli import run_job
 run_job(lambda: run.train(TSCDConfig.model_validate(yaml.safe_load(Path({config!r}).read_text()))) and 0)

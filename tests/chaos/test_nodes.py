@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.clusters import drain, environment, growing, node_of, nodes
-from tests.chaos.conftest import BATCH, EVERY, STEPS
+from tests.chaos.conftest import BATCH, EVERY
 from tests.chaos.faults import checkpoints, record, story, until, worlds
 from tests.chaos.test_faults import drive
 from tests.jobs.conftest import ROOT
@@ -66,29 +66,30 @@ def test_a_notice_of_preemption(cluster, make, assert_unchanged, unbroken, tmp_p
 
 def test_the_number_of_workers_follows_the_nodes(cluster, make, tmp_path):
     """One worker; a node joins: two; it goes: one again. Each epoch's samples are trained once."""
-    config = make("elastic", run={"workers": 2, "min_workers": 1, "resize_every_s": 2})
+    # Ray hears of a node up to 20 s after it came: 30 steps of 2 s, five epochs.
+    config = make(
+        "elastic", run={"workers": 2, "min_workers": 1, "resize_every_s": 2}, distill={"steps_list": (20, 10)}
+    )
 
     def steps_of_two() -> int:
         lines = [json.loads(line) for line in trace.read_text().splitlines()] if trace.exists() else []
         return len({line["step"] for line in lines if line["world"] == 2})
 
     with nodes(2) as growing_one:
-        process, trace = drive(config, tmp_path, environment(growing_one), step=5, seconds=6, every_step_s=0.7)
-        wait_for(lambda: Path(f"{trace}.5").exists(), process=process)
-        second = growing_one.add_node(num_cpus=2)
+        process, trace = drive(config, tmp_path, environment(growing_one), step=4, seconds=2, every_step_s=2)
+        wait_for(lambda: Path(f"{trace}.4").exists(), process=process)
+        second = growing_one.add_node(num_cpus=2, wait=False)
         wait_for(lambda: steps_of_two() >= EVERY + 2, process=process)
         growing_one.remove_node(second, allow_graceful=False)
         said, _ = process.communicate(timeout=500)
         assert process.returncode == 0, said
     told, trained = story(trace), worlds(trace)
-    assert sorted(trained) == list(range(1, STEPS + 1))
+    assert sorted(trained) == list(range(1, 31))
     sizes = [len(trained[step]) for step in sorted(trained)]
     assert sizes[0] == sizes[-1] == 1 and 2 in sizes, sizes
     assert all(sum(map(len, ranks)) == BATCH for ranks in trained.values())
     counts = Counter(key for ranks in trained.values() for own in ranks for key in own)
-    assert len(counts) == 24 and max(counts.values()) - min(counts.values()) <= 1, (
-        "three epochs, the ranks side by side"
-    )
+    assert len(counts) == 24 and max(counts.values()) - min(counts.values()) <= 1, "five epochs, the ranks side by side"
     joined = next(
         b["step"] - a["step"] for a, b in itertools.pairwise(firsts(trace)) if (a["world"], b["world"]) == (1, 2)
     )
