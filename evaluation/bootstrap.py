@@ -50,6 +50,24 @@ def bootstrap_interval(values: Tensor, level: float = 0.95, resamples: int = 400
     return Interval(values.mean().item(), low, high)
 
 
+def paired_means(a: Tensor, b: Tensor, resamples: int = 4000, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Means of a and b (k, n), (resamples, k) each, over the same draws of their n prompts: for what is no mean of prompts
+    itself but a function of such means.
+
+    Raises:
+        ValueError: a and b are not of one shape (k, n), or n is below 2.
+    """
+    if a.shape != b.shape or a.ndim != 2 or a.shape[1] < 2:
+        raise ValueError(f"paired means need one shape (k, n), n >= 2, got {tuple(a.shape)} and {tuple(b.shape)}")
+    n = a.shape[1]
+    drawn = torch.randint(n, (resamples, n), generator=generator_of(seed, "bootstrap", n, resamples))
+    # How often each prompt was drawn, so that a resample's mean is a product of matrices.
+    times = torch.zeros(resamples, n, dtype=torch.float64).scatter_add_(
+        1, drawn, torch.ones(drawn.shape, dtype=torch.float64)
+    )
+    return times @ a.double().T / n, times @ b.double().T / n
+
+
 def paired_difference(a: Tensor, b: Tensor, level: float = 0.95, resamples: int = 4000, seed: int = 0) -> Interval:
     """The interval of mean(a - b) with the prompts kept together: tighter than two intervals side by side.
 

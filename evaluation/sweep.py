@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 
-from evaluation.bootstrap import Interval, paired_difference
+from evaluation.bootstrap import Interval, paired_difference, paired_means
 from hypersd_ray.config.sweep import LOGARITHMIC, SweepConfig
 from hypersd_ray.models.checkpoint import read_base
 from hypersd_ray.models.encoders import load_encoders
@@ -107,23 +109,33 @@ def _share(span: tuple[float, float], value: float) -> float:
 
 
 def measured(sweep: SweepConfig, trials: list[Trial], prompts: tuple[str, ...]) -> dict[str, Quality]:
-    """Each run's last LoRA on `prompts`, all from the same x_T."""
+    """Each run's last LoRA on `prompts`, all from the same x_T; where a worker would be, for a head may have no cores."""
+    run = sweep.base.run
+    resources = {"num_cpus": run.cpus_per_worker, "num_gpus": run.gpus_per_worker}
+    names = [trial.name for trial in trials]
+    return ray.get(ray.remote(_measured).options(**resources).remote(sweep, names, prompts))
+
+
+def _measured(sweep: SweepConfig, trials: list[str], prompts: tuple[str, ...]) -> dict[str, Quality]:
     config = base_run(sweep)
+    device = "cuda" if config.run.gpus_per_worker else "cpu"
+    if device == "cpu":  # no trial runs any more
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
     measure = config.measure.model_copy(update={"prompts": prompts})
-    roles, _ = build_roles(config, torch.device("cpu"))
-    encoders = load_encoders(config.teacher)
+    roles, _ = build_roles(config, torch.device(device))
+    encoders = load_encoders(config.teacher, device=device)
     side = float(config.data.resolution)
     time_ids = torch.tensor([[side, side, 0, 0, side, side]]) if encoders.is_sdxl else None
     yardstick = Yardstick(measure, roles, encoders, read_base(config.teacher).path, time_ids)
     eta = samplings(config)[0].eta
     found, folder = {}, sweep_folder(sweep)
     with tempfile.TemporaryDirectory() as temporary:
-        for trial in trials:
-            place = f"{folder}/base/{config.run.name}" if trial.name == "base" else f"{folder}/trials/{trial.name}"
-            local = Path(temporary) / f"{trial.name}.safetensors"
+        for name in trials:
+            place = f"{folder}/base/{config.run.name}" if name == "base" else f"{folder}/trials/{name}"
+            local = Path(temporary) / f"{name}.safetensors"
             storage.get(f"{place}/{product(config, config.distill.k_list[-1])}", local)
             roles.load(STUDENT, read_lora(local)[0])
-            found[trial.name] = yardstick({n: Sampling(n, eta=eta) for n in measure.steps})
+            found[name] = yardstick({n: Sampling(n, eta=eta) for n in measure.steps})
     return found
 
 
@@ -150,7 +162,28 @@ def compare(sweep: SweepConfig, outcome: Outcome) -> str:
         for mine, its in ((ours.distance, theirs.distance), (ours.clip, theirs.clip)):
             cells += ["", ""] if n not in its else [f"{sum(its[n]) / len(its[n]):.4g}", _cell(mine[n], its[n])]
         lines.append("| " + " | ".join(cells) + " |")
+    i = objective_difference(ours, theirs, sweep.base.measure.clip_weight)
+    lines += ["", f"objective (less is better), best minus base: {i.mean:+.4g} [{i.low:+.4g}, {i.high:+.4g}]"]
+    if sweep.warm_start:
+        lines += ["", "best.yaml begins, as the best trial did, from the base's first stage (first_stage)."]
     return "\n".join(lines)
+
+
+def objective_difference(ours: Quality, theirs: Quality, clip_weight: float) -> Interval:
+    """Of two students on the same prompts; the teacher's CLIP score cancels out. 95%, the prompts kept together."""
+
+    def log_ratio(a: dict[int, list[float]], b: dict[int, list[float]], least: float) -> torch.Tensor:
+        """(1 + resamples,): first that of all prompts."""
+        one, other = (torch.tensor([values[n] for n in theirs.distance]) for values in (a, b))
+        drawn = zip((one.double().mean(1)[None], other.double().mean(1)[None]), paired_means(one, other), strict=True)
+        mine, its = (torch.cat(pair).clamp(min=least).log() for pair in drawn)
+        return (mine - its).mean(1)
+
+    values = log_ratio(ours.distance, theirs.distance, 1e-12)
+    if theirs.clip and clip_weight:
+        values = values - clip_weight * log_ratio(ours.clip, theirs.clip, 1e-6)
+    low, high = torch.quantile(values[1:], torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Interval(values[0].item(), low, high)
 
 
 def _recorded(record: dict[str, Any]) -> Quality:

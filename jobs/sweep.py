@@ -1,7 +1,7 @@
 """Find the schedule of the adversarial and the MSE weights, learning rate, guidance and EMA by measured quality.
 
 python jobs/sweep.py tiny                                                    # the embedded model, on a CPU
-python jobs/sweep.py tiny --trials 30 --search optuna                        # Optuna chooses by the trials before
+python jobs/sweep.py tiny --name sweep-optuna --trials 30 --search optuna    # Optuna chooses by the trials before
 python jobs/sweep.py sd15 --teacher PATH --prompts FILE --base.data.shards 's3://...'
 python jobs/tscd.py --config runs/sweep-tiny-minutes/best.yaml               # train what came out
 ray job submit --working-dir . -- python jobs/sweep.py tiny                  # on a cluster
@@ -23,16 +23,13 @@ from hypersd_ray.recipes import SWEEP_RECIPES
 def main() -> None:
     """Sweep, compare the best with the base on other prompts, and say where everything is."""
     config = parse(SWEEP_RECIPES, SweepConfig, __doc__)
-    import yaml
-
     from evaluation.sweep import compare, draw_parallel, table, write_csv
     from hypersd_ray.trainer import storage
     from hypersd_ray.tuning import sweep  # Ray and torch come after the configuration is known to be right
 
     outcome = sweep.run_sweep(config)
     folder = outcome.folder
-    best = yaml.safe_dump(sweep.best_config(config, outcome).model_dump(mode="json"), sort_keys=False)
-    storage.write_text(f"{folder}/best.yaml", best)
+    storage.write_text(f"{folder}/best.yaml", sweep.best_text(config, outcome))
     with tempfile.TemporaryDirectory() as temporary:
         write_csv(config, outcome, Path(temporary) / "trials.csv")
         draw_parallel(config, outcome, Path(temporary) / "trials.png")

@@ -5,7 +5,7 @@ python jobs/tscd.py tiny --method perflow                           # the same b
 python jobs/tscd.py sd15 --teacher PATH --data.shards 's3://...'    # Stable Diffusion 1.5
 python jobs/tscd.py sdxl --teacher PATH --data.shards 's3://...'    # SDXL
 ray job submit --working-dir . -- python jobs/tscd.py tiny          # on a cluster
-python jobs/tscd.py sdxl --teacher PATH --plan                      # no training: throughput to 256 GPUs, and the limit
+python jobs/tscd.py sdxl --plan                                     # no training: throughput to 256 GPUs, and the limit
 """
 
 from __future__ import annotations
@@ -24,12 +24,10 @@ from hypersd_ray.recipes import RECIPES
 def main() -> None:
     """Train, draw, and say where everything is."""
     arguments, rates = split_plan(sys.argv[1:])
-    config = parse(RECIPES, TSCDConfig, __doc__, arguments)
     if rates is not None:
-        from hypersd_ray.tuning.plan import plan
-
-        print(plan(config, rates))
+        print_plan(arguments, rates)
         return
+    config = parse(RECIPES, TSCDConfig, __doc__, arguments)
     from hypersd_ray.trainer import run  # Ray and torch come after the configuration is known to be right
 
     result = run.train(config)
@@ -47,6 +45,20 @@ def split_plan(arguments: list[str]) -> tuple[list[str], list[str] | None]:
     while end < len(arguments) and "=" in arguments[end] and not arguments[end].startswith("-"):
         end += 1
     return arguments[:at] + arguments[end:], arguments[at + 1 : end]
+
+
+def print_plan(arguments: list[str], rates: list[str]) -> None:
+    """The plan of the run that `arguments` ask for. The teacher may be left out where the recipe's name says the family: no
+    weight is read, and no cluster asked for."""
+    from hypersd_ray.models.shapes import write_shape
+    from hypersd_ray.tuning.plan import plan
+
+    recipe = next((argument for argument in arguments if argument in ("sd15", "sdxl")), None)
+    with tempfile.TemporaryDirectory() as folder:
+        if recipe is not None and not any(argument.partition("=")[0] == "--teacher" for argument in arguments):
+            write_shape(Path(folder), "sdxl" if recipe == "sdxl" else "sd")
+            arguments = [*arguments, "--teacher", folder]
+        print(plan(parse(RECIPES, TSCDConfig, __doc__ or "", arguments), rates))
 
 
 def draw(config: TSCDConfig, folder: str) -> list[str]:

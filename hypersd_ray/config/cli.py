@@ -51,13 +51,15 @@ def parse(
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = Parser(description)
     parser.add_argument("recipe", nargs="?", help=f"one of {', '.join(recipes)}; its options: RECIPE --help")
-    parser.add_argument("--config", metavar="FILE", help="a config.yaml that a run left, in place of a recipe")
+    parser.add_argument(
+        "--config", metavar="FILE", help="a config.yaml that a run left (or its URL), in place of a recipe"
+    )
     known, rest = parser.parse_known_args(arguments)
     try:
         if known.config:
             if known.recipe:
                 raise ConfigError(f"both a recipe ({known.recipe}) and --config {known.config}: give one")
-            default = _from_file(kind, Path(known.config))
+            default = _from_file(kind, known.config)
         elif known.recipe in recipes:
             default, rest = _from_recipe(recipes[known.recipe], rest, description)
         elif known.recipe is None and {"-h", "--help"} & set(rest):
@@ -151,11 +153,22 @@ def _option_names(kind: type[Any]) -> Iterator[str]:
             yield spelled
 
 
-def _from_file(kind: type[Config], path: Path) -> Config:
+def _from_file(kind: type[Config], path: str) -> Config:
     try:
-        return kind.model_validate(yaml.safe_load(path.read_text()))
-    except (FileNotFoundError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path}: {str(error).splitlines()[0]}") from None
+        values = yaml.safe_load(_text(path))
+    except Exception as error:  # each kind of storage has errors of its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"--config {path}: {reason:.200}") from None
+    return kind.model_validate(values)
+
+
+def _text(path: str) -> str:
+    if "://" not in path:
+        return Path(path).read_text()
+    import fsspec
+
+    with fsspec.open(path, "rt") as file:
+        return file.read()
 
 
 def _from_recipe(recipe: Callable[..., Config], rest: list[str], description: str) -> tuple[Config, list[str]]:

@@ -47,8 +47,8 @@ class RunConfig(Strict):
     """With fewer workers the run does not go on; with as many it does, and takes up to `workers` as nodes come and go.
     None: `workers`, always. A step's images stay `optim.batch`, rounded up to equal shares."""
     resize_every_s: float = Field(default=60, gt=0)
-    """With `min_workers`: seconds between looks for nodes that came. Another number of workers goes on from the last
-    checkpoint."""
+    """With `min_workers`: seconds between looks for nodes that came. Another number of workers goes on from a
+    checkpoint that is written for it."""
     gpus_per_worker: float = Field(default=0, ge=0)
     """GPUs of each; 0 trains on the CPU."""
     cpus_per_worker: float = Field(default=1, ge=0)

@@ -197,7 +197,7 @@ class LatentStream:
         if not todo:
             return
         if self.format == "latents":
-            dataset = precomputed_dataset(todo, self.config)
+            dataset = precomputed_dataset(todo, self.config, near=True)
         else:
             assert self.reject_log is not None, "made in __init__"
             dataset = encoded_dataset(todo, self.format, self.config, self.model_path, self.reject_log)

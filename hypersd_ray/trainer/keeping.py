@@ -90,8 +90,10 @@ def resume(
     return Found(None, [])
 
 
-def uploader(folder: str, patience_s: float) -> Callable[[ray.train.Checkpoint, str], ray.train.Checkpoint]:
-    """Ray Train's `checkpoint_upload_fn`: file by file, the manifests last, and again while the storage refuses."""
+def uploader(
+    folder: str, patience_s: float, done: Callable[[], object] = lambda: None
+) -> Callable[[ray.train.Checkpoint, str], ray.train.Checkpoint]:
+    """Ray Train's `checkpoint_upload_fn`: file by file, the manifests last, and again while the storage refuses; then `done`."""
 
     def upload(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
         target, local = f"{folder}/{name}", Path(checkpoint.path)
@@ -110,6 +112,7 @@ def uploader(folder: str, patience_s: float) -> Callable[[ray.train.Checkpoint, 
                 raise
 
         storage.patiently(put, target, patience_s)
+        done()
         return ray.train.Checkpoint(target)
 
     return upload

@@ -28,7 +28,7 @@ from hypersd_ray.trainer import keeping, storage
 from hypersd_ray.trainer.kinds import KINDS, AnyConfig
 from hypersd_ray.trainer.kinds.base import Place, distillation_batch
 from hypersd_ray.trainer.logs import Loggers
-from hypersd_ray.trainer.notices import SAVE, STOP, Notices
+from hypersd_ray.trainer.notices import MOVE, SAVE, STOP, Notices
 from hypersd_ray.trainer.progress import Snapshot
 from hypersd_ray.trainer.storage import StorageError
 from hypersd_ray.training import samples
@@ -39,6 +39,8 @@ from hypersd_ray.training.quality import Yardstick, objective
 
 QUIET = {"grad_norm", "dropped", "watch", "hacking", "saturation", "diversity", "reward_seconds"}
 """What is logged and is not in the progress line."""
+MOVE_S = 10.0
+"""Seconds in which Ray Train ends a group after its last checkpoint; a step more would be made again by the next one."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,8 @@ class Worker:
             self.distiller.next_stage()
         if ends or notice >= SAVE or progress.step % run.checkpoint_every == 0:
             self._report(metrics, measured)
+        if notice == MOVE:
+            time.sleep(MOVE_S)
         if notice != STOP or self.distiller.finished:
             return False
         ray.get(self.board.leave.remote(self.last_checkpoint))
@@ -305,7 +309,11 @@ class Worker:
                 values | measured | progress | self.clock.totals(),
                 checkpoint=ray.train.Checkpoint.from_directory(temporary),
                 checkpoint_dir_name=name,
-                checkpoint_upload_fn=keeping.uploader(self.folder, run.storage_patience_s),
+                checkpoint_upload_fn=keeping.uploader(
+                    self.folder,
+                    run.storage_patience_s,
+                    functools.partial(self.board.saved.remote, self.rank, self.world),
+                ),
             )
         self.last_checkpoint = f"{self.folder}/{name}"
         if self.loggers is not None:

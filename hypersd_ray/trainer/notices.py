@@ -1,4 +1,4 @@
-"""What a worker hears between two steps: that the job is to stop, that a node will be taken away.
+"""What a worker hears between two steps: that the job is to stop, that a node will be taken away, that others will go on.
 
 All workers must do the same after the same step, so each tells what it has heard and the most urgent counts: one collective
 of four bytes.
@@ -14,7 +14,7 @@ import torch
 
 from hypersd_ray.training.distributed import most
 
-NOTHING, LOOK, SAVE, STOP = range(4)
+NOTHING, LOOK, SAVE, MOVE, STOP = range(5)
 
 
 class Notices:
@@ -27,9 +27,11 @@ class Notices:
         self.asked: ray.ObjectRef | None = None
         self.next_ask = self.next_look = 0.0
         self.saved_for: list[str] | None = None
+        self.moves = False
 
     def __call__(self) -> int:
-        """NOTHING; SAVE: a checkpoint now, a node will go; STOP: a checkpoint now, and return."""
+        """NOTHING; SAVE: a checkpoint now, a node will go; MOVE: one now, others go on from it, said once; STOP: one now, and
+        return."""
         heard = most(self._heard(), self.device)
         return self._look() if heard == LOOK else heard
 
@@ -38,11 +40,14 @@ class Notices:
             return NOTHING
         now = time.monotonic()
         if self.asked is None and now >= self.next_ask:
-            self.asked = self.board.asked_to_stop.remote()
+            self.asked = self.board.asked_for.remote()
         if self.asked is not None and ray.wait([self.asked], timeout=0)[0]:
-            stop, self.asked, self.next_ask = ray.get(self.asked), None, now + self.STOP_S
+            (stop, move), self.asked, self.next_ask = ray.get(self.asked), None, now + self.STOP_S
             if stop:
                 return STOP
+            if move and not self.moves:
+                self.moves = True
+                return MOVE
         if now >= self.next_look:
             self.next_look = now + self.PREEMPTION_S
             return LOOK

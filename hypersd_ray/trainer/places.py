@@ -36,14 +36,12 @@ def autoscaler() -> Autoscaler:
     return Autoscaler(state.autoscaler_state_version > 0, len(state.infeasible_gang_resource_requests), coming)
 
 
-def await_places(run: RunConfig) -> None:
-    """Ask for all of the run's workers at once, and give the places back to them once they are there.
+def await_places(run: RunConfig, bundle: dict[str, float]) -> None:
+    """Ask for all of the run's workers at once, `bundle` for each, and give the places back to them once they are there.
 
     Raises:
         ConfigError: the autoscaler may not start so much, or nothing comes; one line with the settings.
     """
-    each = {"CPU": run.cpus_per_worker, "GPU": run.gpus_per_worker}
-    bundle = {name: amount for name, amount in each.items() if amount}
     group = placement_group([bundle] * run.fewest, strategy="PACK")
     ready, quiet_since, begun = group.ready(), time.monotonic(), time.monotonic()
     try:

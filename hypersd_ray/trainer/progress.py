@@ -89,7 +89,9 @@ class ProgressBoard:
         self.latest: Snapshot | None = None
         self.stopped: Exception | None = None
         self.found_finished = False
-        self.asked = False
+        self.asked = self.moving = False
+        self.savers: set[int] = set()
+        self.workers = 0
         self.left_at: str | None = None
         self.told: list[str] = []
 
@@ -113,9 +115,26 @@ class ProgressBoard:
         """The workers are to write a checkpoint and return."""
         self.asked = True
 
-    def asked_to_stop(self) -> bool:
-        """Whether they are."""
-        return self.asked
+    def asked_for(self) -> tuple[bool, bool]:
+        """Whether they are; whether they are to write one because their number will change."""
+        return self.asked, self.moving
+
+    def ask_to_save(self) -> None:
+        """The workers are to write a checkpoint: others will go on from it."""
+        self.moving, self.savers = True, set()
+
+    def saved(self, rank: int, workers: int) -> None:
+        """One of them has written its part of a checkpoint."""
+        self.savers.add(rank)
+        self.workers = workers
+
+    def all_saved(self) -> bool:
+        """Whether all have, since they were asked."""
+        return bool(self.savers) and len(self.savers) == self.workers
+
+    def save_no_more(self) -> None:
+        """Those who were asked are gone."""
+        self.moving = False
 
     def leave(self, checkpoint: str) -> None:
         """The workers stopped as asked, and left this."""

@@ -7,9 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +20,6 @@ import ray.train
 import yaml
 from packaging.version import Version
 from ray.train import CheckpointConfig, FailureConfig, ScalingConfig, TrainingFailedError, UserCallback
-from ray.train.torch import TorchTrainer
 
 from hypersd_ray.actors.placement import Handles, start_evaluators, stop_evaluators
 from hypersd_ray.config.base import CombinationError, ConfigError, RunError
@@ -33,7 +30,7 @@ from hypersd_ray.data.precompute import rejected, resolve, validate
 from hypersd_ray.data.rejects import start_reject_log, told
 from hypersd_ray.data.sources import find_shards
 from hypersd_ray.models.checkpoint import read_base
-from hypersd_ray.trainer import keeping, storage
+from hypersd_ray.trainer import elastic, keeping, storage
 from hypersd_ray.trainer.kinds import KINDS, AnyConfig, Kind, kind_of
 from hypersd_ray.trainer.loop import LoopArguments, PairSource, train_loop
 from hypersd_ray.trainer.pairs import pair_folder
@@ -41,6 +38,7 @@ from hypersd_ray.trainer.places import await_places
 from hypersd_ray.trainer.progress import encoding_lines, stderr_held, watching
 from hypersd_ray.trainer.room import check_actors
 from hypersd_ray.trainer.room import most_there_will_be as _most_there_will_be
+from hypersd_ray.trainer.stopping import Trainer, stopping
 
 ROOT = Path(__file__).parents[2]
 OLDEST_DEEPSPEED = "0.19.8"
@@ -61,8 +59,6 @@ class Result:
 def connect() -> None:
     """Join the cluster that RAY_ADDRESS or `ray job submit` names; else start one on this machine."""
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
-    # Ray Train gives workers 60 s to start and then begins anew: on a busy machine PyTorch alone takes longer to import.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
     if ray.is_initialized():
         return
     if "RAY_ADDRESS" not in os.environ:
@@ -203,7 +199,7 @@ def check_same_run(config: AnyConfig, folder: str) -> None:
     for field in kind.same_run:
         ours, theirs = (functools.reduce(getattr, field.split("."), one) for one in (config, saved))
         theirs = there.get(field, theirs)
-        if _in_checkout(ours) != _in_checkout(theirs):
+        if in_checkout(ours) != in_checkout(theirs):
             raise ConfigError(
                 f"{field} differs from the run that is in {folder}: {_difference(ours, theirs)}; "
                 "set run.name to start another run"
@@ -215,10 +211,13 @@ def _is_of(kind: Kind, values: dict[str, Any]) -> bool:
     return kind is min(KINDS.values(), key=lambda one: len(one.config.model_fields.keys() ^ values.keys()))
 
 
-def _in_checkout(value: Any) -> Any:
-    """A path within the checkout from there on: each upload of a job's working directory lies somewhere else."""
-    if isinstance(value, tuple):
-        return tuple(map(_in_checkout, value))
+def in_checkout(value: Any) -> Any:
+    """A path within the checkout from there on, in lists and dicts too: each upload of a job's working directory lies
+    somewhere else."""
+    if isinstance(value, dict):
+        return {name: in_checkout(inner) for name, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(map(in_checkout, value))
     return re.sub(r"^.*/_ray_pkg_\w+/", "", value).removeprefix(f"{ROOT}/") if isinstance(value, str) else value
 
 
@@ -250,16 +249,18 @@ def check_resources(config: AnyConfig) -> None:
             needs += f", {beside:g} of a worker's for its data (data.reader_cpus, data.encoder; encoded before: jobs/precompute.py)"
         if most is not None and wanted > max(have.get(name, 0), most.get(name, 0)):
             raise ConfigError(
-                f"{needs}, the cluster's autoscaler adds nodes up to {most.get(name, 0):g}: lower run.workers or {knob}, "
+                f"{needs}, the cluster's autoscaler adds nodes up to {most.get(name, 0):g}: lower {config.run.fewest_knob} or {knob}, "
                 "or raise max_workers in the cluster's configuration"
             )
         if not os.environ.get("RAY_AUTOSCALING"):
             raise ConfigError(
                 f"{needs}, the cluster has {have.get(name, 0):g}: "
-                f"lower run.workers or {knob}, or set RAY_AUTOSCALING=1 where nodes may still come"
+                f"lower {config.run.fewest_knob} or {knob}, or set RAY_AUTOSCALING=1 where nodes may still come"
             )
     if os.environ.get("RAY_AUTOSCALING"):
-        await_places(config.run)
+        await_places(config.run, elastic.place_of(config))
+    else:
+        elastic.check_room(config)
 
 
 def beside_workers(config: AnyConfig) -> dict[str, float]:
@@ -333,7 +334,9 @@ def train(config: AnyConfig, callbacks: Sequence[UserCallback] = ()) -> Result:
     sources = resolve(config.data, config.teacher, folder, encoding_lines())
     data = config.data.model_copy(update={"format": sources.format})
     if config.run.min_workers is not None:
-        data = data.model_copy(update={"reader_cpus": 0.0})  # a worker's own place has room for them: see _trainer
+        data = data.model_copy(
+            update={"reader_cpus": 0.0}
+        )  # a worker's own place has room for them: see elastic.place_of
     pairs = find_pairs(config)
     reject_log = None if sources.format == "latents" else start_reject_log(data, f"{folder}/rejects.jsonl")
     with shared_models(config) as evaluators, watching() as board:
@@ -343,7 +346,11 @@ def train(config: AnyConfig, callbacks: Sequence[UserCallback] = ()) -> Result:
         )  # fmt: skip
         keeping.mend_record(folder)
         try:
-            with stopping(board, config.run.stop_patience_s):
+            with (
+                stopping(board, config.run.stop_patience_s),
+                elastic.start_timeout(config.run),
+                elastic.room_told(config, board),
+            ):
                 result = _trainer(config, arguments, callbacks).fit()
         except TrainingFailedError as error:
             _raise_stop_reason(board)
@@ -362,57 +369,30 @@ def train(config: AnyConfig, callbacks: Sequence[UserCallback] = ()) -> Result:
     return Result(folder, result.metrics or {}, was_finished, lost)
 
 
-@contextmanager
-def stopping(board: ray.actor.ActorHandle, patience_s: float) -> Iterator[None]:
-    """For as long as the block lasts SIGTERM, which `ray job stop` sends, asks the workers to write a checkpoint and return;
-    after `patience_s`, or at a second one, the process ends. Elsewhere than in the main thread nothing changes."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    asked = threading.Event()
-    timer = threading.Timer(patience_s, os._exit, (1,))
-    timer.daemon = True
-
-    def on_sigterm(*_: object) -> None:
-        if asked.is_set():
-            os._exit(1)
-        asked.set()
-        board.ask_to_stop.remote()
-        timer.start()
-
-    before = signal.signal(signal.SIGTERM, on_sigterm)
-    try:
-        yield
-    finally:
-        timer.cancel()
-        signal.signal(signal.SIGTERM, before)
-
-
 def _raise_stop_reason(board: ray.actor.ActorHandle) -> None:
     reason = ray.get(board.stop_reason.remote())
     if reason is not None:
         raise reason
 
 
-def _trainer(config: AnyConfig, arguments: LoopArguments, callbacks: Sequence[UserCallback]) -> TorchTrainer:
+def _trainer(config: AnyConfig, arguments: LoopArguments, callbacks: Sequence[UserCallback]) -> Trainer:
     run = config.run
-    gpus = {"GPU": run.gpus_per_worker} if run.gpus_per_worker else {}
     workers: int | tuple[int, int] = run.workers
-    cpus = run.cpus_per_worker
+    internal = list(callbacks)
     if run.min_workers is not None:
-        # Ray Train divides nodes by this alone: without the readers' share they would find no room.
-        workers, cpus = (run.min_workers, run.workers), cpus + config.data.reader_cpus
-    return TorchTrainer(
+        workers = (run.min_workers, run.workers)
+        internal.append(elastic.SaveBeforeResize(arguments.board, run.stop_patience_s))
+    return Trainer(
         train_loop,
         train_loop_config=vars(arguments),
         scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=bool(gpus), resources_per_worker={"CPU": cpus} | gpus,
+            num_workers=workers, use_gpu=run.gpus_per_worker > 0, resources_per_worker={"CPU": 0} | elastic.place_of(config),
             elastic_resize_monitor_interval_s=run.resize_every_s,
         ),
         run_config=ray.train.RunConfig(
             name=run.name,
             storage_path=storage.out_folder(run),
-            callbacks=list(callbacks),
+            callbacks=internal,
             failure_config=FailureConfig(max_failures=run.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=run.keep_checkpoints),
         ),

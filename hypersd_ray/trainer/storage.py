@@ -136,6 +136,12 @@ def folders(path: str, prefix: str) -> list[str]:
     return sorted(n for n in names if n.startswith(prefix))
 
 
+def files(path: str, pattern: str) -> list[str]:
+    """Paths, sorted, of what is called like `pattern` in the folder `path`; none if it is not there."""
+    fs, plain = fsspec.core.url_to_fs(path)
+    return sorted(fs.glob(f"{plain.rstrip('/')}/{pattern}"))
+
+
 @contextmanager
 def local_folder(path: str) -> Iterator[Path]:
     """A folder where it is, or a copy of it for as long as the block lasts where it is at a URL."""

@@ -8,7 +8,8 @@ A step of W workers, the global batch fixed:
                  2 (n - 1) / n * bytes / node_link, and latency * 2 log2 W
     checkpoint   its bytes / storage / run.checkpoint_every, rank 0 writes and all wait
 
-What the images of a second need is beside it: encoders = images/s / encoder_images_s, reward actors likewise.
+What the images of a second need is beside it: encoders = images/s / encoder_images_s, reward actors likewise; they limit a
+run where they need more than a tenth of all GPUs.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from hypersd_ray.models.lora import Adapters
 GIGA = 1e9
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SHARE = 0.1
-"""A part that takes more of a step than this is called a limit."""
+"""A part that takes more of a step, or of the GPUs, than this is called a limit."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,8 @@ def row(work: Work, hardware: Hardware, workers: int) -> Row:
     parts = {"all-reduce": reduce / step, "checkpoints": checkpoint / step}
     if work.batch % workers:
         parts["batch too small"] = 1 - work.batch / (workers * math.ceil(work.batch / workers))
+    for name, rate in (("encoders", hardware.encoder_images_s), ("reward actors", hardware.reward_images_s)):
+        parts[name] = images_s / rate / (workers + images_s / rate)
     nodes = math.ceil(workers / hardware.gpus_per_node)
     if read > hardware.data * nodes:
         parts["reading latents"] = read / (hardware.data * nodes)
@@ -188,11 +191,14 @@ def work_of(config: TSCDConfig, info: BaseInfo) -> Work:
     )
 
 
-def first_limit(rows: Sequence[Row]) -> str:
-    """In words: where scaling ends first."""
+def limits(rows: Sequence[Row]) -> str:
+    """In words: what limits, and from how many GPUs on."""
+    begins: dict[str, int] = {}
     for r in rows:
-        if r.limits:
-            return f"first limit: {r.limits[0]}, at {r.workers} GPUs"
+        for name in r.limits:
+            begins.setdefault(name, r.workers)
+    if begins:
+        return "limits: " + "; ".join(f"{name}, from {workers} GPUs" for name, workers in begins.items())
     return f"no part but the step itself takes more than {SHARE:.0%} up to {rows[-1].workers} GPUs"
 
 
@@ -220,7 +226,7 @@ def plan(config: TSCDConfig, values: Sequence[str] = ()) -> str:
         needs = [str(r.encoders), str(r.rewards), f"{r.read * 1000:.0f}", ", ".join(r.limits)]
         lines.append("| " + " | ".join(numbers + needs) + " |")
     return "\n".join([
-        *lines, "", first_limit(rows),
-        "encoders: GPUs that encode while it trains (none with precomputed latents); reward actors: for jobs/feedback.py.",
+        *lines, "", limits(rows),
+        "encoders: GPUs that encode while it trains (none with latents of jobs/precompute.py); reward actors: GPUs, for jobs/feedback.py.",
         "Calculated from the assumed rates, not measured.",
     ])  # fmt: skip

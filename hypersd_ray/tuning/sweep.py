@@ -26,13 +26,15 @@ from hypersd_ray.config.sweep import SweepConfig
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.trainer import keeping, run, storage
 from hypersd_ray.trainer.kinds.tscd import product
-from hypersd_ray.tuning.space import Point, applied, held, searched
+from hypersd_ray.tuning.space import Point, applied, held, readable, searched
 
 METRIC = "objective"
 ALMOST_NOTHING = {"CPU": 0, "memory": 1}
 """What a trial's own actor reserves, a byte: Ray Tune refuses nothing at all."""
 STATED = ("base", "space", "search", "scheduler", "reduction", "warm_start", "seed")
 """What a sweep that goes on must share with the one in its folder."""
+BEGUN = ("trials", "concurrent")
+"""And once its trials have begun: Ray Tune keeps both in its own records."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,39 @@ def base_run(sweep: SweepConfig) -> TSCDConfig:
 def trial_run(sweep: SweepConfig, point: Point, name: str) -> TSCDConfig:
     """The run of a trial; from the base's first stage where the sweep starts warm."""
     config = _of_sweep(sweep, applied(sweep.base, {**held(sweep.space), **point}), "trials", name)
-    if not sweep.warm_start:
-        return config
-    first = f"{storage.run_folder(base_run(sweep).run)}/{product(sweep.base, sweep.base.distill.k_list[0])}"
-    return config.model_copy(update={"first_stage": first})
+    return config.model_copy(update={"first_stage": first_stage(sweep)}) if sweep.warm_start else config
+
+
+def first_stage(sweep: SweepConfig) -> str:
+    """The base's first LoRA."""
+    return f"{storage.run_folder(base_run(sweep).run)}/{product(sweep.base, sweep.base.distill.k_list[0])}"
+
+
+class TrialLines(tune.Callback):
+    """A line when a trial ends or is stopped: what it had, and how good it was. Else a sweep would be silent for hours."""
+
+    def __init__(self, values: dict[str, Any]):
+        self.values = values
+
+    def _tell(self, trial: Any, state: str) -> None:
+        sweep = SweepConfig.model_validate(self.values)
+        last = trial.last_result or {}
+        numbers = readable(sweep.base, {**held(sweep.space), **trial.config})
+        found = (
+            f"objective {last[METRIC]:.4f} after stage {last['stage']}/{sweep.base.stages}"
+            if METRIC in last
+            else "no result"
+        )
+        print(
+            f"trial-{trial.trial_id} {state}: {found}  {' '.join(f'{n} {v:g}' for n, v in numbers.items())}", flush=True
+        )
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        ended = (trial.last_result or {}).get("stage") == len(self.values["base"]["distill"]["k_list"])
+        self._tell(trial, "finished" if ended else "stopped")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._tell(trial, "failed")
 
 
 class _StageEnds(TuneReportCallback):
@@ -111,15 +142,15 @@ def run_trial(point: dict[str, float], values: dict[str, Any]) -> None:
 
 
 def fitting_trials(sweep: SweepConfig, have: dict[str, float]) -> int:
-    """Trials that fit on `have` side by side with all of their workers, a reader and an encoder each.
+    """Trials that fit on `have` side by side with all of their workers, a reader and an encoder each; or `sweep.concurrent`.
 
     Raises:
-        ConfigError: not one does, or on a cluster that grows it is not known how many will.
+        ConfigError: not one does, or not `sweep.concurrent`; or on a cluster that grows it is not known how many will.
     """
-    if sweep.concurrent is not None:
-        return sweep.concurrent
     if os.environ.get("RAY_AUTOSCALING"):
-        raise ConfigError("concurrent is not set and nodes may still come (RAY_AUTOSCALING): set concurrent")
+        if sweep.concurrent is None:
+            raise ConfigError("concurrent is not set and nodes may still come (RAY_AUTOSCALING): set concurrent")
+        return sweep.concurrent
     c = sweep.base
     beside = run.beside_workers(c)
     wanted = {
@@ -132,7 +163,14 @@ def fitting_trials(sweep: SweepConfig, have: dict[str, float]) -> int:
                 f"a trial needs {amount:g} {name} (base.run.workers={c.run.workers}, their resources, data.reader_cpus), "
                 f"the cluster has {have.get(name, 0.0):g}: lower base.run.workers"
             )
-    return max(1, min(int(have[name] / amount + 1e-9) for name, amount in wanted.items() if amount))
+    fit = max(1, min(int(have[name] / amount + 1e-9) for name, amount in wanted.items() if amount))
+    if sweep.concurrent is not None and sweep.concurrent > fit:
+        each = " and ".join(f"{amount:g} {name}" for name, amount in wanted.items() if amount)
+        raise ConfigError(
+            f"concurrent={sweep.concurrent}: {fit} trials of {each} fit on the cluster side by side, more would wait for each "
+            f"other: set concurrent={fit} or less, or leave it out"
+        )
+    return sweep.concurrent or fit
 
 
 def _check_same(sweep: SweepConfig, folder: str) -> None:
@@ -140,12 +178,36 @@ def _check_same(sweep: SweepConfig, folder: str) -> None:
     values = sweep.model_dump(mode="json")
     if storage.exists(path):
         there = yaml.safe_load(storage.read_text(path))
-        for field in STATED:
-            if there.get(field) != values[field]:
+        for field in STATED + (BEGUN if _restorable(f"{folder}/tune") else ()):
+            if run.in_checkout(there.get(field)) != run.in_checkout(values[field]):
                 raise ConfigError(
                     f"{field} differs from the sweep that is in {folder}: set name to start another sweep"
                 )
     storage.write_text(path, yaml.safe_dump(values, sort_keys=False))
+
+
+def _restorable(folder: str) -> bool:
+    """Whether Ray Tune got so far that it can go on: killed before its first record of trials it would refuse to."""
+    return tune.Tuner.can_restore(folder) and bool(storage.files(folder, "experiment_state-*.json"))
+
+
+def _settled(folder: str, concurrent: int) -> int:
+    """Trials at a time of the sweep in `folder`, which Ray Tune keeps; written there where it begins.
+
+    Raises:
+        ConfigError: no longer so many fit.
+    """
+    path = f"{folder}/concurrent.txt"
+    if not (_restorable(f"{folder}/tune") and storage.exists(path)):
+        storage.write_text(path, f"{concurrent}\n")
+        return concurrent
+    before = int(storage.read_text(path))
+    if concurrent < before:
+        raise ConfigError(
+            f"the sweep in {folder} began with {before} trials at a time, now {concurrent} fit: start it where {before} fit, "
+            "or set name to start another sweep"
+        )
+    return before
 
 
 def _search(sweep: SweepConfig, concurrent: int) -> Any:
@@ -163,7 +225,7 @@ def _tuner(sweep: SweepConfig, folder: str, concurrent: int) -> tune.Tuner:
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, values=sweep.model_dump(mode="json")), ALMOST_NOTHING
     )
-    if tune.Tuner.can_restore(folder):
+    if _restorable(folder):
         return tune.Tuner.restore(folder, trainable=trainable, resume_unfinished=True, resume_errored=True)
     first = 2 if sweep.warm_start else 1
     asha = AsyncHyperBandScheduler(
@@ -179,7 +241,8 @@ def _tuner(sweep: SweepConfig, folder: str, concurrent: int) -> tune.Tuner:
             trial_name_creator=lambda trial: f"trial-{trial.trial_id}",
             trial_dirname_creator=lambda trial: f"trial-{trial.trial_id}",
         ),
-        run_config=tune.RunConfig(name=Path(folder).name, storage_path=folder.rsplit("/", 1)[0], verbose=0),
+        run_config=tune.RunConfig(name=Path(folder).name, storage_path=folder.rsplit("/", 1)[0], verbose=0,
+                                  callbacks=[TrialLines(sweep.model_dump(mode="json"))]),
     )  # fmt: skip
 
 
@@ -196,6 +259,7 @@ def run_sweep(sweep: SweepConfig) -> Outcome:
     concurrent = fitting_trials(sweep, ray.cluster_resources())
     folder = sweep_folder(sweep)
     _check_same(sweep, folder)
+    concurrent = _settled(folder, concurrent)
     base = base_run(sweep)
     run.train(base)
     print(f"base done; {sweep.trials} trials, {concurrent} at a time, {sweep.search}, {sweep.scheduler}", flush=True)
@@ -215,7 +279,22 @@ def run_sweep(sweep: SweepConfig) -> Outcome:
 
 
 def best_config(sweep: SweepConfig, outcome: Outcome) -> TSCDConfig:
-    """What `jobs/tscd.py --config` takes: the base with the best numbers, all of its stages its own."""
-    numbers = outcome.best.point
-    config = applied(sweep.base, {**held(sweep.space), **numbers}) if outcome.best.name != "base" else sweep.base
+    """What `jobs/tscd.py --config` takes, as it was measured: the base, or the base with the best numbers and, where trials
+    started warm, from the base's first stage."""
+    config = sweep.base
+    if outcome.best.name != "base":
+        config = applied(config, {**held(sweep.space), **outcome.best.point})
+        config = config.model_copy(update={"first_stage": first_stage(sweep) if sweep.warm_start else None})
     return config.model_copy(update={"run": config.run.model_copy(update={"name": f"{sweep.name}-best"})})
+
+
+def best_text(sweep: SweepConfig, outcome: Outcome) -> str:
+    """The file best.yaml."""
+    config = best_config(sweep, outcome)
+    head = f"# {outcome.best.name} of sweep {sweep.name}.\n"
+    if config.first_stage is not None:
+        head += (
+            "# Trained from the base's first stage, as measured. Delete first_stage to train that stage with these numbers "
+            "too:\n# that was not measured.\n"
+        )
+    return head + yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

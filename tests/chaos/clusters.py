@@ -50,6 +50,13 @@ def node_of(cluster: Any, node_id: str) -> Any:
     return next(n for n in cluster.worker_nodes if n.node_id == node_id)
 
 
+def alive_actors(name: str) -> int:
+    """Actors of that class, of any driver on this process's cluster."""
+    from ray._private.state import actors
+
+    return sum(a["State"] == "ALIVE" and a["ActorClassName"].split(".")[-1] == name for a in actors().values())
+
+
 def drain(cluster: Any, node_id: str, seconds: float) -> None:
     """The notice that a cloud gives before it takes a spot node away."""
     client = ray._raylet.GcsClient(address=cluster.address)

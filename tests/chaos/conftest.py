@@ -1,8 +1,8 @@
-"""The trainer tests' Ray, micro pipeline and latents; unbroken runs to compare with; the table at the end."""
+"""The trainer tests' Ray, micro pipeline and latents; unbroken runs to compare with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.trainer import run
-from tests.chaos import faults
 from tests.chaos.faults import Story, broken, story
 from tests.trainer.conftest import cluster, latents, make_config, shards, teacher
 from tests.trainer.helpers import folder_of
@@ -21,21 +20,14 @@ STAGES = {"k_list": (2, 1), "n_list": (8, 8), "steps_list": (12, 6)}
 STEPS, BATCH, EVERY = 18, 4, 3
 
 
-@pytest.fixture(scope="session", autouse=True)
-def table() -> Iterator[None]:
-    """Written when all is over, whatever happened."""
-    yield
-    if faults.ROWS:
-        faults.write_table()
-
-
 @pytest.fixture
 def make(make_config) -> Callable[..., TSCDConfig]:
     """make(name, ...): 18 steps of 4 in two stages, a checkpoint every 3."""
 
     def build(name: str, shards: Path | None = None, **changes) -> TSCDConfig:
         changes["run"] = {"max_failures": 10} | changes.get("run", {})
-        return make_config(name, shards=shards, distill=STAGES, **changes)
+        changes["distill"] = STAGES | changes.get("distill", {})
+        return make_config(name, shards=shards, **changes)
 
     return build
 

@@ -149,8 +149,9 @@ DRIVE = """
 import yaml
 from pathlib import Path
 from hypersd_ray.config.tscd import TSCDConfig
+from hypersd_ray.trainer import run
 from tests.chaos.faults import broken, slow
-faults = {{step: slow({every}) for step in range(1, 19)}} if {every} else {{}}
+faults = {{step: slow({every}) for step in range(1, 31)}} if {every} else {{}}
 run.train_loop = broken(Path({trace!r}), faults | {{{step}: slow({seconds})}})
 from hypersd_ray.config.cli import run_job
 run_job(lambda: run.train(TSCDConfig.model_validate(yaml.safe_load(Path({config!r}).read_text()))) and 0)
@@ -184,13 +185,17 @@ def test_a_killed_driver_and_its_job_again(cluster, make, train_broken, assert_u
     record("driver SIGKILLed, same command again", "finished, same weights", told)
 
 
-def test_a_stopped_job_leaves_the_checkpoint_of_its_last_step(cluster, make, train_broken, assert_unchanged, tmp_path):
-    """SIGTERM, as `ray job stop` sends: a checkpoint between two periodic ones, one line, and no step is made again."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_stopped_job_leaves_the_checkpoint_of_its_last_step(
+    cluster, make, train_broken, assert_unchanged, tmp_path, number
+):
+    """SIGTERM, as `ray job stop` sends, and Ctrl-C: a checkpoint between two periodic ones, one line, and no step is made
+    again."""
     config = make("stopped")
     process, trace = drive(config, tmp_path, cluster, step=11, seconds=3, every_step_s=0.4)
     wait_for(lambda: Path(f"{trace}.11").exists(), process=process)
     asked = time.monotonic()
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     said, _ = process.communicate(timeout=300)
     took = time.monotonic() - asked
     assert process.returncode == 1, said
@@ -204,7 +209,9 @@ def test_a_stopped_job_leaves_the_checkpoint_of_its_last_step(cluster, make, tra
     told = train_broken(config)
     assert told.lost == 0 and told.restarts == 1
     assert_unchanged(config, told)
-    record("job told to stop (SIGTERM), same command again", "checkpoint of the last step, same weights", told, took)
+    record(
+        f"job told to stop ({number.name}), same command again", "checkpoint of the last step, same weights", told, took
+    )
 
 
 def test_all_checkpoints_damaged_is_one_line(cluster, make, train_broken, tmp_path):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import pytest
 import yaml
 
@@ -35,6 +36,12 @@ def test_a_saved_config_is_read_back(recipes, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     assert parse(recipes, TSCDConfig, "", ["--config", str(path)]) == config
+    with fsspec.open("memory://runs/config.yaml", "wt") as file:
+        file.write(path.read_text())
+    assert parse(recipes, TSCDConfig, "", ["--config", "memory://runs/config.yaml"]) == config
+    with pytest.raises(ConfigError, match=r"--config memory://runs/none\.yaml: ") as caught:
+        parse(recipes, TSCDConfig, "", ["--config", "memory://runs/none.yaml"])
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,9 @@ def test_encoding_while_training_gives_the_precomputed_rows_and_resumes(raw_conf
     raw = take(raw_config, tiny_model, 10)
     # The files of latents sort as their shards do, so both plans are one.
     assert_same(raw, take(config, tiny_model, 10))
+    assert_same(
+        raw, take(config.model_copy(update={"reader_cpus": 0.0}), tiny_model, 10)
+    )  # as where workers hold all cores
     assert_same(take(raw_config, tiny_model, 4, position=raw[5][1]), raw[6:])
 
 

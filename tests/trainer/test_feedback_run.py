@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
@@ -21,8 +23,10 @@ from hypersd_ray.models.export import GUIDANCE, KEPT, TIMESTEP, LoRAMetadata, me
 from hypersd_ray.models.lora import Adapters
 from hypersd_ray.trainer import run
 from tests.actors.conftest import clip_folder, models, pictures
+from tests.chaos.clusters import alive_actors
+from tests.chaos.faults import record
 from tests.helpers.pipelines import micro_unet, randomize
-from tests.trainer.helpers import metrics, wait_for
+from tests.trainer.helpers import ROOT, metrics, wait_for, write_config
 
 __all__ = ["clip_folder", "models", "pictures"]
 
@@ -90,8 +94,7 @@ def products(config) -> dict[str, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.cluster
-def test_a_run_and_a_run_whose_reward_actor_is_killed(make, tscd, teacher):
-    """The same weights to the last bit, each step once: calls are pure functions of their inputs."""
+def test_a_run_and_its_products(make, tscd, teacher, kept):
     whole = make("whole")
     result = run.train(whole)
     assert result.metrics["stage"] == 1 and result.metrics["skipped"] == 0
@@ -115,7 +118,22 @@ def test_a_run_and_a_run_whose_reward_actor_is_killed(make, tscd, teacher):
     merge_lora(both, feedback, alone.alpha)
     for name, tensor in both.state_dict().items():
         torch.testing.assert_close(merged.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
+    kept |= made
 
+
+@pytest.fixture(scope="module")
+def kept() -> dict:
+    """What an unbroken run made."""
+    return {}
+
+
+@pytest.mark.cluster
+@pytest.mark.chaos
+def test_a_run_whose_reward_actor_is_killed(make, kept):
+    """The same weights to the last bit, each step once: calls are pure functions of their inputs."""
+    if not kept:
+        run.train(make("whole"))
+        kept |= products(make("whole"))
     killed = make("killed")
     seen: list[int] = []
 
@@ -134,9 +152,38 @@ def test_a_run_and_a_run_whose_reward_actor_is_killed(make, tscd, teacher):
     assert [row["step"] for row in metrics(killed)] == list(range(1, STEPS + 1)), "no step lost, none counted twice"
     assert again.metrics["skipped"] == 0
     for name, tensors in products(killed).items():
-        assert all(torch.equal(tensor, made[name][key]) for key, tensor in tensors.items())
+        assert all(torch.equal(tensor, kept[name][key]) for key, tensor in tensors.items())
     with pytest.raises(ValueError):
         ray.get_actor("killed/aesthetic_v2/0")  # the run leaves no actor behind
+    record("reward actor SIGKILLed", "started again by Ray, no step made twice, same weights")
+
+
+DRIVE = """
+import yaml
+from pathlib import Path
+from hypersd_ray.config.cli import run_job
+from hypersd_ray.config.feedback import FeedbackConfig
+from hypersd_ray.trainer import run
+run_job(lambda: run.train(FeedbackConfig.model_validate(yaml.safe_load(Path({file!r}).read_text()))) and 0)
+"""
+
+
+@pytest.mark.cluster
+@pytest.mark.chaos
+def test_a_stopped_job_leaves_no_reward_actor(make, cluster, tmp_path):
+    config = make("stopped", steps=500)
+    write_config(config, tmp_path / "config.yaml")
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVE.format(file=str(tmp_path / "config.yaml"))],
+        env=cluster, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    wait_for(lambda: len(metrics(config)) >= 3, process=process)
+    assert alive_actors("EvaluatorActor") == 3
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 1 and "error: run stopped was told to stop" in said and "Traceback" not in said, said
+    wait_for(lambda: alive_actors("EvaluatorActor") == 0, 30)
+    record("feedback job told to stop (SIGTERM)", "checkpoint of the last step, no reward actor left")
 
 
 def test_what_cannot_work_is_one_line_before_ray(make, tmp_path, monkeypatch):

@@ -171,7 +171,8 @@ def test_a_fake_score_of_another_run(config, parts, tmp_path, change):
 def test_more_workers_than_there_will_ever_be(config, monkeypatch, have, most, autoscaling, said):
     monkeypatch.setattr(run.ray, "cluster_resources", lambda: have)
     monkeypatch.setattr(run, "_most_there_will_be", lambda: most)
-    monkeypatch.setattr(run, "await_places", lambda _: None)
+    monkeypatch.setattr(run, "await_places", lambda *_: None)
+    monkeypatch.setattr(run.elastic, "nodes_now", lambda: [have])
     monkeypatch.setenv("RAY_AUTOSCALING", autoscaling)
     nine = changed(config, run=config.run.model_dump() | {"workers": 9}, optim={"batch": 18})
     if said is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.models.checkpoint import read_base
 from hypersd_ray.recipes import RECIPES
-from hypersd_ray.tuning.plan import Hardware, Work, all_reduce_seconds, first_limit, parse_hardware, plan, row, work_of
+from hypersd_ray.tuning.plan import Hardware, Work, all_reduce_seconds, limits, parse_hardware, plan, row, work_of
 
 HARDWARE = Hardware(seconds_per_image=0.28, encoder_images_s=20)
 
@@ -33,8 +34,16 @@ def test_a_row_by_hand():
     assert made.images_s == pytest.approx(512 / made.step)
     assert made.encoders == math.ceil(made.images_s / 20) and made.rewards == math.ceil(made.images_s / 60)
     assert made.read == pytest.approx(made.images_s * 449e3 / 1e9)
-    assert made.limits == ("checkpoints",)
-    assert first_limit([row(work, HARDWARE, w) for w in (1, 8, 32)]) == "first limit: checkpoints, at 32 GPUs"
+    assert made.limits == (
+        "encoders",
+        "checkpoints",
+    )  # 5.1 GPUs beside 32 and half a second of five; reward actors: 1.7
+    assert (
+        limits([row(work, HARDWARE, w) for w in (1, 8, 32)])
+        == "limits: encoders, from 1 GPUs; checkpoints, from 32 GPUs"
+    )
+    slow = replace(HARDWARE, reward_images_s=10)
+    assert row(work, slow, 32).limits[0] == "reward actors"
     # 300 workers and 512 images: some compute two, the others wait for them
     assert "batch too small" in row(work, HARDWARE, 300).limits
 
@@ -78,6 +87,9 @@ def test_the_job_prints_it_and_trains_nothing(monkeypatch, capsys):
     given = ["tiny", "--plan", "storage=2", "seconds_per_image=0.01", "--optim.batch", "64"]
     assert job.split_plan(given) == (["tiny", "--optim.batch", "64"], ["storage=2", "seconds_per_image=0.01"])
     assert job.split_plan(["tiny"]) == (["tiny"], None)
+    monkeypatch.setattr("sys.argv", ["tscd.py", "sd15", "--plan"])  # no teacher's folder: its published shape
+    job.main()
+    assert "seconds_per_image=0.032" in (said := capsys.readouterr().out) and "| 256 | " in said
     monkeypatch.setattr("sys.argv", ["tscd.py", *given])
     job.main()
     said = capsys.readouterr().out

@@ -77,7 +77,10 @@ def test_trials_run_side_by_side_only_as_far_as_all_their_workers_fit(sweep, mon
     monkeypatch.delenv("RAY_AUTOSCALING", raising=False)
     assert fitting_trials(sweep, {"CPU": 4.0}) == 2
     assert fitting_trials(sweep, {"CPU": 1.5}) == 1
-    assert fitting_trials(sweep.model_copy(update={"concurrent": 7}), {"CPU": 1.0}) == 7
+    seven = sweep.model_copy(update={"concurrent": 7})
+    assert fitting_trials(seven, {"CPU": 10.5}) == 7
+    with pytest.raises(ConfigError, match=r"concurrent=7: 2 trials of 1\.5 CPU fit .* set concurrent=2 or less"):
+        fitting_trials(seven, {"CPU": 4.0})  # their readers would get no core
     wide = sweep.base.model_copy(update={"run": sweep.base.run.model_copy(update={"workers": 2, "gpus_per_worker": 1})})
     wide = sweep.model_copy(update={"base": wide})
     assert fitting_trials(wide, {"CPU": 64.0, "GPU": 5.0}) == 2
@@ -86,6 +89,7 @@ def test_trials_run_side_by_side_only_as_far_as_all_their_workers_fit(sweep, mon
     monkeypatch.setenv("RAY_AUTOSCALING", "1")
     with pytest.raises(ConfigError, match="set concurrent"):
         fitting_trials(sweep, {"CPU": 4.0})
+    assert fitting_trials(seven, {"CPU": 4.0}) == 7
 
 
 def test_trials_have_names_of_their_own_and_share_what_is_made_once(sweep):

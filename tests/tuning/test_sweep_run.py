@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
 
 import pytest
 import yaml
 
-from evaluation.sweep import compare, draw_parallel, table, write_csv
+from evaluation.sweep import compare, draw_parallel, objective_difference, table, write_csv
 from hypersd_ray.config.sweep import SweepConfig
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.trainer import keeping
+from hypersd_ray.trainer.run import in_checkout
+from hypersd_ray.training.quality import Quality, objective
 from hypersd_ray.tuning import sweep as sweeps
+from tests.chaos.faults import record
 from tests.helpers.pipelines import CAPTIONS
+from tests.trainer.helpers import ROOT, wait_for
 
-pytestmark = pytest.mark.cluster
 
-
-def test_a_sweep_and_what_it_leaves(cluster, make_config, tmp_path):
+@pytest.mark.cluster
+def test_a_sweep_and_what_it_leaves(cluster, make_config, tmp_path, capsys):
     base = make_config(
         "base", distill={"k_list": (2, 1), "n_list": (8, 8), "steps_list": (4, 3)},
         measure={"prompts": tuple(CAPTIONS[:2]), "steps": (1, 2), "reference_steps": 4},
     )  # fmt: skip
     config = SweepConfig(base=base, name="sweep", trials=2, confirm=("a blue cube", "a red ball"))
     outcome = sweeps.run_sweep(config)
+    said = capsys.readouterr().out
+    assert said.count(" finished: objective ") == 2 and " after stage 2/2  adv_start " in said
     folder = tmp_path / "runs" / "sweep"
     first, *trials = outcome.trials
     assert (first.name, len(first.stages), len(trials)) == ("base", 2, 2)
@@ -41,16 +51,23 @@ def test_a_sweep_and_what_it_leaves(cluster, make_config, tmp_path):
     assert len(list((folder / "references").iterdir())) == 1, "the teacher's end points are made once"
 
     best = sweeps.best_config(config, outcome)
-    again = TSCDConfig.model_validate(yaml.safe_load(yaml.safe_dump(best.model_dump(mode="json"))))
-    assert again == best and best.first_stage is None and best.run.name == "sweep-best"
+    again = TSCDConfig.model_validate(yaml.safe_load(sweeps.best_text(config, outcome)))
+    assert again == best and best.run.name == "sweep-best"
+    of_trial = outcome.trials[1]
+    best = sweeps.best_config(config, replace(outcome, best=of_trial))
+    measured = sweeps.trial_run(config, of_trial.point, of_trial.name)
+    assert best.first_stage == measured.first_stage, "what was measured is what the file trains"
+    assert (best.distill, best.adversarial, best.optim) == (measured.distill, measured.adversarial, measured.optim)
+    assert "Delete first_stage" in sweeps.best_text(config, replace(outcome, best=of_trial))
     write_csv(config, outcome, tmp_path / "trials.csv")
     rows = list(csv.DictReader((tmp_path / "trials.csv").open()))
     assert len(rows) == 3 and rows[0]["run"] == outcome.best.name and float(rows[0]["objective_k1"])
     assert table(config, outcome).count("\n") == 4
     draw_parallel(config, outcome, tmp_path / "trials.png")
     assert (tmp_path / "trials.png").stat().st_size > 10_000
-    text = compare(config, outcome)
-    assert ("2 prompts that nothing was chosen by" in text) != ("No trial was better" in text)
+    text = compare(config, replace(outcome, best=of_trial))  # drawn where a worker would be
+    assert "2 prompts that nothing was chosen by" in text and "best minus base: " in text
+    assert "No trial was better" in compare(config, replace(outcome, best=first))
 
     # The same sweep again: nothing is trained a second time.
     before = {t.name: (folder / "trials" / t.name / "metrics.jsonl").read_bytes() for t in trials}
@@ -58,8 +75,84 @@ def test_a_sweep_and_what_it_leaves(cluster, make_config, tmp_path):
     assert {t.name: t.stages for t in again.trials} == {t.name: t.stages for t in outcome.trials}
     assert before == {n: (folder / "trials" / n / "metrics.jsonl").read_bytes() for n in before}
     other = config.model_copy(update={"space": config.space.model_copy(update={"lr": (0.5, 2.0)})})
-    with pytest.raises(ValueError, match=r"space differs from the sweep that is in .*: set name"):
-        sweeps.run_sweep(other)
+    for changed, field in ((other, "space"), (config.model_copy(update={"trials": 3}), "trials")):
+        with pytest.raises(ValueError, match=rf"{field} differs from the sweep that is in .*: set name"):
+            sweeps.run_sweep(changed)
+    with pytest.raises(ValueError, match=r"began with \d trials at a time, now 0 fit"):
+        sweeps._settled(str(folder), 0)
+
+
+DRIVE = """
+import yaml
+from pathlib import Path
+from hypersd_ray.config.sweep import SweepConfig
+from hypersd_ray.tuning import sweep
+sweep.run_sweep(SweepConfig.model_validate(yaml.safe_load(Path({file!r}).read_text())))
+"""
+
+
+@pytest.mark.cluster
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_a_sweep_whose_driver_is_killed_goes_on(cluster, make_config, tmp_path):
+    """SIGKILL while trials train: started again it has the same trials, and none begins anew."""
+    base = make_config(
+        "base", distill={"k_list": (2, 1), "n_list": (8, 8), "steps_list": (4, 120)},
+        measure={"prompts": tuple(CAPTIONS[:2]), "steps": (1,), "reference_steps": 2},
+    )  # fmt: skip
+    config = SweepConfig(base=base, name="killed", trials=2, scheduler="none")
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    folder = tmp_path / "runs" / "killed"
+    code = DRIVE.format(file=str(tmp_path / "sweep.yaml"))
+    process = subprocess.Popen([sys.executable, "-c", code], env=cluster, cwd=ROOT)
+    wait_for(
+        lambda: list(folder.glob("trials/*/checkpoint_*/manifest.json")) and sweeps._restorable(str(folder / "tune")),
+        process=process,
+    )
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    known = {path.name for path in (folder / "trials").iterdir()}
+    begun = time.monotonic()
+    outcome = sweeps.run_sweep(config)
+    assert known <= {trial.name for trial in outcome.trials[1:]} and len(outcome.trials) == 3
+    assert all(trial.state == "finished" for trial in outcome.trials)
+    steps = [
+        [row["step"] for row in map(json.loads, p.read_text().splitlines())]
+        for p in folder.glob("trials/*/metrics.jsonl")
+    ]
+    assert len(steps) == 2 and all(set(own) == set(range(5, 125)) for own in steps)
+    assert all(own.count(5) == 1 for own in steps), "each goes on from its checkpoint"
+    record(
+        "driver of a sweep SIGKILLed, same command again",
+        "same trials, each from its checkpoint",
+        None,
+        time.monotonic() - begun,
+    )
+
+
+def test_the_objectives_interval_is_of_the_objectives_difference():
+    ours = Quality({1: [0.2, 0.3, 0.4], 4: [0.1, 0.1, 0.2]}, {1: [0.3, 0.3, 0.2], 4: [0.3, 0.2, 0.3]}, [0.3, 0.3, 0.3])
+    theirs = Quality(
+        {1: [0.4, 0.5, 0.6], 4: [0.2, 0.3, 0.2]}, {1: [0.2, 0.3, 0.2], 4: [0.3, 0.2, 0.2]}, [0.3, 0.3, 0.3]
+    )
+    found = objective_difference(ours, theirs, 0.5)
+    assert found.mean == pytest.approx(objective(ours, 0.5) - objective(theirs, 0.5))
+    assert found.low < found.mean < found.high < 0
+    same = objective_difference(theirs, theirs, 0.5)
+    assert (same.mean, same.low, same.high) == (0, 0, 0)
+
+
+def test_a_sweep_killed_before_its_first_record_begins_anew(tmp_path):
+    (tmp_path / "tuner.pkl").write_bytes(b"half")
+    assert not sweeps._restorable(str(tmp_path))
+    (tmp_path / "experiment_state-2026.json").write_text("{}")
+    assert sweeps._restorable(str(tmp_path))
+
+
+def test_another_upload_of_the_same_checkout_is_the_same_sweep():
+    teacher = "hypersd_ray/embedded/teacher"
+    theirs = {"teacher": f"/tmp/ray/s/_ray_pkg_0a1b/{teacher}", "prompts": [f"/x/_ray_pkg_ff/{teacher}"]}
+    assert in_checkout(theirs) == in_checkout({"teacher": f"{ROOT}/{teacher}", "prompts": [teacher]})
 
 
 def test_quality_of_a_stage_is_kept_once(tmp_path):
