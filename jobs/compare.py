@@ -5,12 +5,16 @@
     python jobs/compare.py tiny --minutes 60          # begin nothing new after an hour; the same command goes on
     python jobs/compare.py tiny --methods lcm tscd --budget 3200 --out runs/compare-short
 
+    taskset -c 0 python jobs/compare.py tiny & taskset -c 1 python jobs/compare.py tiny
+
+Several processes share one folder: each takes a training that no other has, and takes over from one of this host that
+ended. Pinned to a core each, two take half the time of one: TIME_HERE.
+
 Each training is a run as jobs/tscd.py, jobs/onestep.py and jobs/feedback.py make it; the last thing is the report.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -25,6 +29,7 @@ def main() -> None:
     """Train what is missing, judge, report."""
     config = parse(COMPARE_RECIPES, CompareConfig, __doc__)
     from evaluation.harness.comparison import Comparison
+    from evaluation.harness.pieces import write_json
 
     comparison = Comparison(config, lambda line: print(line, file=sys.stderr, flush=True))
     if config.plan:
@@ -39,7 +44,7 @@ def main() -> None:
         if not config.partial:
             return
     results, rows = comparison.judge()
-    (comparison.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(comparison.out / "results.json", results)
     for path in write_report(results, rows, comparison.out, "Few-step methods, one teacher, one budget"):
         print(f"report   {path}")
 

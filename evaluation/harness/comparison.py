@@ -1,6 +1,6 @@
 """All methods under one budget: the trainings a comparison consists of, each done once, and what comes of them.
 
-{out}/pieces/{piece}.json     a training (or chain of them) that is done: its runs' folders and seconds
+{out}/pieces/                 trainings (or chains of them) that are done or under way: see pieces.py
 {out}/runs/{run}/             the runs, as the training jobs leave them
 {out}/evaluation/             pictures and scores
 {out}/selection.json          what each learning rate was worth
@@ -13,17 +13,18 @@ import inspect
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from evaluation.harness.judges import chosen_judges
+from evaluation.harness.pieces import POLL_S, Piece, Pieces, read_json, write_json, write_whole
 from evaluation.harness.prompts import Row, read_rows
 from evaluation.harness.run import evaluate, plan
 from evaluation.harness.subjects import Subject, find_baseline, read_run, run_subject, teacher
 from hypersd_ray.config.base import ConfigError, RunError
 from hypersd_ray.config.compare import CompareConfig
 from hypersd_ray.config.evaluate import EvaluateConfig, JudgesConfig
+from hypersd_ray.data.precompute import resolve
 from hypersd_ray.embedded import paths
 from hypersd_ray.recipes.compare import TRAININGS
 from hypersd_ray.recipes.methods import Chain, Config, teacher_passes
@@ -33,20 +34,6 @@ from hypersd_ray.trainer.kinds import KINDS, kind_of
 Log = Callable[[str], None]
 DIVERGED = "NaN or inf"
 """In the words of a run that stops after run.max_bad_steps bad steps."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A training of a method: lr, seed, and the file that says it is done."""
-
-    method: str
-    lr: float
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """As the run's."""
-        return f"{self.method}-lr{self.lr:g}-seed{self.seed}"
 
 
 def default_lr(method: str) -> float:
@@ -71,6 +58,8 @@ class Comparison:
     def __init__(self, config: CompareConfig, log: Log = lambda _: None):
         self.config, self.log = config, log
         self.out = Path(config.out).expanduser().resolve()
+        self.there = Pieces(self.out)
+        self.encoded = False
         unknown = [m for m in config.methods if m not in TRAININGS]
         if unknown:
             raise ConfigError(f"--methods {unknown[0]}: choose of {', '.join(TRAININGS)}")
@@ -93,7 +82,7 @@ class Comparison:
         )
         if not path.exists():
             return
-        theirs = json.loads(path.read_text())
+        theirs = read_json(path)
         for name, value in ours.items():
             if theirs.get(name) != value:
                 raise ConfigError(
@@ -102,14 +91,13 @@ class Comparison:
 
     def begin(self) -> None:
         """Make the folder."""
-        (self.out / "pieces").mkdir(parents=True, exist_ok=True)
         about = {"budget": self.config.budget, "teacher": Path(self.config.teacher).name}
-        (self.out / "comparison.json").write_text(json.dumps(about, indent=1) + "\n")
+        write_json(self.out / "comparison.json", about)
+        self.there.folder.mkdir(exist_ok=True)
 
     def done(self, piece: Piece) -> dict[str, Any] | None:
         """What a finished piece left."""
-        path = self.out / "pieces" / f"{piece.name}.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return self.there.done(piece)
 
     def usable(self, piece: Piece) -> bool:
         """Finished, and not diverged."""
@@ -119,8 +107,7 @@ class Comparison:
     @property
     def chosen(self) -> dict[str, dict[str, float | None]]:
         """method -> learning rate (as text) -> the selecting judge's mean; None for one that diverged."""
-        path = self.out / "selection.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return read_json(self.out / "selection.json", {})
 
     def best(self, method: str) -> float | None:
         """The learning rate that was chosen; None before that is known."""
@@ -163,6 +150,8 @@ class Comparison:
                 seconds += [found["seconds"]] if found else []
                 name = piece.name if known or piece in first else f"{method}-lr?-seed{piece.seed}"
                 state = f"done in {found['seconds']:.0f} s" if found else "to do"
+                if not found and (holder := self.there.holder(piece.name)):
+                    state = f"under way in process {holder['pid']} of {holder['host']}"
                 state += f", {found['diverged']}" if found and found.get("diverged") else ""
                 lines.append(f"{name:40s} {state}")
         left = self.left
@@ -174,24 +163,30 @@ class Comparison:
 
     # training
 
+    def chain(self, piece: Piece) -> Chain:
+        """Its runs' configurations."""
+        return TRAININGS[piece.method](budget=self.config.budget, lr=piece.lr, seed=piece.seed)
+
     def train(self, piece: Piece) -> None:
-        """All runs of a piece, from where they stand."""
-        begun = time.perf_counter()
-        chain: Chain = TRAININGS[piece.method](budget=self.config.budget, lr=piece.lr, seed=piece.seed)
+        """All runs of a piece, from where they stand; seconds add up over the times it is stopped."""
+        begun, before = time.perf_counter(), self.there.spent(piece)
+        seconds = lambda: before + time.perf_counter() - begun
+        chain = self.chain(piece)
         folders, passes = [], 0
         current: Config | None = self._placed(chain.first)
-        for link in [*chain.then, None]:
-            assert current is not None
-            result = run.train(current)
-            folders.append(result.folder)
-            passes += teacher_passes(current)
-            if link is not None:
-                lora = f"{result.folder}/{KINDS[kind_of(current)].product(current, 1)}"
-                current = self._placed(link(lora))
-        self._finish(piece, runs=folders, seconds=time.perf_counter() - begun, teacher_passes=passes)
-
-    def _finish(self, piece: Piece, **about: Any) -> None:
-        (self.out / "pieces" / f"{piece.name}.json").write_text(json.dumps(asdict(piece) | about, indent=1) + "\n")
+        try:
+            for link in [*chain.then, None]:
+                assert current is not None
+                result = run.train(current)
+                folders.append(result.folder)
+                passes += teacher_passes(current)
+                if link is not None:
+                    lora = f"{result.folder}/{KINDS[kind_of(current)].product(current, 1)}"
+                    current = self._placed(link(lora))
+        except BaseException:
+            self.there.spend(piece, seconds())
+            raise
+        self.there.finish(piece, runs=folders, seconds=seconds(), teacher_passes=passes)
 
     def _placed(self, config: Config) -> Config:
         """In the comparison's folder, with one store of latents for all."""
@@ -208,28 +203,65 @@ class Comparison:
         return [piece for piece in dict.fromkeys([*first, *later]) if self.done(piece) is None]
 
     def train_all(self) -> int:
-        """How many pieces are still to do.
+        """How many pieces are still to do. Several processes may be at one folder: each takes what no other has.
 
         Raises:
             RunError: a training cannot go on; one that diverges is put down as that, and the others go on.
         """
-        begun, trained = time.monotonic(), 0
+        begun, trained, idle = time.monotonic(), 0, 0
         while True:
             self.select()
             todo = self.missing()
             late = self.config.minutes is not None and time.monotonic() - begun > 60 * self.config.minutes
-            if not todo or late or (self.config.pieces is not None and trained >= self.config.pieces):
+            if not self.left or late or (self.config.pieces is not None and trained >= self.config.pieces):
                 return self.left
-            piece = todo[0]
-            self.log(f"training {piece.name} ({len(todo)} to do now)")
-            try:
-                self.train(piece)
-            except RunError as error:
-                if DIVERGED not in str(error):  # a full disk, a dead node: that may be mended, and the piece go on
-                    raise
-                self._finish(piece, runs=[], seconds=0.0, teacher_passes=0, diverged=str(error))
-                self.log(f"{piece.name} diverged: {error}")
-            trained += 1
+            piece = next((piece for piece in todo if self.there.claim(piece.name)), None)
+            if piece is not None:
+                idle = 0
+                try:
+                    trained += self._train_claimed(piece, len(todo))
+                finally:
+                    self.there.release(piece.name)
+                continue
+            # What can be done now is under way elsewhere, and more may come of it; or nothing can.
+            idle += 1
+            if self.others:
+                if idle == 1:
+                    self.log(f"waiting for {', '.join(self.others)}, which another process has")
+                time.sleep(POLL_S)
+            elif idle > 1 and not todo:
+                return self.left
+
+    @property
+    def others(self) -> list[str]:
+        """What another process is at."""
+        names = [piece.name for method in self.config.methods for piece in self.pieces(method)]
+        return [name for name in ("selection", *names) if self.there.holder(name)]
+
+    def _train_claimed(self, piece: Piece, todo: int) -> int:
+        """1; 0 where another process finished the piece between the look and the claim."""
+        if self.done(piece):
+            return 0
+        self.log(f"training {piece.name} ({todo} to do now)")
+        try:
+            self._encode(piece)
+            self.train(piece)
+        except RunError as error:
+            if DIVERGED not in str(error):  # a full disk, a dead node: that may be mended, and the piece go on
+                raise
+            self.there.finish(piece, runs=[], seconds=self.there.spent(piece), teacher_passes=0, diverged=str(error))
+            self.log(f"{piece.name} diverged: {error}")
+        return 1
+
+    def _encode(self, piece: Piece) -> None:
+        """The latents that all trainings share, by one process alone."""
+        if self.encoded:
+            return
+        config = run.absolute_paths(self._placed(self.chain(piece).first))
+        with self.there.held("latents"):
+            run.connect()
+            resolve(config.data, config.teacher, str(self.out / "runs"))
+        self.encoded = True
 
     # judging
 
@@ -252,14 +284,24 @@ class Comparison:
 
     def select(self) -> None:
         """Score the rates of the methods whose sweep is complete."""
-        todo = [
-            method for method in self.config.methods
-            if self.best(method) is None and all(self.done(piece) for piece in sweep(self.config, method))
-        ]  # fmt: skip
-        if not todo:
+        if not self._to_select() or not self.there.claim("selection"):
             return
+        try:
+            if todo := self._to_select():  # another process may just have done it
+                self._select(todo)
+        finally:
+            self.there.release("selection")
+
+    def _to_select(self) -> list[str]:
+        return [
+            method for method in self.config.methods
+            if self.best(method) is None and method not in self.chosen
+            and all(self.done(piece) for piece in sweep(self.config, method))
+        ]  # fmt: skip
+
+    def _select(self, todo: list[str]) -> None:
         prompts = self.out / "selection.txt"
-        prompts.write_text("\n".join(selection_captions(self.config.selection_prompts)) + "\n", encoding="utf-8")
+        write_whole(prompts, "\n".join(selection_captions(self.config.selection_prompts)) + "\n")
         found = chosen_judges(self.evaluation())
         only = JudgesConfig(**{
             name: getattr(found, name) for name in (self.config.select, "clip_large", "image_reward_tokenizer")
@@ -279,7 +321,7 @@ class Comparison:
             ]  # fmt: skip
             score = sum(means) / len(means) if means and None not in means else None
             chosen.setdefault(piece.method, {})[f"{piece.lr:g}"] = score
-        (self.out / "selection.json").write_text(json.dumps(chosen, indent=1) + "\n")
+        write_json(self.out / "selection.json", chosen)
 
     def judge(self) -> tuple[dict[str, Any], list[Row]]:
         """Results of all methods that have a finished training at their rate, and the prompts.
@@ -295,7 +337,8 @@ class Comparison:
                 subjects += [self.subject(p, method, config) for p in self.final(method) if self.usable(p)]
         if len(subjects) == 1:
             raise ConfigError(f"--out {self.out}: no method has a finished training at its best learning rate yet")
-        results = evaluate(plan(config, rows, subjects, find_baseline(config)), self.log)
+        with self.there.held("judging"):
+            results = evaluate(plan(config, rows, subjects, find_baseline(config)), self.log)
         return results | {"notes": self.notes(), "remarks": self.remarks()}, rows
 
     def notes(self) -> dict[str, str]:

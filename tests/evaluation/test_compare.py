@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +13,15 @@ from pathlib import Path
 import pytest
 
 from evaluation.harness.comparison import Comparison, default_lr, selection_captions, sweep
-from hypersd_ray.config.base import CombinationError, ConfigError
+from evaluation.harness.pieces import Pieces
+from hypersd_ray.config.base import CombinationError, ConfigError, RunError
 from hypersd_ray.config.compare import CompareConfig
 from hypersd_ray.config.evaluate import JudgesConfig
 from hypersd_ray.embedded import paths
 from hypersd_ray.recipes.compare import compare_tiny
 from hypersd_ray.recipes.methods import METHODS
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -58,7 +63,7 @@ def test_a_rate_that_diverges_is_out(make_config):
     comparison = Comparison(make_config(methods=("lcm", "dmd"), rates=(1.0, 3.0), seeds=(0,)))
     comparison.begin()
     for piece in sweep(comparison.config, "lcm"):
-        comparison._finish(piece, runs=[], seconds=0.0, teacher_passes=0, diverged="NaN or inf")
+        comparison.there.finish(piece, runs=[], seconds=0.0, teacher_passes=0, diverged="NaN or inf")
     assert not comparison.usable(sweep(comparison.config, "lcm")[0])
     assert comparison.left == 2, "lcm has no further seeds"
     assert "NaN or inf" in comparison.plan()[0]
@@ -66,6 +71,40 @@ def test_a_rate_that_diverges_is_out(make_config):
     assert comparison.best("lcm") == 0.001
     (comparison.out / "selection.json").write_text(json.dumps({"lcm": {"0.001": None, "0.003": None}}))
     assert comparison.best("lcm") is None
+
+
+def test_a_piece_is_one_process_at_a_time(make_config, tmp_path):
+    """A live process keeps its claim; that of a killed one, of this host, is taken over; another host's is not."""
+    comparison = Comparison(make_config(methods=("lcm",)))
+    comparison.begin()
+    there, name = comparison.there, comparison.missing()[0].name
+    program = "import sys, time; from pathlib import Path; from evaluation.harness.pieces import Pieces; " \
+              "print(Pieces(Path(sys.argv[1])).claim(sys.argv[2]), flush=True); time.sleep(60)"  # fmt: skip
+    other = subprocess.Popen(
+        [sys.executable, "-c", program, str(comparison.out), name], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert other.stdout.readline() == "True\n"
+    assert not there.claim(name) and comparison.others == [name]
+    assert f"under way in process {other.pid}" in comparison.plan()[0]
+    other.kill()
+    other.wait()
+    assert comparison.others == [] and there.claim(name) and not Pieces(comparison.out).claim(name)
+    there.release(name)
+    (there.folder / f"{name}.claim").write_text(json.dumps({"pid": other.pid, "host": "elsewhere", "born": "1"}))
+    assert not there.claim(name)
+
+
+def test_what_cannot_be_kept_is_one_line(make_config):
+    comparison = Comparison(make_config(methods=("lcm",)))
+    comparison.begin()
+    piece = comparison.missing()[0]
+    os.symlink("/dev/full", comparison.there.folder / f"{piece.name}.seconds.{os.getpid()}.part")
+    with pytest.raises(RunError, match="no space is left; what was done is kept"):
+        comparison.there.spend(piece, 5.0)
+    assert comparison.there.spent(piece) == 0.0, "there whole or not at all"
+    (comparison.out / "selection.json").write_text('{"lcm": {"0.0')
+    with pytest.raises(RunError, match="selection.json cannot be read"):
+        comparison.best("lcm")
 
 
 def test_every_method_has_a_sweep_of_one_size(make_config):
