@@ -9,10 +9,13 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import inspect
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,12 @@ from evaluation.harness.judges import chosen_judges
 from evaluation.harness.pieces import POLL_S, Piece, Pieces, read_json, write_json, write_whole
 from evaluation.harness.prompts import Row, read_rows
 from evaluation.harness.run import evaluate, plan
-from evaluation.harness.subjects import Subject, find_baseline, read_run, run_subject, teacher
+from evaluation.harness.subjects import Subject, base_sha256, find_baseline, read_run, run_subject, teacher
+from evaluation.harness.telling import told
 from hypersd_ray.config.base import ConfigError, RunError
 from hypersd_ray.config.compare import CompareConfig
 from hypersd_ray.config.evaluate import EvaluateConfig, JudgesConfig
+from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.data.precompute import resolve
 from hypersd_ray.embedded import paths
 from hypersd_ray.recipes.compare import TRAININGS
@@ -72,27 +77,38 @@ class Comparison:
                 TRAININGS[method](budget=config.budget)
             except ConfigError as error:
                 raise ConfigError(f"--budget {config.budget} with method {method}: {error}") from None
+        if base_sha256(config.teacher) != base_sha256(str(paths.TEACHER)):
+            raise ConfigError(
+                f"--teacher {config.teacher}: the recipes of a comparison (hypersd_ray/recipes/methods.py) train the embedded "
+                "model; leave it out, or write recipes of that teacher"
+            )
         self._same()
 
+    @functools.cached_property
+    def about(self) -> dict[str, Any]:
+        """What decides the trainings and is in no file's name."""
+        chains = {method: chain_hash(method, self.config.budget) for method in self.config.methods}
+        return {
+            "budget": self.config.budget, "teacher": Path(self.config.teacher).name,
+            "base_sha256": base_sha256(self.config.teacher), "shards": self.config.shards, "chains": chains,
+        }  # fmt: skip
+
     def _same(self) -> None:
-        """The budget is in no file's name, so it is looked after here."""
-        path, ours = (
-            self.out / "comparison.json",
-            {"budget": self.config.budget, "teacher": Path(self.config.teacher).name},
-        )
-        if not path.exists():
-            return
-        theirs = read_json(path)
+        """A folder holds one comparison. What one of an earlier version did not keep is taken on trust."""
+        theirs = read_json(self.out / "comparison.json", {})
+        ours = {name: value for name, value in self.about.items() if name != "chains"}
+        ours |= {f"chain of {m}": value for m, value in self.about["chains"].items()}
+        theirs = theirs | {f"chain of {m}": value for m, value in theirs.get("chains", {}).items()}
         for name, value in ours.items():
-            if theirs.get(name) != value:
+            if theirs.get(name, value) != value:
                 raise ConfigError(
-                    f"--out {self.out} holds a comparison with {name}={theirs.get(name)}, not {value}: name another"
+                    f"--out {self.out} holds a comparison with {name}={theirs[name]}, not {value}: name another"
                 )
 
     def begin(self) -> None:
         """Make the folder."""
-        about = {"budget": self.config.budget, "teacher": Path(self.config.teacher).name}
-        write_json(self.out / "comparison.json", about)
+        chains = read_json(self.out / "comparison.json", {}).get("chains", {})
+        write_json(self.out / "comparison.json", self.about | {"chains": chains | self.about["chains"]})
         self.there.folder.mkdir(exist_ok=True)
 
     def done(self, piece: Piece) -> dict[str, Any] | None:
@@ -108,6 +124,14 @@ class Comparison:
     def chosen(self) -> dict[str, dict[str, float | None]]:
         """method -> learning rate (as text) -> the selecting judge's mean; None for one that diverged."""
         return read_json(self.out / "selection.json", {})
+
+    def made_for(self, method: str) -> list[int]:
+        """The numbers of steps among the table's that the method is made for: its rate is chosen on those."""
+        first = TRAININGS[method](budget=self.config.budget).first
+        samplings = KINDS[kind_of(first)].samplings(first)
+        straight = isinstance(first, TSCDConfig) and first.distill.path == "straight"
+        made = {one.steps for one in samplings if one.windows is not None or not straight}
+        return [n for n in self.config.steps if n in made] or list(self.config.steps)
 
     def best(self, method: str) -> float | None:
         """The learning rate that was chosen; None before that is known."""
@@ -130,13 +154,16 @@ class Comparison:
         later = [piece for piece in self.final(method) if piece.seed != self.config.seeds[0]]
         return [*sweep(self.config, method), *later]
 
+    def over(self, method: str) -> bool:
+        """Whether a method diverged at every rate of its sweep."""
+        return all(self.done(p) and not self.usable(p) for p in sweep(self.config, method))
+
     @property
     def left(self) -> int:
         """Pieces that are not done; a method that diverged at every rate has no further seeds."""
         left = 0
         for method in self.config.methods:
-            over = all(self.done(p) and not self.usable(p) for p in sweep(self.config, method))
-            left += 0 if over else sum(self.done(piece) is None for piece in self.pieces(method))
+            left += 0 if self.over(method) else sum(self.done(piece) is None for piece in self.pieces(method))
         return left
 
     def plan(self) -> list[str]:
@@ -172,21 +199,20 @@ class Comparison:
         begun, before = time.perf_counter(), self.there.spent(piece)
         seconds = lambda: before + time.perf_counter() - begun
         chain = self.chain(piece)
-        folders, passes = [], 0
-        current: Config | None = self._placed(chain.first)
+        configs, folders = [self._placed(chain.first)], []
         try:
             for link in [*chain.then, None]:
-                assert current is not None
-                result = run.train(current)
-                folders.append(result.folder)
-                passes += teacher_passes(current)
+                folders.append(run.train(configs[-1]).folder)
                 if link is not None:
-                    lora = f"{result.folder}/{KINDS[kind_of(current)].product(current, 1)}"
-                    current = self._placed(link(lora))
+                    above = configs[link.above]
+                    lora = f"{folders[link.above]}/{KINDS[kind_of(above)].product(above, link.steps)}"
+                    configs.append(self._placed(link.config(lora)))
         except BaseException:
             self.there.spend(piece, seconds())
             raise
-        self.there.finish(piece, runs=folders, seconds=seconds(), teacher_passes=passes)
+        serves = {str(n): folders[place] for n, place in chain.serves.items()}
+        passes = sum(map(teacher_passes, configs))
+        self.there.finish(piece, runs=folders, serves=serves, seconds=seconds(), teacher_passes=passes)
 
     def _placed(self, config: Config) -> Config:
         """In the comparison's folder, with one store of latents for all."""
@@ -276,11 +302,15 @@ class Comparison:
         return EvaluateConfig(**values | changes)
 
     def subject(self, piece: Piece, name: str, config: EvaluateConfig) -> Subject:
-        """The last run of a finished piece."""
+        """A finished piece: at each number of steps the run that is for it, else the last."""
         found = self.done(piece)
         assert found is not None
-        folder = Path(found["runs"][-1])
-        return run_subject(name, folder, read_run(folder), config)
+        serves = {int(n): run for n, run in found.get("serves", {}).items()}
+        folders = {n: Path(_serving(serves, n) or found["runs"][-1]) for n in config.steps}
+        parts: dict[int, Subject] = {}
+        for n, folder in folders.items():
+            parts[n] = run_subject(name, folder, read_run(folder), config.model_copy(update={"steps": (n,)}))
+        return replace(parts[config.steps[0]], parts={n: parts[n].parts[n] for n in config.steps})
 
     def select(self) -> None:
         """Score the rates of the methods whose sweep is complete."""
@@ -295,8 +325,8 @@ class Comparison:
     def _to_select(self) -> list[str]:
         return [
             method for method in self.config.methods
-            if self.best(method) is None and method not in self.chosen
-            and all(self.done(piece) for piece in sweep(self.config, method))
+            if self.best(method) is None and all(self.done(piece) for piece in sweep(self.config, method))
+            and any(f"{piece.lr:g}" not in self.chosen.get(method, {}) for piece in sweep(self.config, method))
         ]  # fmt: skip
 
     def _select(self, todo: list[str]) -> None:
@@ -311,7 +341,10 @@ class Comparison:
         )  # fmt: skip
         pieces = [piece for method in todo for piece in sweep(self.config, method)]
         self.log(f"choosing the learning rates of {', '.join(todo)}")
-        subjects = [self.subject(piece, piece.name, config) for piece in pieces if self.usable(piece)]
+        subjects = [
+            self.subject(piece, piece.name, config.model_copy(update={"steps": tuple(self.made_for(piece.method))}))
+            for piece in pieces if self.usable(piece)
+        ]  # fmt: skip
         what = plan(config, read_rows(config), subjects, only=(self.config.select,))
         results = evaluate(what, self.log) if subjects else {"rows": []}
         chosen = self.chosen
@@ -339,37 +372,21 @@ class Comparison:
             raise ConfigError(f"--out {self.out}: no method has a finished training at its best learning rate yet")
         with self.there.held("judging"):
             results = evaluate(plan(config, rows, subjects, find_baseline(config)), self.log)
-        return results | {"notes": self.notes(), "remarks": self.remarks()}, rows
+        return told(self, results), rows
 
-    def notes(self) -> dict[str, str]:
-        """Rates, seeds and cost of each method, for the provenance."""
-        notes = {"budget": f"{self.config.budget} images through the teacher, each training"}
-        for method in self.config.methods:
-            lr, scores = self.best(method), self.chosen.get(method, {})
-            if lr is None:
-                continue
-            done = [found for p in self.final(method) if self.usable(p) and (found := self.done(p))]
-            told = {rate: "diverged" if score is None else f"{score:.2f}" for rate, score in scores.items()}
-            tried = ", ".join(f"{rate}: {score}" for rate, score in told.items()) or "one rate, none to choose of"
-            cost = sum(found["seconds"] for found in done) / max(1, len(done))
-            notes[f"training of {method}"] = (
-                f"lr {lr:g} ({self.config.select} on {self.config.selection_prompts} training captions: {tried}); "
-                f"{len(done)} seeds; {done[0]['teacher_passes'] if done else 0} teacher passes; {cost:.0f} s"
-            )
-        return notes
 
-    def remarks(self) -> list[str]:
-        """What a reader must know of the table."""
-        remarks = [
-            f"Every method trained with {self.config.budget} images through one teacher, from one stream of data; learning rate the "
-            f"best of {len(self.config.rates)} by {self.config.select} on captions outside of this table; {len(self.config.seeds)} "
-            "seeds at that rate. Each samples as its recipe has it, in as many steps as the column says."
-        ]
-        if {"turbo", "dmd"} & set(self.config.methods) and max(self.config.steps) > 4:
-            remarks.append(
-                "Turbo and DMD are made for 4 steps and fewer: their longer columns are beyond their training."
-            )
-        return remarks
+def chain_hash(method: str, budget: int) -> str:
+    """Of all that a method's configurations say but rate, seed and where the checkout lies."""
+    chain, lora = TRAININGS[method](budget=budget), str(paths.LORAS / "tscd-k1.safetensors")
+    configs = [chain.first, *(link.config(lora) for link in chain.then)]
+    links = [[link.above, link.steps] for link in chain.then]
+    text = json.dumps([[c.model_dump(mode="json") for c in configs], links, chain.serves], sort_keys=True)
+    return hashlib.sha256(text.replace(str(paths.ROOT), "").encode()).hexdigest()[:16]
+
+
+def _serving(serves: dict[int, str], steps: int) -> str | None:
+    """Made for `steps`, or the next fewer, or the fewest."""
+    return serves[max((n for n in serves if n <= steps), default=min(serves))] if serves else None
 
 
 def selection_captions(count: int) -> list[str]:

@@ -152,7 +152,9 @@ class OneStep(Distiller):
     def _so_far(self, batch: Batch, x_t: Tensor, t: Tensor, goes_on: Tensor) -> Tensor:
         """What the student makes of x_t in the rows that go on; the others stay as they are, and are not asked for."""
         # One row where none goes on: all workers call the network equally often, as sharded weights need.
-        index = goes_on.nonzero().flatten() if bool(goes_on.any()) else torch.zeros(1, dtype=torch.long, device=t.device)
+        index = (
+            goes_on.nonzero().flatten() if bool(goes_on.any()) else torch.zeros(1, dtype=torch.long, device=t.device)
+        )
         x = to_clean(self.roles, STUDENT, x_t[index], t[index], batch.cond._map(lambda part: part[index]))
         return x_t.index_copy(0, index, x.to(x_t))
 

@@ -12,14 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.harness.comparison import Comparison, default_lr, selection_captions, sweep
-from evaluation.harness.pieces import Pieces
+from evaluation.harness.comparison import Comparison, _serving, default_lr, selection_captions, sweep
+from evaluation.harness.judges import embedded_judges
+from evaluation.harness.pieces import Piece, Pieces
+from evaluation.harness.telling import _learned, told
 from hypersd_ray.config.base import CombinationError, ConfigError, RunError
 from hypersd_ray.config.compare import CompareConfig
 from hypersd_ray.config.evaluate import JudgesConfig
 from hypersd_ray.embedded import paths
 from hypersd_ray.recipes.compare import compare_tiny
 from hypersd_ray.recipes.methods import METHODS
+from tests.helpers.pipelines import build_pipeline
 
 ROOT = Path(__file__).parents[2]
 
@@ -103,7 +106,7 @@ def test_what_cannot_be_kept_is_one_line(make_config):
         comparison.there.spend(piece, 5.0)
     assert comparison.there.spent(piece) == 0.0, "there whole or not at all"
     (comparison.out / "selection.json").write_text('{"lcm": {"0.0')
-    with pytest.raises(RunError, match="selection.json cannot be read"):
+    with pytest.raises(RunError, match=r"selection\.json cannot be read"):
         comparison.best("lcm")
 
 
@@ -126,8 +129,63 @@ def test_what_cannot_be_compared_is_one_line(make_config):
     first.begin()
     with pytest.raises(ConfigError, match="holds a comparison with budget=64, not 128: name another"):
         Comparison(make_config(methods=("lcm",), budget=128))
+    about = json.loads((first.out / "comparison.json").read_text())
+    assert set(about) == {"budget", "teacher", "base_sha256", "shards", "chains"}
+    for changed, said in (({"base_sha256": "x"}, "base_sha256=x"), ({"chains": {"lcm": "x"}}, "chain of lcm=x")):
+        (first.out / "comparison.json").write_text(json.dumps(about | changed))
+        with pytest.raises(ConfigError, match=f"holds a comparison with {said}, not"):
+            Comparison(make_config(methods=("lcm",), budget=64))
+    (first.out / "comparison.json").write_text(json.dumps({"budget": 64, "teacher": "teacher"}))
+    assert Comparison(make_config(methods=("lcm",), budget=64)), "an earlier version's folder"
+    with pytest.raises(ConfigError, match="the recipes of a comparison .* train the embedded model"):
+        Comparison(make_config(methods=("lcm",), teacher=str(build_pipeline("sd", first.out / "other"))))
     with pytest.raises(ConfigError, match="no method has a finished training"):
         first.judge()
+
+
+def test_a_rate_is_chosen_at_the_steps_that_a_method_is_made_for(make_config):
+    comparison = Comparison(make_config())
+    made = {method: comparison.made_for(method) for method in comparison.config.methods}
+    assert made["turbo"] == made["dmd"] == [1, 2, 4] and made["perflow"] == [4, 8]
+    assert all(steps == [1, 2, 4, 8] for m, steps in made.items() if m not in ("turbo", "dmd", "perflow"))
+
+
+def test_each_number_of_steps_has_its_own_run():
+    serves = {8: "a", 4: "b", 2: "c", 1: "d"}
+    assert [_serving(serves, n) for n in (1, 2, 3, 4, 6, 16)] == ["d", "c", "c", "b", "b", "a"]
+    assert _serving({}, 4) is None, "an earlier version's pieces: their last run"
+
+
+def test_what_a_reader_must_know_is_told(make_config):
+    comparison = Comparison(make_config(methods=("lcm", "dmd", "hyper-sd")))
+    comparison.begin()
+    about = {"runs": [], "seconds": 60.0, "teacher_passes": 7}
+    comparison.there.finish(Piece("lcm", 0.003, 0), **about)
+    comparison.there.finish(Piece("lcm", 0.003, 1), **about, diverged="NaN or inf")
+    for piece in sweep(comparison.config, "dmd"):
+        comparison.there.finish(piece, **about, diverged="NaN or inf")
+    scores = {"lcm": {"0.0003333": 1.0, "0.001": 2.0, "0.003": 3.0}, "dmd": {"6.667e-05": None}}
+    (comparison.out / "selection.json").write_text(json.dumps(scores))
+    column = lambda best, *ties: {"best": best, "ties": list(ties)}
+    results = {
+        "cards": [{"name": "clip_score", "title": "CLIP score"}],
+        "rows": [{"model": "hyper-sd", "steps": n, "measures": {"clip_score": {}}} for n in (1, 2, 4)],
+        "ranking": {"clip_score": {"1": column("hyper-sd"), "2": column("lcm", "hyper-sd"), "4": column("lcm")}},
+    }
+    found = told(comparison, results)
+    assert found["seeds"] == {"lcm": (1, 3)} and found["diverged"] == ["dmd"]
+    assert (
+        "seed 1 diverged" in found["notes"]["training of lcm"]
+        and "diverged at every" in found["notes"]["training of dmd"]
+    )
+    assert any("at the sweep's edge for lcm" in line for line in found["remarks"])
+    assert "holds in 2 of 3 columns; it does not in: CLIP score at 4 steps (behind lcm)." in found["remarks"][-1]
+
+
+def test_feedback_is_told_where_it_is_judged_by_its_own_reward():
+    config = METHODS["hyper-sd"]().then[0].config(str(paths.LORAS / "tscd-k8.safetensors"))
+    assert {"aesthetic_v2", "objects", "clip_score", "vendi"} <= _learned(config, embedded_judges())
+    assert not _learned(config, JudgesConfig(clip_score="/another")) & {"clip_score", "objects"}
 
 
 def test_the_rate_is_chosen_on_captions_outside_of_the_table():

@@ -302,9 +302,14 @@ def test_only_rows_that_go_on_are_rolled_out(tmp_path):
     for index, start in enumerate(starts[1:], start=1):
         with torch.no_grad():
             clean = to_clean(state.roles, STUDENT, whole, time, batch.cond)
-        noised = add_noise(state.roles.schedule, clean, torch.randn(whole.shape, generator=g), torch.full_like(time, start))
+        noised = add_noise(
+            state.roles.schedule, clean, torch.randn(whole.shape, generator=g), torch.full_like(time, start)
+        )
         on = chosen >= index
-        whole, time = torch.where(on.view(-1, 1, 1, 1), noised, whole), torch.where(on, torch.full_like(time, start), time)
+        whole, time = (
+            torch.where(on.view(-1, 1, 1, 1), noised, whole),
+            torch.where(on, torch.full_like(time, start), time),
+        )
     assert torch.equal(t, time)
     torch.testing.assert_close(x_t, whole, rtol=1e-4, atol=1e-4)
     assert asked[:3] == [max(1, int((chosen >= i).sum())) for i in (1, 2, 3)]
