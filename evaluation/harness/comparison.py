@@ -21,7 +21,7 @@ from typing import Any
 
 from evaluation.harness.judges import chosen_judges
 from evaluation.harness.pieces import POLL_S, Piece, Pieces, read_json, write_json, write_whole
-from evaluation.harness.prompts import Row, read_rows
+from evaluation.harness.prompts import Row, read_rows, selection_captions
 from evaluation.harness.run import evaluate, plan
 from evaluation.harness.subjects import Subject, base_sha256, find_baseline, read_run, run_subject, teacher
 from evaluation.harness.telling import told
@@ -387,15 +387,3 @@ def chain_hash(method: str, budget: int) -> str:
 def _serving(serves: dict[int, str], steps: int) -> str | None:
     """Made for `steps`, or the next fewer, or the fewest."""
     return serves[max((n for n in serves if n <= steps), default=min(serves))] if serves else None
-
-
-def selection_captions(count: int) -> list[str]:
-    """The first distinct captions of the embedded training pictures that are not held out too."""
-    held_out = _captions("val")
-    found = [caption for caption in _captions("train") if caption not in set(held_out)]
-    return found[:count]
-
-
-def _captions(split: str) -> list[str]:
-    rows = json.loads((paths.DATA / f"captions_{split}.json").read_text())["annotations"]
-    return list(dict.fromkeys(row["caption"].strip() for row in rows))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.bootstrap import Interval, bootstrap_interval, paired_difference
+from evaluation.bootstrap import Interval, resampled_means
 from evaluation.harness.judges import FEATURES, OBJECTS, JudgeSpec, MetricCard, reward_card
 from evaluation.harness.subjects import Cell
 from evaluation.objects import object_precision
@@ -26,28 +26,45 @@ LATENTS = "latents"
 
 @dataclass(frozen=True, eq=False)
 class Values:
-    """One number a prompt, NaN where it is missing; the mean over prompts is the column's."""
+    """One number a prompt, (P,) or of several trainings (S, P), NaN where it is missing; the mean is the column's."""
 
     values: Tensor
 
     @property
+    def each(self) -> Tensor:
+        """(S, P)."""
+        return torch.atleast_2d(self.values)
+
+    @property
+    def there(self) -> Tensor:
+        """(P,) whether a prompt has all its numbers."""
+        return ~self.each.isnan().any(0)
+
+    @property
     def missing(self) -> int:
         """Prompts without a number."""
-        return int(self.values.isnan().sum())
+        return int((~self.there).sum())
 
     def interval(self, resamples: int, seed: int) -> Interval:
-        """The mean and its percentile interval over the prompts that have a number."""
-        there = self.values[~self.values.isnan()]
-        if len(there) < 2:
+        """The mean and its percentile interval over trainings and the prompts that have a number."""
+        there = self.each[:, self.there]
+        if there.shape[1] < 2:
             return Interval(math.nan, math.nan, math.nan)
-        return bootstrap_interval(there, resamples=resamples, seed=seed)
+        return _percentiles(there.mean().item(), resampled_means(there, resamples, seed))
 
     def minus(self, other: Values, resamples: int, seed: int) -> Interval:
-        """The paired difference over the prompts that have both."""
-        both = ~(self.values.isnan() | other.values.isnan())
+        """The difference over the prompts that both have, kept together; each model's trainings are drawn apart."""
+        both = self.there & other.there
         if int(both.sum()) < 2:
             return Interval(math.nan, math.nan, math.nan)
-        return paired_difference(self.values[both], other.values[both], resamples=resamples, seed=seed)
+        a, b = self.each[:, both], other.each[:, both]
+        draws = resampled_means(a, resamples, seed, 0) - resampled_means(b, resamples, seed, 1)
+        return _percentiles((a.mean() - b.mean()).item(), draws)
+
+
+def _percentiles(point: float, draws: Tensor) -> Interval:
+    low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Interval(point, low, high)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +82,7 @@ class Draws:
         draws = self.draws.double()
         if self.centred:
             draws = draws - draws.mean() + self.point
-        low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        return Interval(self.point, low, high)
+        return _percentiles(self.point, draws)
 
     def minus(self, other: Draws, resamples: int, seed: int) -> Interval:
         """The difference with the prompts kept together."""
@@ -100,12 +116,19 @@ class Measure:
 
 def reward_measure(spec: JudgeSpec) -> Measure:
     """A reward model's mean."""
-    return Measure(reward_card(spec), lambda cells, read: mean_values([read(c, spec.name) for c in cells]), spec.name)
+    return Measure(
+        reward_card(spec), lambda cells, read: mean_values(cells, [read(c, spec.name) for c in cells]), spec.name
+    )
 
 
-def mean_values(arrays: Sequence[np.ndarray]) -> Values:
-    """Of several cells, prompt by prompt; a prompt is missing where any lacks it."""
-    return Values(torch.from_numpy(np.stack([a.astype(np.float64) for a in arrays]).mean(0)))
+def mean_values(cells: Sequence[Cell], arrays: Sequence[np.ndarray]) -> Values:
+    """Of cells, prompt by prompt: the mean over those of one training, a row a training. A prompt is missing where any
+    cell lacks it."""
+    of_weights: dict[str, list[np.ndarray]] = {}
+    for cell, array in zip(cells, arrays, strict=True):
+        of_weights.setdefault(cell.weights_sha256, []).append(array.astype(np.float64))
+    each = np.stack([np.stack(parts).mean(0) for parts in of_weights.values()])
+    return Values(torch.from_numpy(each if len(each) > 1 else each[0]))
 
 
 def fidelity_measure(references: dict[int, Cell], steps: int, guidance: float) -> Measure:
@@ -125,7 +148,7 @@ def fidelity_measure(references: dict[int, Cell], steps: int, guidance: float) -
             if latents.shape != ends.shape:
                 return None
             parts.append(((latents - ends).square().flatten(1).mean(1) / ends.var()).numpy())
-        return mean_values(parts)
+        return mean_values(cells, parts)
 
     return Measure(card, estimate)
 
@@ -153,16 +176,24 @@ def counts(prompts: int, resamples: int, seed: int) -> Tensor:
 
 
 def averaged(of_cell: Callable[[Cell, Read], Draws]) -> Callable[[Sequence[Cell], Read], Draws]:
-    """The mean over cells of a number of a cell, each worked out once: it is asked for alone and among others."""
+    """The mean over cells of a number of a cell, each worked out once: it is asked for alone and among others. In each
+    resample trainings are drawn anew too; the prompts in it are the same for all."""
     kept: dict[str, Draws] = {}
 
     def estimate(cells: Sequence[Cell], read: Read) -> Draws:
         for cell in cells:
             if cell.key not in kept:
                 kept[cell.key] = of_cell(cell, read)
-        each = [kept[cell.key] for cell in cells]
-        point, draws = sum(e.point for e in each) / len(each), torch.stack([e.draws for e in each]).mean(0)
-        return Draws(point, draws, each[0].centred, sum(e.missing for e in each))
+        of_weights: dict[str, list[Draws]] = {}
+        for cell in cells:
+            of_weights.setdefault(cell.weights_sha256, []).append(kept[cell.key])
+        each = torch.stack([torch.stack([e.draws for e in parts]).mean(0) for parts in of_weights.values()])
+        if len(each) > 1:
+            generator = generator_of(0, "trainings", *of_weights)  # of its own: models differ in them
+            each = each.gather(0, torch.randint(len(each), each.shape, generator=generator))
+        all_of_them = [e for parts in of_weights.values() for e in parts]
+        point = sum(sum(e.point for e in parts) / len(parts) for parts in of_weights.values()) / len(of_weights)
+        return Draws(point, each.mean(0), all_of_them[0].centred, sum(e.missing for e in all_of_them))
 
     return estimate
 
@@ -205,7 +236,8 @@ def seed_measure(spec: JudgeSpec) -> Measure:
         several = [torch.stack(parts) for parts in of_weights.values() if len(parts) > 1]
         if not several:
             return None
-        return mean_values([between_seeds(parts).numpy() for parts in several])
+        each = torch.stack([between_seeds(parts) for parts in several])
+        return Values(each if len(each) > 1 else each[0])
 
     return Measure(card, estimate)
 

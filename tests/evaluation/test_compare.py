@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.harness.comparison import Comparison, _serving, default_lr, selection_captions, sweep
+from evaluation.harness.comparison import Comparison, _serving, default_lr, sweep
 from evaluation.harness.judges import embedded_judges
 from evaluation.harness.pieces import Piece, Pieces
+from evaluation.harness.prompts import selection_captions
 from evaluation.harness.telling import _learned, told
 from hypersd_ray.config.base import CombinationError, ConfigError, RunError
 from hypersd_ray.config.compare import CompareConfig
@@ -137,7 +138,7 @@ def test_what_cannot_be_compared_is_one_line(make_config):
             Comparison(make_config(methods=("lcm",), budget=64))
     (first.out / "comparison.json").write_text(json.dumps({"budget": 64, "teacher": "teacher"}))
     assert Comparison(make_config(methods=("lcm",), budget=64)), "an earlier version's folder"
-    with pytest.raises(ConfigError, match="the recipes of a comparison .* train the embedded model"):
+    with pytest.raises(ConfigError, match=r"the recipes of a comparison .* train the embedded model"):
         Comparison(make_config(methods=("lcm",), teacher=str(build_pipeline("sd", first.out / "other"))))
     with pytest.raises(ConfigError, match="no method has a finished training"):
         first.judge()
