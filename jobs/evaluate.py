@@ -11,7 +11,6 @@ and scores are kept under --out: started again, the job makes only what is missi
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -31,6 +30,7 @@ def main() -> None:
         raise ConfigError(
             "no MODEL given: a LoRA, a folder of a run, a UNet or a pipeline, or teacher; before the options"
         )
+    from evaluation.harness.pieces import write_json
     from evaluation.harness.prompts import read_rows
     from evaluation.harness.run import evaluate, plan
     from evaluation.harness.subjects import find_baseline, find_subject
@@ -51,8 +51,7 @@ def main() -> None:
     what = plan(config, rows, subjects, baseline)
     results = evaluate(what, log)
     folder = Path("runs") / "report" if "://" in config.out else Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(folder / "results.json", results)
     written = write_report(results, rows, folder)
     print((folder / "report.md").read_text().split("\n## ")[1] if (folder / "report.md").is_file() else "")
     missing = sum(sum(row["missing"].values()) for row in results["rows"])

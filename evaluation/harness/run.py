@@ -122,7 +122,12 @@ def make_all(what: Plan, log: Log = lambda _: None) -> Done:
             log(f"shard {done}/{of}, {made} pictures made")
 
     local = config.where == "local"
-    return make(config.out, todo, what.specs, config.generators, config.scorers, progress, local)
+    done = make(config.out, todo, what.specs, config.generators, config.scorers, progress, local)
+    for name, count in done.failures.items():
+        log(
+            f"judge {name} failed on {count} pictures, first {done.first_failures[name]}; the same command asks it again"
+        )
+    return done
 
 
 def latencies(what: Plan, log: Log = lambda _: None) -> dict[str, latency.Latency]:
@@ -284,7 +289,7 @@ def ranking(
         for steps in sorted({n for _, n in estimates}):
             there = {
                 model: e[measure.name] for (model, n), e in estimates.items()
-                if n == steps and measure.name in e and what.groups[model, n][0].kind != "base"
+                if n == steps and measure.name in e and not _is_base(config, what.groups[model, n][0])
             }  # fmt: skip
             means = {model: sign * e.interval(100, config.seed).mean for model, e in there.items()}
             means = {model: mean for model, mean in means.items() if math.isfinite(mean)}
@@ -297,6 +302,10 @@ def ranking(
                 }
         found[measure.name] = of_steps
     return found
+
+
+def _is_base(config: EvaluateConfig, cell: Cell) -> bool:
+    return cell.kind == "base" and cell.base == str(Path(config.base).resolve())
 
 
 def _baseline_of(what: Plan, estimates: dict[tuple[str, int], dict[str, Any]], steps: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 from PIL import Image
 
+from evaluation.harness.pieces import write_whole
 from evaluation.harness.prompts import Row
 from evaluation.harness.run import shard_of
 from evaluation.harness.store import Store, picture_name
@@ -65,7 +66,7 @@ def write_report(results: dict[str, Any], rows: Sequence[Row], folder: Path, tit
         "report.tex": latex(found),
     }
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        write_whole(folder / name, text)
     return [folder / name for name in texts]
 
 

@@ -16,7 +16,7 @@ import torch
 from evaluation.harness.judges import chosen_judges, judge_specs
 from evaluation.harness.making import make, tasks
 from evaluation.harness.prompts import Row, coco_manifest, read_rows
-from evaluation.harness.run import evaluate, plan
+from evaluation.harness.run import evaluate, make_all, plan
 from evaluation.harness.sampler import Sampler
 from evaluation.harness.store import Store, shard_name
 from evaluation.harness.subjects import How, Subject, find_baseline, find_subject, run_how, teacher
@@ -138,6 +138,16 @@ def test_what_is_no_model_is_one_line(config, tmp_path):
         judge_specs(JudgesConfig(aesthetic_v2=str(paths.EVALUATORS / "aesthetic.safetensors")))
 
 
+def test_a_pipelines_folder_is_sampled_as_it_is_asked(config, folders, tmp_path):
+    """Few-step pipelines are judged without guidance; the base's own folder is the teacher."""
+    other = tmp_path / "other"
+    shutil.copytree(folders["sd"], other)
+    how = lambda path, **changes: find_subject(str(path), config.model_copy(update=changes)).parts[2][1]
+    assert how(other) == How("tcd") and how(other, guidance=2.0) == How("edges", guidance=2.0)
+    assert how(other, scheduler="ddim") == How("ddim")
+    assert how(folders["sd"]) == How("edges", guidance=config.teacher_guidance)
+
+
 def test_a_recipe_says_how_its_model_is_sampled():
     few = [Sampling(4, (1000, 750, 500, 250, 0), eta=1.0), Sampling(1, (1000, 0))]
     assert run_how(few, 4) == How("edges", 1.0, times=(1000, 750, 500, 250, 0))
@@ -223,6 +233,20 @@ def test_what_is_there_is_not_made_again(config, make_lora):
         == 4
     )
     assert len(todo(rows=[*rows[:4], *(Row(p, p) for p in CAPTIONS[6:10])])) == 2, "the first shard is found again"
+
+
+def test_a_judge_that_failed_is_asked_again(config, make_lora):
+    rows = read_rows(config)
+    what = plan(config, rows, [find_subject(str(make_lora()), config)])
+    make_all(what)
+    cell, spec, store = what.cells[0], what.specs[0], Store(config.out)
+    values, _ = store.read_values(cell.key, rows[:4], spec.file)
+    store.write_values(cell.key, rows[:4], spec.file, values * np.nan, ["'x': ValueError: no"])
+    [again] = tasks(Store(config.out), what.cells, rows, what.specs, config.per_shard)
+    assert (again.judges, again.pictures_there) == ([spec.name], True)
+    assert make_all(what).judged == 1
+    np.testing.assert_array_equal(Store(config.out).read_values(cell.key, rows[:4], spec.file)[0], values)
+    assert not tasks(Store(config.out), what.cells, rows, what.specs, config.per_shard)
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_was_done(config, make_lora):
