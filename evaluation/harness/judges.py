@@ -49,6 +49,7 @@ class MetricCard:
         scale: what the number is, and which way is better.
         better: "higher" or "lower".
         note: what to beware of.
+        cases: what a single picture is ranked by, where that is not the number itself.
     """
 
     name: str
@@ -59,6 +60,7 @@ class MetricCard:
     scale: str
     better: Literal["higher", "lower"] = "higher"
     note: str = ""
+    cases: str = ""
 
 
 @dataclass(frozen=True)

@@ -101,12 +101,13 @@ class Measure:
     Attributes:
         card: what stands behind it.
         estimate: (cells of one model at one number of steps, Read) -> the number; None where these cells have none.
-        cases: the judge whose values say which pictures are best and worst; empty where single pictures have none.
+        cases: (a model's cells, Read) -> (P,) what says which of the first cell's pictures are best and worst; None where
+            nothing does. The card's `cases` says what it is.
     """
 
     card: MetricCard
     estimate: Callable[[Sequence[Cell], Read], Estimate | None]
-    cases: str = ""
+    cases: Callable[[Sequence[Cell], Read], np.ndarray | None]
 
     @property
     def name(self) -> str:
@@ -150,7 +151,11 @@ def fidelity_measure(references: dict[int, Cell], steps: int, guidance: float) -
             parts.append(((latents - ends).square().flatten(1).mean(1) / ends.var()).numpy())
         return mean_values(cells, parts)
 
-    return Measure(card, estimate)
+    def cases(cells: Sequence[Cell], read: Read) -> np.ndarray | None:
+        found = estimate(cells[:1], read)
+        return found.values.numpy() if isinstance(found, Values) else None
+
+    return Measure(card, estimate, cases)
 
 
 def vendi(features: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -215,10 +220,23 @@ def vendi_measure(spec: JudgeSpec, resamples: int, seed: int) -> Measure:
     """Diversity over all prompts."""
     card = MetricCard(
         "vendi", "Vendi score", f"image features of the judge clip_score, cosine kernel, {resamples} resamples", spec.sha256,
-        "as CLIP score", "effective number of different pictures among all prompts",
+        "as CLIP score", "effective number of different pictures among all prompts", cases="1 - mean cosine to the other pictures",
         note="pictures that leave the prompts raise it too: read it beside CLIP score",
     )  # fmt: skip
-    return Measure(card, _whole_set(vendi, resamples, seed))
+    return Measure(
+        card, _whole_set(vendi, resamples, seed), lambda cells, read: apart(_features(cells[0], read)).numpy()
+    )
+
+
+def _features(cell: Cell, read: Read) -> Tensor:
+    return torch.from_numpy(read(cell, FEATURES)).double()
+
+
+def apart(features: Tensor) -> Tensor:
+    """(P, D) of norm 1 -> (P,) 1 - mean cosine to the others."""
+    there = ~features.isnan().any(1)
+    others = features[there].sum(0) - features
+    return 1 - (features * others).sum(1) / max(1, int(there.sum()) - 1)
 
 
 def seed_measure(spec: JudgeSpec) -> Measure:
@@ -239,7 +257,11 @@ def seed_measure(spec: JudgeSpec) -> Measure:
         each = torch.stack([between_seeds(parts) for parts in several])
         return Values(each if len(each) > 1 else each[0])
 
-    return Measure(card, estimate)
+    def cases(cells: Sequence[Cell], read: Read) -> np.ndarray | None:
+        found = estimate([cell for cell in cells if cell.weights_sha256 == cells[0].weights_sha256], read)
+        return found.values.numpy() if isinstance(found, Values) else None
+
+    return Measure(card, estimate, cases)
 
 
 def between_seeds(features: Tensor) -> Tensor:
@@ -268,8 +290,19 @@ def cmmd_measure(spec: JudgeSpec, real: Tensor, where: str, resamples: int, seed
         "as CLIP score", "1000 x MMD^2, Gaussian kernel of width 10", "lower",
         note="its authors take ViT-L/14 at 336 px. The paper reports no such number: it finds that FID does not reflect the "
         "quality of the pictures well",
+        cases="1000 x mean kernel to the model's own pictures less that to the real ones",
     )  # fmt: skip
-    return Measure(card, _whole_set(lambda x, w: cmmd(x, real, w), resamples, seed))
+    return Measure(
+        card, _whole_set(lambda x, w: cmmd(x, real, w), resamples, seed),
+        lambda cells, read: unlike(_features(cells[0], read), real).numpy(),
+    )  # fmt: skip
+
+
+def unlike(x: Tensor, y: Tensor, sigma: float = 10.0, scale: float = 1000.0) -> Tensor:
+    """(P, D), (N, D) -> (P,) how much more each of x is like x than like y: CMMD's kernel, whose mean over x it pulls up."""
+    x, y = x.double(), y.double()
+    kernel = lambda a, b: torch.exp(-torch.cdist(a, b).square() / (2 * sigma**2))
+    return scale * (kernel(x, x[~x.isnan().any(1)]).mean(1) - kernel(x, y).mean(1))
 
 
 def objects_measure(spec: JudgeSpec, named: Sequence[Sequence[int]], resamples: int, seed: int) -> Measure:
@@ -277,6 +310,7 @@ def objects_measure(spec: JudgeSpec, named: Sequence[Sequence[int]], resamples: 
     card = MetricCard(
         "objects", "objects", "SOLO", spec.sha256, "as its checkpoint asks",
         "average precision of the objects that the prompts name, by class",
+        cases="mean over the named objects of the surest score that each was found with",
     )  # fmt: skip
 
     def of_cell(cell: Cell, read: Read) -> Draws:
@@ -284,7 +318,15 @@ def objects_measure(spec: JudgeSpec, named: Sequence[Sequence[int]], resamples: 
         interval, values = object_precision([_instances(f) for f in found], named, resamples, seed)
         return Draws(interval.mean, values, False, int(np.isnan(found).any((1, 2)).sum()))
 
-    return Measure(card, averaged(of_cell))
+    def cases(cells: Sequence[Cell], read: Read) -> np.ndarray:
+        found = read(cells[0], OBJECTS)
+        surest = lambda f, label: max((float(score) for one, score in f if one == label), default=0.0)
+        return np.array([
+            np.mean([surest(f, label) for label in labels]) if len(labels) else np.nan
+            for f, labels in zip(found, named, strict=True)
+        ])  # fmt: skip
+
+    return Measure(card, averaged(of_cell), cases)
 
 
 def _instances(found: np.ndarray) -> Instances:

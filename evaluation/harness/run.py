@@ -264,7 +264,7 @@ def results(what: Plan, done: Done, speeds: dict[str, latency.Latency]) -> dict[
             "missing": {n: e.missing for n, e in ours.items() if e.missing},
             "spread": _spread(columns, cells, read),
             "latency": _latency(speeds.get(cells[0].key), config),
-            "cases": {m.name: _cases(m, cells[0], what.rows, read) for m in columns if m.cases},
+            "cases": {m.name: found for m in columns if (found := _cases(m, cells, what.rows, read))},
         })  # fmt: skip
     return {
         "settings": config.model_dump(mode="json"),
@@ -353,12 +353,17 @@ def _latency(speed: latency.Latency | None, config: EvaluateConfig) -> dict[str,
     }  # fmt: skip
 
 
-def _cases(measure: Measure, cell: Cell, rows: Sequence[Row], read: Read) -> dict[str, list[tuple[str, str, float]]]:
-    """Best and worst pictures of a cell by its judge."""
-    values = read(cell, measure.cases)
+def _cases(
+    measure: Measure, cells: Sequence[Cell], rows: Sequence[Row], read: Read
+) -> dict[str, list[tuple[str, str, float]]]:
+    """Best and worst pictures of the first cell; nothing where the measure says nothing of single ones."""
+    values = measure.cases(cells, read)
+    if values is None:
+        return {}
     order = [int(i) for i in np.argsort(values) if np.isfinite(values[i])]
+    worst_first = order if measure.card.better == "higher" else order[::-1]
     told = lambda i: (rows[i].key, rows[i].prompt, float(values[i]))
-    return {"worst": [told(i) for i in order[:CASES]], "best": [told(i) for i in order[::-1][:CASES]]}
+    return {"worst": [told(i) for i in worst_first[:CASES]], "best": [told(i) for i in worst_first[::-1][:CASES]]}
 
 
 def shard_of(rows: Sequence[Row], per_shard: int, key: str) -> tuple[str, list[Row]]:

@@ -123,7 +123,8 @@ def paper_rows(results: dict[str, Any]) -> tuple[PaperRow, ...]:
     """The paper's rows of our setting."""
     base = Path(results["settings"]["base"])
     family = read_base(base).family if (base / "model_index.json").is_file() else ""
-    return comparable(family, results["prompts"]["name"], base.resolve() == paths.TEACHER.resolve())
+    prompts = results["prompts"]
+    return comparable(family, prompts["name"], prompts["count"], base.resolve() == paths.TEACHER.resolve())
 
 
 def latency_rows(results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from evaluation.harness.store import Store, shard_name
 from evaluation.harness.subjects import How, Subject, find_baseline, find_subject, run_how, teacher
 from evaluation.quality import QualityConfig
 from evaluation.quality import Subject as Pipeline
+from evaluation.report.paper import comparable
 from hypersd_ray.config.base import ConfigError, RunError
 from hypersd_ray.config.data import EncoderPool
 from hypersd_ray.config.evaluate import EvaluateConfig, JudgesConfig
@@ -288,7 +289,10 @@ def test_results_hold_what_a_report_needs(config, make_lora, tmp_path):
         assert row["versus"][name]["mean"] == pytest.approx(gap, abs=1e-6)
     assert set(row["latency"]["ms"]) == {"text", "unet", "vae", "whole"} and row["latency"]["peak_mb"] > 0
     assert by["weak", 2]["latency"]["ms"]["unet"]["mean"] < by["teacher at 4", 4]["latency"]["ms"]["unet"]["mean"]
-    assert {card["name"] for card in results["cards"]} == set(row["measures"])
+    assert {card["name"] for card in results["cards"]} == set(row["measures"]) == set(row["cases"])
+    for name, sign in (("clip_score", 1), ("distance", -1), ("vendi", 1), ("between_seeds", 1)):
+        best, worst = (row["cases"][name][end][0][2] for end in ("best", "worst"))
+        assert sign * best > sign * worst, name
     assert results["ranking"]["distance"]["2"]["best"] in ("weak", "strong_1")
 
     html, markdown, table, latex = (p.read_text() for p in write_report(results, rows, tmp_path, "A <title> & more"))
@@ -300,6 +304,38 @@ def test_results_hold_what_a_report_needs(config, make_lora, tmp_path):
     assert lines[0].startswith("model,steps,measure,mean,low,high,versus_mean")
     found = next(line for line in lines if line.startswith("weak,2,clip_score,")).split(",")
     assert float(found[3]) == row["measures"]["clip_score"]["mean"]
+
+
+@pytest.mark.parametrize("size", [(390, 844), (1280, 800)], ids=["phone", "desktop"])
+def test_the_page_stands_alone_in_a_browser(config, make_lora, tmp_path, size):
+    """No error in the console, nothing asked for outside of the file, nothing wider than the screen."""
+    from evaluation.report.build import write_report
+
+    sync_api = pytest.importorskip("playwright.sync_api")
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    rows = read_rows(config)[:4]
+    results = evaluate(plan(config, rows, [find_subject(f"ours={make_lora()}", config)]))
+    page_file = write_report(json.loads(json.dumps(results)), rows, tmp_path / "report")[0]
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        page, wrong = browser.new_page(viewport={"width": size[0], "height": size[1]}), []
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda said: wrong.append(said.text) if said.type in ("error", "warning") else None)
+        ours = (page_file.as_uri(), "data:")
+        page.on("request", lambda asked: None if asked.url.startswith(ours) else wrong.append(asked.url))
+        page.goto(page_file.as_uri())
+        page.wait_for_load_state("networkidle")
+        assert wrong == [] and page.locator("h2").count() >= 5
+        assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
+        assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
+        browser.close()
+
+
+def test_the_papers_rows_need_all_its_prompts():
+    assert comparable("sd", "coco5k", 5000, False) and not comparable("sd", "coco5k", 4999, False)
+    assert not comparable("sd", "parti", 5000, False) and not comparable("sd", "coco5k", 5000, True)
 
 
 def test_the_embedded_model_brings_its_judges():
