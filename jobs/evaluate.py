@@ -4,6 +4,7 @@
     python jobs/evaluate.py LORA RUN_FOLDER UNET_FOLDER --baseline teacher              # several, paired differences
     python jobs/evaluate.py LORA --base SDXL_FOLDER --prompts coco5k --prompts-file data/coco5k.parquet \\
         --teacher-guidance 7.5 --judges.clip-score FILE --judges.pick-score FOLDER --generators.num-gpus 1
+    python jobs/evaluate.py A.safetensors B.safetensors --steps 4 --export-images runs/images  # then jobs/study.py
 
 MODEL is a LoRA file, the folder of a run, of a UNet or of a pipeline, or the word teacher; NAME=MODEL gives it a name. Pictures
 and scores are kept under --out: started again, the job makes only what is missing.
@@ -57,6 +58,11 @@ def main() -> None:
     missing = sum(sum(row["missing"].values()) for row in results["rows"])
     if missing:
         print(f"{missing} scores are missing: a judge failed on those pictures")
+    if config.export_images:
+        from evaluation.harness.exporting import export_images
+
+        found = export_images(what, Path(config.export_images))
+        print(f"study    python jobs/study.py serve --images {' '.join(f'{n}={f}' for n, f in found.items())}")
     for path in written:
         print(f"report   {path}")
 

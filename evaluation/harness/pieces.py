@@ -39,7 +39,7 @@ class Piece:
         return f"{self.method}-lr{self.lr:g}-seed{self.seed}"
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """A file that is there whole or not at all.
 
     Raises:
@@ -48,8 +48,7 @@ def write_whole(path: Path, text: str) -> None:
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(part, path)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -96,5 +96,7 @@ class EvaluateConfig(Strict):
     """"ray": pools of actors, on as many nodes as there are; "local": in this process, for a few pictures."""
     out: str = "runs/evaluation"
     """Folder of pictures, scores and results, or an fsspec URL every node reaches. It may be shared by evaluations."""
+    export_images: str = ""
+    """Folder for a folder of each model's pictures at each number of steps, as jobs/study.py takes them; empty is none."""
     resamples: int = Field(default=2000, ge=100)
     """Of the bootstrap."""

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from evaluation.harness.exporting import export_images
 from evaluation.harness.judges import chosen_judges, judge_specs
 from evaluation.harness.making import make, tasks
 from evaluation.harness.prompts import Row, coco_manifest, read_rows
@@ -23,6 +24,7 @@ from evaluation.harness.subjects import How, Subject, find_baseline, find_subjec
 from evaluation.quality import QualityConfig
 from evaluation.quality import Subject as Pipeline
 from evaluation.report.paper import comparable
+from evaluation.study.entries import Entries
 from hypersd_ray.config.base import ConfigError, RunError
 from hypersd_ray.config.data import EncoderPool
 from hypersd_ray.config.evaluate import EvaluateConfig, JudgesConfig
@@ -295,6 +297,10 @@ def test_results_hold_what_a_report_needs(config, make_lora, tmp_path):
         assert sign * best > sign * worst, name
     assert results["ranking"]["distance"]["2"]["best"] in ("weak", "strong_1")
 
+    folders = export_images(plan(config, rows, subjects), tmp_path / "images")
+    assert set(folders) == {"weak-1", "weak-2", "strong_1-1", "strong_1-2"}
+    study = Entries(folders)  # as jobs/study.py reads them
+    assert sorted(study.captions.values()) == sorted(row.prompt for row in rows) and len(study.comparisons) == 6 * 6
     html, markdown, table, latex = (p.read_text() for p in write_report(results, rows, tmp_path, "A <title> & more"))
     assert "A &lt;title&gt; &amp; more" in html and "http" not in html.replace("http-equiv", "")
     assert html.count("data:image/png") >= 2 * 3 * 6 and "data:image/svg+xml" in html
