@@ -4,6 +4,7 @@
     python jobs/compare.py tiny --plan                # what is done and what is to do
     python jobs/compare.py tiny --minutes 60          # begin nothing new after an hour; the same command goes on
     python jobs/compare.py tiny --methods lcm tscd --budget 3200 --out runs/compare-short
+    python jobs/compare.py ablations                  # TSCD with one part changed at a time, each once (--seeds 0 1 2: thrice)
 
     taskset -c 0 python jobs/compare.py tiny & taskset -c 1 python jobs/compare.py tiny
 

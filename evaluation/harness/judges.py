@@ -103,8 +103,9 @@ def embedded_judges() -> JudgesConfig:
 
 
 def chosen_judges(config: EvaluateConfig) -> JudgesConfig:
-    """Those that are named; the embedded model's own where none is."""
-    if config.judges.is_empty and Path(config.base).resolve() == paths.TEACHER.resolve():
+    """Those that are named; where none is, the embedded ones for the embedded model and for its prompts."""
+    ours = config.prompts == "embedded" or Path(config.base).resolve() == paths.TEACHER.resolve()
+    if config.judges.is_empty and ours:
         return embedded_judges()
     return config.judges
 

@@ -81,7 +81,7 @@ class EvaluateConfig(Strict):
     teacher_guidance: float = Field(default=3.0, ge=1)
     """The teacher's guidance scale; SD1.5 and SDXL: 7.5."""
     judges: JudgesConfig = JudgesConfig()
-    """Their weights; all empty takes the embedded ones where the base is the embedded model."""
+    """Their weights; all empty takes the embedded ones where the base or the prompts are the embedded ones."""
     reference_pictures: str = ""
     """Shards of real pictures (webdataset) for CMMD; empty leaves it out."""
     latency_repeats: int = Field(default=5, ge=0)

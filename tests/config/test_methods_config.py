@@ -60,7 +60,7 @@ def test_a_chain_goes_on_from_what_was_made():
     assert dmd.lora.rank == tscd.lora.rank + feedback[-1].lora.rank  # the merge of the two
     assert parts("tscd-dmd")[1].lora.rank == tscd.lora.rank
     assert feedback[0].optim.lr == dmd.optim.lr == pytest.approx(2e-4)
-    assert sum(one.steps for one in feedback) == BUDGET // 32 // 5
+    assert sum(one.steps for one in feedback) == pytest.approx(BUDGET / 32 / 5, abs=1)
 
 
 def test_how_often_the_teacher_is_asked():

@@ -348,4 +348,6 @@ def test_the_embedded_model_brings_its_judges():
     assert {spec.name for spec in judge_specs(chosen_judges(EvaluateConfig()))} == {
         "clip_score", "aesthetic_v2", "clip_features", "objects",
     }  # fmt: skip
-    assert judge_specs(chosen_judges(EvaluateConfig(base="/elsewhere"))) == []
+    other = EvaluateConfig(base="/elsewhere")
+    assert chosen_judges(other) == chosen_judges(EvaluateConfig()), "another base model on the embedded prompts"
+    assert judge_specs(chosen_judges(other.model_copy(update={"prompts": "parti"}))) == []
