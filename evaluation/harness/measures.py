@@ -118,7 +118,9 @@ class Measure:
 def reward_measure(spec: JudgeSpec) -> Measure:
     """A reward model's mean."""
     return Measure(
-        reward_card(spec), lambda cells, read: mean_values(cells, [read(c, spec.name) for c in cells]), spec.name
+        reward_card(spec),
+        lambda cells, read: mean_values(cells, [read(c, spec.name) for c in cells]),
+        lambda cells, read: read(cells[0], spec.name),
     )
 
 
