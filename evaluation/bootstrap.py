@@ -1,6 +1,7 @@
-"""Percentile bootstrap over prompts: how far a mean could be from what other prompts would have given.
+"""Percentile bootstrap over prompts, and over trainings where there are several: how far a mean could be from what other
+prompts and other seeds of the training would have given.
 
-Shapes: values, a, b (n,) one number per prompt.
+Shapes: values, a, b (n,) one number per prompt; of several trainings (S, n).
 """
 
 from __future__ import annotations
@@ -14,6 +15,27 @@ from hypersd_ray.training.randomness import generator_of
 
 _CHUNK = 256
 """Resamples drawn at a time: bounds the memory, does not change the draws."""
+
+
+def resampled_means(values: Tensor, resamples: int, seed: int, side: int = 0) -> Tensor:
+    """(resamples,) means of (S, n): each of S trainings drawn anew and n prompts drawn anew, with replacement.
+
+    The draws of prompts depend on (seed, n, resamples) only, those of trainings on `side` too: two models' draws are of
+    the same prompts and of trainings of their own. One training is as `bootstrap_interval` has it. S trainings drawn from S
+    spread a little less than S new ones would (by (S - 1) / S in variance).
+    """
+    values, (trainings, n) = values.double().cpu(), values.shape
+    generator = generator_of(seed, "bootstrap", n, resamples)
+    of_trainings = generator_of(seed, "trainings", trainings, resamples, side)
+    found = []
+    for first in range(0, resamples, _CHUNK):
+        size = min(_CHUNK, resamples - first)
+        prompts = torch.randint(n, (size, n), generator=generator)
+        each = torch.stack([one[prompts].mean(1) for one in values], dim=1)
+        if trainings > 1:
+            each = each.gather(1, torch.randint(trainings, (size, trainings), generator=of_trainings))
+        found.append(each.mean(1))
+    return torch.cat(found)
 
 
 @dataclass(frozen=True)
@@ -39,15 +61,10 @@ def bootstrap_interval(values: Tensor, level: float = 0.95, resamples: int = 400
         raise ValueError(f"level={level} must be within (0, 1)")
     if not bool(torch.isfinite(values).all()):
         raise ValueError(f"{int((~torch.isfinite(values)).sum())} of {len(values)} values are not finite")
-    values, n = values.double().cpu(), len(values)
-    generator = generator_of(seed, "bootstrap", n, resamples)
-    means = torch.cat([
-        values[torch.randint(n, (min(_CHUNK, resamples - first), n), generator=generator)].mean(dim=1)
-        for first in range(0, resamples, _CHUNK)
-    ])  # fmt: skip
+    means = resampled_means(values[None], resamples, seed)
     tail = (1 - level) / 2
     low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return Interval(values.mean().item(), low, high)
+    return Interval(values.double().mean().item(), low, high)
 
 
 def paired_means(a: Tensor, b: Tensor, resamples: int = 4000, seed: int = 0) -> tuple[Tensor, Tensor]:

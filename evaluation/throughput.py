@@ -1,16 +1,19 @@
 """Pictures a second of the evaluation's pools, beside a bare loop of diffusers' pipeline at the same batch size.
 
     python evaluation/throughput.py --lora hypersd_ray/embedded/loras/tscd-k4.safetensors
-    python evaluation/throughput.py --lora LORA --base FOLDER --generators.num-gpus 1 --generators.max-size 2 --generators.min-size 2
+    python evaluation/throughput.py --lora LORA --base FOLDER --generators.num-gpus 1 --workers 1 2
 
-The bare loop makes pictures and nothing else; the pools make, write and judge them (`--judge` takes a CLIP). Both are timed from
-their first batch's end to their last's, so that neither starting actors nor loading models counts, and they take turns.
-Aim: at least 0.9 of the bare loop with one generator, more than 1 with two on machines of their own.
+The bare loop makes pictures and nothing else; the pools make, write and judge them (`--judge` takes a CLIP), with one
+generator and with two (`--workers`). Both have the threads of one generator. Both are timed from when their first batch was
+made: to the bare loop's last, and to when the pools' last was judged, so that the first loading of a model counts in neither
+(a second generator's does). They take turns.
+Aim: at least 0.9 of the bare loop with one generator, more than 1 with two on cores of their own.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -56,14 +59,22 @@ class ThroughputConfig(Strict):
     """Actors that make pictures; the bare loop has their batch size and device."""
     scorers: EncoderPool = EncoderPool(batch_size=32)
     """Actors that judge."""
+    workers: tuple[int, ...] = Field(default=(1, 2), min_length=1)
+    """Numbers of generators, each measured."""
     repeats: int = Field(default=3, ge=1)
     """Turns."""
     out: Path = Path("runs/throughput.json")
     """The JSON file that is written."""
 
 
+def threads(config: ThroughputConfig) -> int:
+    """Of a generator: Ray gives an actor as many as it has CPUs, if the environment does not say."""
+    return int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, int(config.generators.num_cpus))
+
+
 def bare(config: ThroughputConfig, rows: list[Row]) -> float:
     """Pictures a second of the pipeline alone, with the LoRA fused."""
+    torch.set_num_threads(threads(config))
     device = "cuda" if config.generators.num_gpus else "cpu"
     checker: dict[str, Any] = {"safety_checker": None} if read_base(config.base).family == "sd" else {}
     dtype = getattr(torch, config.generators.dtype)
@@ -84,8 +95,9 @@ def bare(config: ThroughputConfig, rows: list[Row]) -> float:
     return made / (time.perf_counter() - begun)
 
 
-def pools(config: ThroughputConfig, rows: list[Row]) -> float:
-    """Pictures a second of generators and scorers."""
+def pools(config: ThroughputConfig, rows: list[Row], workers: int) -> float:
+    """Pictures a second of `workers` generators and the scorers."""
+    generators = config.generators.model_copy(update={"min_size": workers, "max_size": workers})
     with tempfile.TemporaryDirectory() as out:
         settings = EvaluateConfig(
             base=config.base, steps=(config.steps,), scheduler="tcd", reference_steps=0, out=out,
@@ -93,24 +105,30 @@ def pools(config: ThroughputConfig, rows: list[Row]) -> float:
         )  # fmt: skip
         what = plan(settings, rows, [find_subject(str(config.lora), settings)])
         specs = [spec for spec in judge_specs(settings.judges) if spec.kind == "reward"]
-        todo = tasks(Store(out), what.cells, rows, specs, config.generators.batch_size)
+        todo = tasks(Store(out), what.cells, rows, specs, generators.batch_size)
         ends: list[float] = []
-        make(out, todo, specs, config.generators, config.scorers, lambda *_: ends.append(time.perf_counter()))
-        first = config.generators.max_size  # each actor's first shard has the loading of its model in it
-        return config.generators.batch_size * (len(ends) - first) / (ends[-1] - ends[first - 1])
+        make(out, todo, specs, generators, config.scorers, lambda *_: ends.append(time.time()))
+        begun = min(path.stat().st_mtime for path in Path(out).rglob("*.tar"))  # when the first shard was made
+        return (len(rows) - len(todo[0].rows)) / (ends[-1] - begun)
 
 
 def main() -> None:
     """Measure in turns, print, write."""
     config: ThroughputConfig = read_options(ThroughputConfig, sys.argv[1:], __doc__ or "")
     rows = read_rows(EvaluateConfig(limit=config.prompts))
-    turns = [{"bare": bare(config, rows), "pools": pools(config, rows)} for _ in range(config.repeats)]
-    ratios = [turn["pools"] / turn["bare"] for turn in turns]
-    for name in ("bare", "pools"):
-        print(f"{name:6s} {statistics.median(turn[name] for turn in turns):8.2f} pictures/s")
-    print(f"ratio  {statistics.median(ratios):8.2f} [{min(ratios):.2f}, {max(ratios):.2f}]")
+    turns = []
+    for _ in range(config.repeats):
+        of_pools = {f"pools, {n} generator{'s' * (n > 1)}": pools(config, rows, n) for n in config.workers}
+        turns.append({"bare": bare(config, rows)} | of_pools)
+    for name in turns[0]:
+        ratios = [turn[name] / turn["bare"] for turn in turns]
+        speed = statistics.median(turn[name] for turn in turns)
+        print(
+            f"{name:22s} {speed:8.2f} pictures/s, {statistics.median(ratios):.2f} of bare [{min(ratios):.2f}, {max(ratios):.2f}]"
+        )
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(json.dumps({"settings": config.model_dump(mode="json"), "turns": turns}, indent=1) + "\n")
+    about = {"settings": config.model_dump(mode="json"), "threads": threads(config), "turns": turns}
+    config.out.write_text(json.dumps(about, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     python jobs/evaluate.py LORA RUN_FOLDER UNET_FOLDER --baseline teacher              # several, paired differences
     python jobs/evaluate.py LORA --base SDXL_FOLDER --prompts coco5k --prompts-file data/coco5k.parquet \\
         --teacher-guidance 7.5 --judges.clip-score FILE --judges.pick-score FOLDER --generators.num-gpus 1
+    python jobs/evaluate.py A.safetensors B.safetensors --steps 4 --export-images runs/images  # then jobs/study.py
 
 MODEL is a LoRA file, the folder of a run, of a UNet or of a pipeline, or the word teacher; NAME=MODEL gives it a name. Pictures
 and scores are kept under --out: started again, the job makes only what is missing.
@@ -11,7 +12,6 @@ and scores are kept under --out: started again, the job makes only what is missi
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -31,6 +31,7 @@ def main() -> None:
         raise ConfigError(
             "no MODEL given: a LoRA, a folder of a run, a UNet or a pipeline, or teacher; before the options"
         )
+    from evaluation.harness.pieces import write_json
     from evaluation.harness.prompts import read_rows
     from evaluation.harness.run import evaluate, plan
     from evaluation.harness.subjects import find_baseline, find_subject
@@ -51,13 +52,17 @@ def main() -> None:
     what = plan(config, rows, subjects, baseline)
     results = evaluate(what, log)
     folder = Path("runs") / "report" if "://" in config.out else Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(folder / "results.json", results)
     written = write_report(results, rows, folder)
     print((folder / "report.md").read_text().split("\n## ")[1] if (folder / "report.md").is_file() else "")
     missing = sum(sum(row["missing"].values()) for row in results["rows"])
     if missing:
         print(f"{missing} scores are missing: a judge failed on those pictures")
+    if config.export_images:
+        from evaluation.harness.exporting import export_images
+
+        found = export_images(what, Path(config.export_images))
+        print(f"study    python jobs/study.py serve --images {' '.join(f'{n}={f}' for n, f in found.items())}")
     for path in written:
         print(f"report   {path}")
 

@@ -3,8 +3,12 @@
     python jobs/build_emoji.py --node-modules node_modules --train 24000 --out build/emoji
     python jobs/pretrain.py --data build/emoji --out build/pretrain [--device cuda]
 
+    python jobs/pretrain.py --start hypersd_ray/embedded/teacher --style twemoji --out build/twemoji   # another base model
+
 Some four hours on 2 CPU cores, which is how the committed one was made; stopped and started again, it goes on. The result is `OUT/teacher`, committed in
-`hypersd_ray/embedded/teacher`, so nobody needs to run this to distil.
+`hypersd_ray/embedded/teacher`, so nobody needs to run this to distil. With --start a base model's UNet is fine-tuned to the pictures of one style, its
+other parts stay: a base model on which LoRAs of the first can be tried (paper, Fig. 9). The committed shards hold noto and
+twemoji; "fluent", which the teacher never saw, takes shards of jobs/build_emoji.py --styles fluent (--data).
 """
 
 from __future__ import annotations
@@ -17,24 +21,35 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 
 import torch
 import tyro
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
+from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.cli import run_job
+from hypersd_ray.embedded import paths
 from hypersd_ray.embedded.pictures import load_pictures
 from hypersd_ray.embedded.pretrain_unet import train_unet
 from hypersd_ray.embedded.pretrain_vae import train_vae
 from hypersd_ray.embedded.text import make_text_encoder, train_tokenizer
+from hypersd_ray.models.checkpoint import read_base
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
     """Sizes of the two trainings."""
 
-    data: Path
-    """Folder with train-*.tar shards."""
     out: Path
     """Folder for the states and the finished pipeline."""
+    data: Path = paths.DATA
+    """Folder with train-*.tar shards."""
+    start: Path | None = None
+    """Folder of a base model to fine-tune, in place of training one."""
+    style: str = ""
+    """With start: the pictures whose captions begin with "a STYLE "; empty is all."""
+    start_steps: tuple[int, ...] = (1500,)
+    """With start: batches of 64 of each cycle of the learning rate."""
+    start_lr: float = 3e-4
+    """With start: the greatest learning rate."""
     vae_steps: tuple[int, ...] = (3500, 7000)
     """Batches of each cycle of the learning rate."""
     unet_steps: tuple[int, ...] = (9500, 6000)
@@ -47,7 +62,12 @@ class PretrainConfig:
 def main() -> None:
     """Train both, or what of them is not finished yet."""
     config = tyro.cli(PretrainConfig, description=__doc__)
+    if config.style and config.start is None:
+        raise ConfigError(f"--style {config.style} needs --start: the base model that is fine-tuned to it")
     config.out.mkdir(parents=True, exist_ok=True)
+    if config.start is not None:
+        fine_tune(config, config.start)
+        return
     images, captions = load_pictures(config.data, "train")
     vae_path = config.out / "vae"
     if vae_path.exists():
@@ -71,6 +91,30 @@ def main() -> None:
         seed=config.seed,
         device=config.device,
     )
+
+
+def fine_tune(config: PretrainConfig, start: Path) -> None:
+    """The UNet of `start` goes on with the pictures of one style.
+
+    Raises:
+        ConfigError: no such base model, or too few such pictures.
+    """
+    read_base(start)
+    if start.resolve() == (config.out / "teacher").resolve():
+        raise ConfigError(f"--out {config.out}: its teacher is --start itself; name another folder")
+    images, captions = load_pictures(config.data, "train")
+    chosen = [
+        i for i, caption in enumerate(captions) if caption.startswith(f"a {config.style} " if config.style else "")
+    ]
+    if len(chosen) < 2:
+        raise ConfigError(f"--style {config.style}: {len(chosen)} of {len(captions)} pictures in {config.data} have it")
+    print(f"{len(chosen)} of {len(captions)} pictures")
+    pipeline = StableDiffusionPipeline.from_pretrained(start, local_files_only=True, safety_checker=None)
+    train_unet(
+        pipeline.vae.eval().requires_grad_(False), pipeline.tokenizer, pipeline.text_encoder, images[chosen],
+        [captions[i] for i in chosen], config.out, config.start_steps, lr=config.start_lr, seed=config.seed,
+        device=config.device, unet=pipeline.unet,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

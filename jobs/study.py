@@ -4,7 +4,7 @@
     python jobs/study.py results                                                              # win rates, Bradley-Terry
     python jobs/study.py export --out votes.csv
 
-A folder holds a picture a prompt, NAME.png with its text in NAME.txt; pictures of one name are compared. Raters see two
+A folder holds a picture a prompt, NAME.png with its text in NAME.txt (jobs/evaluate.py --export-images makes them); pictures of one name are compared. Raters see two
 at a time without the models' names, sides at random, some pairs twice. Votes are kept in --database (an SQLite file, or
 SQLAlchemy's URL of a PostgreSQL) before they are acknowledged; a study that is started again goes on.
 """
@@ -112,7 +112,9 @@ def serve(config: Serve) -> None:
     from evaluation.study.store import Store
 
     entries = Entries(read_folders(config.images))
-    study = Study(entries, Store(config.database), config.question, config.per_rater, config.repeat_every, config.seed)
+    store = Store(config.database)
+    store.keep_pictures(entries.hashes())
+    study = Study(entries, store, config.question, config.per_rater, config.repeat_every, config.seed)
     for model, count in entries.left_out.items():
         if count:
             print(f"{count} pictures of {model} have no counterpart and are left out")

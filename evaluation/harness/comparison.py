@@ -1,6 +1,6 @@
 """All methods under one budget: the trainings a comparison consists of, each done once, and what comes of them.
 
-{out}/pieces/{piece}.json     a training (or chain of them) that is done: its runs' folders and seconds
+{out}/pieces/                 trainings (or chains of them) that are done or under way: see pieces.py
 {out}/runs/{run}/             the runs, as the training jobs leave them
 {out}/evaluation/             pictures and scores
 {out}/selection.json          what each learning rate was worth
@@ -9,21 +9,27 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import inspect
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from evaluation.harness.judges import chosen_judges
-from evaluation.harness.prompts import Row, read_rows
+from evaluation.harness.pieces import POLL_S, Piece, Pieces, read_json, write_json, write_whole
+from evaluation.harness.prompts import Row, read_rows, selection_captions
 from evaluation.harness.run import evaluate, plan
-from evaluation.harness.subjects import Subject, find_baseline, read_run, run_subject, teacher
+from evaluation.harness.subjects import Subject, base_sha256, find_baseline, read_run, run_subject, teacher
+from evaluation.harness.telling import told
 from hypersd_ray.config.base import ConfigError, RunError
 from hypersd_ray.config.compare import CompareConfig
 from hypersd_ray.config.evaluate import EvaluateConfig, JudgesConfig
+from hypersd_ray.config.tscd import TSCDConfig
+from hypersd_ray.data.precompute import resolve
 from hypersd_ray.embedded import paths
 from hypersd_ray.recipes.compare import TRAININGS
 from hypersd_ray.recipes.methods import Chain, Config, teacher_passes
@@ -33,20 +39,6 @@ from hypersd_ray.trainer.kinds import KINDS, kind_of
 Log = Callable[[str], None]
 DIVERGED = "NaN or inf"
 """In the words of a run that stops after run.max_bad_steps bad steps."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A training of a method: lr, seed, and the file that says it is done."""
-
-    method: str
-    lr: float
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """As the run's."""
-        return f"{self.method}-lr{self.lr:g}-seed{self.seed}"
 
 
 def default_lr(method: str) -> float:
@@ -71,6 +63,8 @@ class Comparison:
     def __init__(self, config: CompareConfig, log: Log = lambda _: None):
         self.config, self.log = config, log
         self.out = Path(config.out).expanduser().resolve()
+        self.there = Pieces(self.out)
+        self.encoded = False
         unknown = [m for m in config.methods if m not in TRAININGS]
         if unknown:
             raise ConfigError(f"--methods {unknown[0]}: choose of {', '.join(TRAININGS)}")
@@ -83,33 +77,43 @@ class Comparison:
                 TRAININGS[method](budget=config.budget)
             except ConfigError as error:
                 raise ConfigError(f"--budget {config.budget} with method {method}: {error}") from None
+        if base_sha256(config.teacher) != base_sha256(str(paths.TEACHER)):
+            raise ConfigError(
+                f"--teacher {config.teacher}: the recipes of a comparison (hypersd_ray/recipes/methods.py) train the embedded "
+                "model; leave it out, or write recipes of that teacher"
+            )
         self._same()
 
+    @functools.cached_property
+    def about(self) -> dict[str, Any]:
+        """What decides the trainings and is in no file's name."""
+        chains = {method: chain_hash(method, self.config.budget) for method in self.config.methods}
+        return {
+            "budget": self.config.budget, "teacher": Path(self.config.teacher).name,
+            "base_sha256": base_sha256(self.config.teacher), "shards": self.config.shards, "chains": chains,
+        }  # fmt: skip
+
     def _same(self) -> None:
-        """The budget is in no file's name, so it is looked after here."""
-        path, ours = (
-            self.out / "comparison.json",
-            {"budget": self.config.budget, "teacher": Path(self.config.teacher).name},
-        )
-        if not path.exists():
-            return
-        theirs = json.loads(path.read_text())
+        """A folder holds one comparison. What one of an earlier version did not keep is taken on trust."""
+        theirs = read_json(self.out / "comparison.json", {})
+        ours = {name: value for name, value in self.about.items() if name != "chains"}
+        ours |= {f"chain of {m}": value for m, value in self.about["chains"].items()}
+        theirs = theirs | {f"chain of {m}": value for m, value in theirs.get("chains", {}).items()}
         for name, value in ours.items():
-            if theirs.get(name) != value:
+            if theirs.get(name, value) != value:
                 raise ConfigError(
-                    f"--out {self.out} holds a comparison with {name}={theirs.get(name)}, not {value}: name another"
+                    f"--out {self.out} holds a comparison with {name}={theirs[name]}, not {value}: name another"
                 )
 
     def begin(self) -> None:
         """Make the folder."""
-        (self.out / "pieces").mkdir(parents=True, exist_ok=True)
-        about = {"budget": self.config.budget, "teacher": Path(self.config.teacher).name}
-        (self.out / "comparison.json").write_text(json.dumps(about, indent=1) + "\n")
+        chains = read_json(self.out / "comparison.json", {}).get("chains", {})
+        write_json(self.out / "comparison.json", self.about | {"chains": chains | self.about["chains"]})
+        self.there.folder.mkdir(exist_ok=True)
 
     def done(self, piece: Piece) -> dict[str, Any] | None:
         """What a finished piece left."""
-        path = self.out / "pieces" / f"{piece.name}.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return self.there.done(piece)
 
     def usable(self, piece: Piece) -> bool:
         """Finished, and not diverged."""
@@ -119,8 +123,15 @@ class Comparison:
     @property
     def chosen(self) -> dict[str, dict[str, float | None]]:
         """method -> learning rate (as text) -> the selecting judge's mean; None for one that diverged."""
-        path = self.out / "selection.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return read_json(self.out / "selection.json", {})
+
+    def made_for(self, method: str) -> list[int]:
+        """The numbers of steps among the table's that the method is made for: its rate is chosen on those."""
+        first = TRAININGS[method](budget=self.config.budget).first
+        samplings = KINDS[kind_of(first)].samplings(first)
+        straight = isinstance(first, TSCDConfig) and first.distill.path == "straight"
+        made = {one.steps for one in samplings if one.windows is not None or not straight}
+        return [n for n in self.config.steps if n in made] or list(self.config.steps)
 
     def best(self, method: str) -> float | None:
         """The learning rate that was chosen; None before that is known."""
@@ -143,13 +154,16 @@ class Comparison:
         later = [piece for piece in self.final(method) if piece.seed != self.config.seeds[0]]
         return [*sweep(self.config, method), *later]
 
+    def over(self, method: str) -> bool:
+        """Whether a method diverged at every rate of its sweep."""
+        return all(self.done(p) and not self.usable(p) for p in sweep(self.config, method))
+
     @property
     def left(self) -> int:
         """Pieces that are not done; a method that diverged at every rate has no further seeds."""
         left = 0
         for method in self.config.methods:
-            over = all(self.done(p) and not self.usable(p) for p in sweep(self.config, method))
-            left += 0 if over else sum(self.done(piece) is None for piece in self.pieces(method))
+            left += 0 if self.over(method) else sum(self.done(piece) is None for piece in self.pieces(method))
         return left
 
     def plan(self) -> list[str]:
@@ -163,6 +177,8 @@ class Comparison:
                 seconds += [found["seconds"]] if found else []
                 name = piece.name if known or piece in first else f"{method}-lr?-seed{piece.seed}"
                 state = f"done in {found['seconds']:.0f} s" if found else "to do"
+                if not found and (holder := self.there.holder(piece.name)):
+                    state = f"under way in process {holder['pid']} of {holder['host']}"
                 state += f", {found['diverged']}" if found and found.get("diverged") else ""
                 lines.append(f"{name:40s} {state}")
         left = self.left
@@ -174,24 +190,29 @@ class Comparison:
 
     # training
 
-    def train(self, piece: Piece) -> None:
-        """All runs of a piece, from where they stand."""
-        begun = time.perf_counter()
-        chain: Chain = TRAININGS[piece.method](budget=self.config.budget, lr=piece.lr, seed=piece.seed)
-        folders, passes = [], 0
-        current: Config | None = self._placed(chain.first)
-        for link in [*chain.then, None]:
-            assert current is not None
-            result = run.train(current)
-            folders.append(result.folder)
-            passes += teacher_passes(current)
-            if link is not None:
-                lora = f"{result.folder}/{KINDS[kind_of(current)].product(current, 1)}"
-                current = self._placed(link(lora))
-        self._finish(piece, runs=folders, seconds=time.perf_counter() - begun, teacher_passes=passes)
+    def chain(self, piece: Piece) -> Chain:
+        """Its runs' configurations."""
+        return TRAININGS[piece.method](budget=self.config.budget, lr=piece.lr, seed=piece.seed)
 
-    def _finish(self, piece: Piece, **about: Any) -> None:
-        (self.out / "pieces" / f"{piece.name}.json").write_text(json.dumps(asdict(piece) | about, indent=1) + "\n")
+    def train(self, piece: Piece) -> None:
+        """All runs of a piece, from where they stand; seconds add up over the times it is stopped."""
+        begun, before = time.perf_counter(), self.there.spent(piece)
+        seconds = lambda: before + time.perf_counter() - begun
+        chain = self.chain(piece)
+        configs, folders = [self._placed(chain.first)], []
+        try:
+            for link in [*chain.then, None]:
+                folders.append(run.train(configs[-1]).folder)
+                if link is not None:
+                    above = configs[link.above]
+                    lora = f"{folders[link.above]}/{KINDS[kind_of(above)].product(above, link.steps)}"
+                    configs.append(self._placed(link.config(lora)))
+        except BaseException:
+            self.there.spend(piece, seconds())
+            raise
+        serves = {str(n): folders[place] for n, place in chain.serves.items()}
+        passes = sum(map(teacher_passes, configs))
+        self.there.finish(piece, runs=folders, serves=serves, seconds=seconds(), teacher_passes=passes)
 
     def _placed(self, config: Config) -> Config:
         """In the comparison's folder, with one store of latents for all."""
@@ -208,28 +229,65 @@ class Comparison:
         return [piece for piece in dict.fromkeys([*first, *later]) if self.done(piece) is None]
 
     def train_all(self) -> int:
-        """How many pieces are still to do.
+        """How many pieces are still to do. Several processes may be at one folder: each takes what no other has.
 
         Raises:
             RunError: a training cannot go on; one that diverges is put down as that, and the others go on.
         """
-        begun, trained = time.monotonic(), 0
+        begun, trained, idle = time.monotonic(), 0, 0
         while True:
             self.select()
             todo = self.missing()
             late = self.config.minutes is not None and time.monotonic() - begun > 60 * self.config.minutes
-            if not todo or late or (self.config.pieces is not None and trained >= self.config.pieces):
+            if not self.left or late or (self.config.pieces is not None and trained >= self.config.pieces):
                 return self.left
-            piece = todo[0]
-            self.log(f"training {piece.name} ({len(todo)} to do now)")
-            try:
-                self.train(piece)
-            except RunError as error:
-                if DIVERGED not in str(error):  # a full disk, a dead node: that may be mended, and the piece go on
-                    raise
-                self._finish(piece, runs=[], seconds=0.0, teacher_passes=0, diverged=str(error))
-                self.log(f"{piece.name} diverged: {error}")
-            trained += 1
+            piece = next((piece for piece in todo if self.there.claim(piece.name)), None)
+            if piece is not None:
+                idle = 0
+                try:
+                    trained += self._train_claimed(piece, len(todo))
+                finally:
+                    self.there.release(piece.name)
+                continue
+            # What can be done now is under way elsewhere, and more may come of it; or nothing can.
+            idle += 1
+            if self.others:
+                if idle == 1:
+                    self.log(f"waiting for {', '.join(self.others)}, which another process has")
+                time.sleep(POLL_S)
+            elif idle > 1 and not todo:
+                return self.left
+
+    @property
+    def others(self) -> list[str]:
+        """What another process is at."""
+        names = [piece.name for method in self.config.methods for piece in self.pieces(method)]
+        return [name for name in ("selection", *names) if self.there.holder(name)]
+
+    def _train_claimed(self, piece: Piece, todo: int) -> int:
+        """1; 0 where another process finished the piece between the look and the claim."""
+        if self.done(piece):
+            return 0
+        self.log(f"training {piece.name} ({todo} to do now)")
+        try:
+            self._encode(piece)
+            self.train(piece)
+        except RunError as error:
+            if DIVERGED not in str(error):  # a full disk, a dead node: that may be mended, and the piece go on
+                raise
+            self.there.finish(piece, runs=[], seconds=self.there.spent(piece), teacher_passes=0, diverged=str(error))
+            self.log(f"{piece.name} diverged: {error}")
+        return 1
+
+    def _encode(self, piece: Piece) -> None:
+        """The latents that all trainings share, by one process alone."""
+        if self.encoded:
+            return
+        config = run.absolute_paths(self._placed(self.chain(piece).first))
+        with self.there.held("latents"):
+            run.connect()
+            resolve(config.data, config.teacher, str(self.out / "runs"))
+        self.encoded = True
 
     # judging
 
@@ -244,22 +302,36 @@ class Comparison:
         return EvaluateConfig(**values | changes)
 
     def subject(self, piece: Piece, name: str, config: EvaluateConfig) -> Subject:
-        """The last run of a finished piece."""
+        """A finished piece: at each number of steps the run that is for it, else the last."""
         found = self.done(piece)
         assert found is not None
-        folder = Path(found["runs"][-1])
-        return run_subject(name, folder, read_run(folder), config)
+        serves = {int(n): run for n, run in found.get("serves", {}).items()}
+        folders = {n: Path(_serving(serves, n) or found["runs"][-1]) for n in config.steps}
+        parts: dict[int, Subject] = {}
+        for n, folder in folders.items():
+            parts[n] = run_subject(name, folder, read_run(folder), config.model_copy(update={"steps": (n,)}))
+        return replace(parts[config.steps[0]], parts={n: parts[n].parts[n] for n in config.steps})
 
     def select(self) -> None:
         """Score the rates of the methods whose sweep is complete."""
-        todo = [
+        if not self._to_select() or not self.there.claim("selection"):
+            return
+        try:
+            if todo := self._to_select():  # another process may just have done it
+                self._select(todo)
+        finally:
+            self.there.release("selection")
+
+    def _to_select(self) -> list[str]:
+        return [
             method for method in self.config.methods
             if self.best(method) is None and all(self.done(piece) for piece in sweep(self.config, method))
+            and any(f"{piece.lr:g}" not in self.chosen.get(method, {}) for piece in sweep(self.config, method))
         ]  # fmt: skip
-        if not todo:
-            return
+
+    def _select(self, todo: list[str]) -> None:
         prompts = self.out / "selection.txt"
-        prompts.write_text("\n".join(selection_captions(self.config.selection_prompts)) + "\n", encoding="utf-8")
+        write_whole(prompts, "\n".join(selection_captions(self.config.selection_prompts)) + "\n")
         found = chosen_judges(self.evaluation())
         only = JudgesConfig(**{
             name: getattr(found, name) for name in (self.config.select, "clip_large", "image_reward_tokenizer")
@@ -269,7 +341,10 @@ class Comparison:
         )  # fmt: skip
         pieces = [piece for method in todo for piece in sweep(self.config, method)]
         self.log(f"choosing the learning rates of {', '.join(todo)}")
-        subjects = [self.subject(piece, piece.name, config) for piece in pieces if self.usable(piece)]
+        subjects = [
+            self.subject(piece, piece.name, config.model_copy(update={"steps": tuple(self.made_for(piece.method))}))
+            for piece in pieces if self.usable(piece)
+        ]  # fmt: skip
         what = plan(config, read_rows(config), subjects, only=(self.config.select,))
         results = evaluate(what, self.log) if subjects else {"rows": []}
         chosen = self.chosen
@@ -279,7 +354,7 @@ class Comparison:
             ]  # fmt: skip
             score = sum(means) / len(means) if means and None not in means else None
             chosen.setdefault(piece.method, {})[f"{piece.lr:g}"] = score
-        (self.out / "selection.json").write_text(json.dumps(chosen, indent=1) + "\n")
+        write_json(self.out / "selection.json", chosen)
 
     def judge(self) -> tuple[dict[str, Any], list[Row]]:
         """Results of all methods that have a finished training at their rate, and the prompts.
@@ -295,47 +370,20 @@ class Comparison:
                 subjects += [self.subject(p, method, config) for p in self.final(method) if self.usable(p)]
         if len(subjects) == 1:
             raise ConfigError(f"--out {self.out}: no method has a finished training at its best learning rate yet")
-        results = evaluate(plan(config, rows, subjects, find_baseline(config)), self.log)
-        return results | {"notes": self.notes(), "remarks": self.remarks()}, rows
-
-    def notes(self) -> dict[str, str]:
-        """Rates, seeds and cost of each method, for the provenance."""
-        notes = {"budget": f"{self.config.budget} images through the teacher, each training"}
-        for method in self.config.methods:
-            lr, scores = self.best(method), self.chosen.get(method, {})
-            if lr is None:
-                continue
-            done = [found for p in self.final(method) if self.usable(p) and (found := self.done(p))]
-            told = {rate: "diverged" if score is None else f"{score:.2f}" for rate, score in scores.items()}
-            tried = ", ".join(f"{rate}: {score}" for rate, score in told.items()) or "one rate, none to choose of"
-            cost = sum(found["seconds"] for found in done) / max(1, len(done))
-            notes[f"training of {method}"] = (
-                f"lr {lr:g} ({self.config.select} on {self.config.selection_prompts} training captions: {tried}); "
-                f"{len(done)} seeds; {done[0]['teacher_passes'] if done else 0} teacher passes; {cost:.0f} s"
-            )
-        return notes
-
-    def remarks(self) -> list[str]:
-        """What a reader must know of the table."""
-        remarks = [
-            f"Every method trained with {self.config.budget} images through one teacher, from one stream of data; learning rate the "
-            f"best of {len(self.config.rates)} by {self.config.select} on captions outside of this table; {len(self.config.seeds)} "
-            "seeds at that rate. Each samples as its recipe has it, in as many steps as the column says."
-        ]
-        if {"turbo", "dmd"} & set(self.config.methods) and max(self.config.steps) > 4:
-            remarks.append(
-                "Turbo and DMD are made for 4 steps and fewer: their longer columns are beyond their training."
-            )
-        return remarks
+        with self.there.held("judging"):
+            results = evaluate(plan(config, rows, subjects, find_baseline(config)), self.log)
+        return told(self, results), rows
 
 
-def selection_captions(count: int) -> list[str]:
-    """The first distinct captions of the embedded training pictures that are not held out too."""
-    held_out = _captions("val")
-    found = [caption for caption in _captions("train") if caption not in set(held_out)]
-    return found[:count]
+def chain_hash(method: str, budget: int) -> str:
+    """Of all that a method's configurations say but rate, seed and where the checkout lies."""
+    chain, lora = TRAININGS[method](budget=budget), str(paths.LORAS / "tscd-k1.safetensors")
+    configs = [chain.first, *(link.config(lora) for link in chain.then)]
+    links = [[link.above, link.steps] for link in chain.then]
+    text = json.dumps([[c.model_dump(mode="json") for c in configs], links, chain.serves], sort_keys=True)
+    return hashlib.sha256(text.replace(str(paths.ROOT), "").encode()).hexdigest()[:16]
 
 
-def _captions(split: str) -> list[str]:
-    rows = json.loads((paths.DATA / f"captions_{split}.json").read_text())["annotations"]
-    return list(dict.fromkeys(row["caption"].strip() for row in rows))
+def _serving(serves: dict[int, str], steps: int) -> str | None:
+    """Made for `steps`, or the next fewer, or the fewest."""
+    return serves[max((n for n in serves if n <= steps), default=min(serves))] if serves else None

@@ -49,6 +49,7 @@ class MetricCard:
         scale: what the number is, and which way is better.
         better: "higher" or "lower".
         note: what to beware of.
+        cases: what a single picture is ranked by, where that is not the number itself.
     """
 
     name: str
@@ -59,6 +60,7 @@ class MetricCard:
     scale: str
     better: Literal["higher", "lower"] = "higher"
     note: str = ""
+    cases: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,9 @@ def embedded_judges() -> JudgesConfig:
 
 
 def chosen_judges(config: EvaluateConfig) -> JudgesConfig:
-    """Those that are named; the embedded model's own where none is."""
-    if config.judges.is_empty and Path(config.base).resolve() == paths.TEACHER.resolve():
+    """Those that are named; where none is, the embedded ones for the embedded model and for its prompts."""
+    ours = config.prompts == "embedded" or Path(config.base).resolve() == paths.TEACHER.resolve()
+    if config.judges.is_empty and ours:
         return embedded_judges()
     return config.judges
 

@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -48,12 +48,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Done:
-    """What `make` did: pictures made, pictures that were there and were judged, scores missing by judge, seconds."""
+    """What `make` did: pictures made, pictures that were there and were judged, scores missing by judge, seconds, and the
+    first failure of each judge."""
 
     made: int
     judged: int
     failures: dict[str, int]
     seconds: float
+    first_failures: dict[str, str] = field(default_factory=dict)
 
 
 def tasks(
@@ -66,7 +68,10 @@ def tasks(
         for part in shards_of(rows, per_shard):
             shard = shard_name(part)
             there = f"{shard}.tar" in names
-            missing = [spec.name for spec in specs if f"{shard}.{spec.file}.npz" not in names]
+            missing = [
+                spec.name for spec in specs
+                if f"{shard}.{spec.file}.npz" not in names or f"{shard}.{spec.file}.failed" in names
+            ]  # fmt: skip
             if missing or not there:
                 found.append(Task(cell, part, missing, there))
     return found
@@ -90,14 +95,16 @@ def make(
         store.write_cell(cell)
     begun, done, made, judged = time.perf_counter(), 0, 0, 0
     failures: dict[str, int] = {}
+    firsts: dict[str, str] = {}
     try:
         pools = _here if local else _on_ray
         for row in pools(store.out, todo, specs, generators, scorers):
             if row["error"]:
                 _raise(row["error"])
             done, made, judged = done + 1, made + int(row["made"]), judged + int(row["judged"])
-            for name, count in json.loads(row["failures"]).items():
-                failures[name] = failures.get(name, 0) + count
+            for name, said in json.loads(row["failures"]).items():
+                failures[name] = failures.get(name, 0) + len(said)
+                firsts.setdefault(name, said[0])
             if progress is not None:
                 progress(done, len(todo), made)
     except RayError as error:
@@ -105,7 +112,7 @@ def make(
         raise RunError(
             f"an actor failed: {lines[-1].strip()}; what was done is kept, the same command goes on"
         ) from error
-    return Done(made, judged, failures, time.perf_counter() - begun)
+    return Done(made, judged, failures, time.perf_counter() - begun, firsts)
 
 
 def _here(
@@ -220,7 +227,7 @@ class Generator:
 
 
 class Scorer:
-    """For `map_batches`: pictures -> how many scores are missing. Judges are loaded with the first that needs them."""
+    """For `map_batches`: pictures -> which scores are missing, and why. Judges are loaded with the first that needs them."""
 
     def __init__(self, out: str, pool: dict[str, Any], specs: str):
         self.store, self.pool = Store(out), EncoderPool.model_validate(pool)
@@ -231,21 +238,21 @@ class Scorer:
         columns = ("cell", "rows", "judges", "pictures", "shape")
         failures, errors = [], []
         for task, error in zip(zip(*(batch[name] for name in columns), strict=True), batch["error"], strict=True):
-            counts: dict[str, int] = {}
+            failed: dict[str, list[str]] = {}
             if not error:
                 try:
-                    counts = self._task(*task)
+                    failed = self._task(*task)
                 except (RunError, ValueError) as wrong:
                     error = _told(wrong)
-            failures.append(json.dumps(counts))
+            failures.append(json.dumps(failed))
             errors.append(str(error))
         judged = [len(json.loads(judges)) for judges in batch["judges"]]
         return {"made": list(batch["made"]), "judged": judged, "failures": failures, "error": errors}
 
-    def _task(self, cell_json: str, rows_json: str, judges: str, pictures: bytes, shape: str) -> dict[str, int]:
+    def _task(self, cell_json: str, rows_json: str, judges: str, pictures: bytes, shape: str) -> dict[str, list[str]]:
         cell, rows = Cell.from_json(str(cell_json)), _rows(str(rows_json))
         array = np.frombuffer(pictures, np.uint8).reshape(json.loads(str(shape)))
-        images, counts = torch.from_numpy(array.copy()).float() / 255, {}
+        images, found = torch.from_numpy(array.copy()).float() / 255, {}
         for name in json.loads(str(judges)):
             try:
                 values, failed = try_judge(self._judge(name), images, [r.prompt for r in rows], self.pool.batch_size)
@@ -253,8 +260,8 @@ class Scorer:
                 raise RunError(f"judge {name} {error}; pictures and other scores are kept") from None
             self.store.write_values(cell.key, rows, self.specs[name].file, values, failed)
             if failed:
-                counts[name] = len(failed)
-        return counts
+                found[name] = failed
+        return found
 
     def _judge(self, name: str) -> Any:
         if name not in self.judges:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.bootstrap import Interval, bootstrap_interval, paired_difference
+from evaluation.bootstrap import Interval, resampled_means
 from evaluation.harness.judges import FEATURES, OBJECTS, JudgeSpec, MetricCard, reward_card
 from evaluation.harness.subjects import Cell
 from evaluation.objects import object_precision
@@ -26,28 +26,45 @@ LATENTS = "latents"
 
 @dataclass(frozen=True, eq=False)
 class Values:
-    """One number a prompt, NaN where it is missing; the mean over prompts is the column's."""
+    """One number a prompt, (P,) or of several trainings (S, P), NaN where it is missing; the mean is the column's."""
 
     values: Tensor
 
     @property
+    def each(self) -> Tensor:
+        """(S, P)."""
+        return torch.atleast_2d(self.values)
+
+    @property
+    def there(self) -> Tensor:
+        """(P,) whether a prompt has all its numbers."""
+        return ~self.each.isnan().any(0)
+
+    @property
     def missing(self) -> int:
         """Prompts without a number."""
-        return int(self.values.isnan().sum())
+        return int((~self.there).sum())
 
     def interval(self, resamples: int, seed: int) -> Interval:
-        """The mean and its percentile interval over the prompts that have a number."""
-        there = self.values[~self.values.isnan()]
-        if len(there) < 2:
+        """The mean and its percentile interval over trainings and the prompts that have a number."""
+        there = self.each[:, self.there]
+        if there.shape[1] < 2:
             return Interval(math.nan, math.nan, math.nan)
-        return bootstrap_interval(there, resamples=resamples, seed=seed)
+        return _percentiles(there.mean().item(), resampled_means(there, resamples, seed))
 
     def minus(self, other: Values, resamples: int, seed: int) -> Interval:
-        """The paired difference over the prompts that have both."""
-        both = ~(self.values.isnan() | other.values.isnan())
+        """The difference over the prompts that both have, kept together; each model's trainings are drawn apart."""
+        both = self.there & other.there
         if int(both.sum()) < 2:
             return Interval(math.nan, math.nan, math.nan)
-        return paired_difference(self.values[both], other.values[both], resamples=resamples, seed=seed)
+        a, b = self.each[:, both], other.each[:, both]
+        draws = resampled_means(a, resamples, seed, 0) - resampled_means(b, resamples, seed, 1)
+        return _percentiles((a.mean() - b.mean()).item(), draws)
+
+
+def _percentiles(point: float, draws: Tensor) -> Interval:
+    low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Interval(point, low, high)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +82,7 @@ class Draws:
         draws = self.draws.double()
         if self.centred:
             draws = draws - draws.mean() + self.point
-        low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        return Interval(self.point, low, high)
+        return _percentiles(self.point, draws)
 
     def minus(self, other: Draws, resamples: int, seed: int) -> Interval:
         """The difference with the prompts kept together."""
@@ -85,12 +101,13 @@ class Measure:
     Attributes:
         card: what stands behind it.
         estimate: (cells of one model at one number of steps, Read) -> the number; None where these cells have none.
-        cases: the judge whose values say which pictures are best and worst; empty where single pictures have none.
+        cases: (a model's cells, Read) -> (P,) what says which of the first cell's pictures are best and worst; None where
+            nothing does. The card's `cases` says what it is.
     """
 
     card: MetricCard
     estimate: Callable[[Sequence[Cell], Read], Estimate | None]
-    cases: str = ""
+    cases: Callable[[Sequence[Cell], Read], np.ndarray | None]
 
     @property
     def name(self) -> str:
@@ -100,12 +117,21 @@ class Measure:
 
 def reward_measure(spec: JudgeSpec) -> Measure:
     """A reward model's mean."""
-    return Measure(reward_card(spec), lambda cells, read: mean_values([read(c, spec.name) for c in cells]), spec.name)
+    return Measure(
+        reward_card(spec),
+        lambda cells, read: mean_values(cells, [read(c, spec.name) for c in cells]),
+        lambda cells, read: read(cells[0], spec.name),
+    )
 
 
-def mean_values(arrays: Sequence[np.ndarray]) -> Values:
-    """Of several cells, prompt by prompt; a prompt is missing where any lacks it."""
-    return Values(torch.from_numpy(np.stack([a.astype(np.float64) for a in arrays]).mean(0)))
+def mean_values(cells: Sequence[Cell], arrays: Sequence[np.ndarray]) -> Values:
+    """Of cells, prompt by prompt: the mean over those of one training, a row a training. A prompt is missing where any
+    cell lacks it."""
+    of_weights: dict[str, list[np.ndarray]] = {}
+    for cell, array in zip(cells, arrays, strict=True):
+        of_weights.setdefault(cell.weights_sha256, []).append(array.astype(np.float64))
+    each = np.stack([np.stack(parts).mean(0) for parts in of_weights.values()])
+    return Values(torch.from_numpy(each if len(each) > 1 else each[0]))
 
 
 def fidelity_measure(references: dict[int, Cell], steps: int, guidance: float) -> Measure:
@@ -125,9 +151,13 @@ def fidelity_measure(references: dict[int, Cell], steps: int, guidance: float) -
             if latents.shape != ends.shape:
                 return None
             parts.append(((latents - ends).square().flatten(1).mean(1) / ends.var()).numpy())
-        return mean_values(parts)
+        return mean_values(cells, parts)
 
-    return Measure(card, estimate)
+    def cases(cells: Sequence[Cell], read: Read) -> np.ndarray | None:
+        found = estimate(cells[:1], read)
+        return found.values.numpy() if isinstance(found, Values) else None
+
+    return Measure(card, estimate, cases)
 
 
 def vendi(features: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -153,16 +183,24 @@ def counts(prompts: int, resamples: int, seed: int) -> Tensor:
 
 
 def averaged(of_cell: Callable[[Cell, Read], Draws]) -> Callable[[Sequence[Cell], Read], Draws]:
-    """The mean over cells of a number of a cell, each worked out once: it is asked for alone and among others."""
+    """The mean over cells of a number of a cell, each worked out once: it is asked for alone and among others. In each
+    resample trainings are drawn anew too; the prompts in it are the same for all."""
     kept: dict[str, Draws] = {}
 
     def estimate(cells: Sequence[Cell], read: Read) -> Draws:
         for cell in cells:
             if cell.key not in kept:
                 kept[cell.key] = of_cell(cell, read)
-        each = [kept[cell.key] for cell in cells]
-        point, draws = sum(e.point for e in each) / len(each), torch.stack([e.draws for e in each]).mean(0)
-        return Draws(point, draws, each[0].centred, sum(e.missing for e in each))
+        of_weights: dict[str, list[Draws]] = {}
+        for cell in cells:
+            of_weights.setdefault(cell.weights_sha256, []).append(kept[cell.key])
+        each = torch.stack([torch.stack([e.draws for e in parts]).mean(0) for parts in of_weights.values()])
+        if len(each) > 1:
+            generator = generator_of(0, "trainings", *of_weights)  # of its own: models differ in them
+            each = each.gather(0, torch.randint(len(each), each.shape, generator=generator))
+        all_of_them = [e for parts in of_weights.values() for e in parts]
+        point = sum(sum(e.point for e in parts) / len(parts) for parts in of_weights.values()) / len(of_weights)
+        return Draws(point, each.mean(0), all_of_them[0].centred, sum(e.missing for e in all_of_them))
 
     return estimate
 
@@ -184,10 +222,23 @@ def vendi_measure(spec: JudgeSpec, resamples: int, seed: int) -> Measure:
     """Diversity over all prompts."""
     card = MetricCard(
         "vendi", "Vendi score", f"image features of the judge clip_score, cosine kernel, {resamples} resamples", spec.sha256,
-        "as CLIP score", "effective number of different pictures among all prompts",
+        "as CLIP score", "effective number of different pictures among all prompts", cases="1 - mean cosine to the other pictures",
         note="pictures that leave the prompts raise it too: read it beside CLIP score",
     )  # fmt: skip
-    return Measure(card, _whole_set(vendi, resamples, seed))
+    return Measure(
+        card, _whole_set(vendi, resamples, seed), lambda cells, read: apart(_features(cells[0], read)).numpy()
+    )
+
+
+def _features(cell: Cell, read: Read) -> Tensor:
+    return torch.from_numpy(read(cell, FEATURES)).double()
+
+
+def apart(features: Tensor) -> Tensor:
+    """(P, D) of norm 1 -> (P,) 1 - mean cosine to the others."""
+    there = ~features.isnan().any(1)
+    others = features[there].sum(0) - features
+    return 1 - (features * others).sum(1) / max(1, int(there.sum()) - 1)
 
 
 def seed_measure(spec: JudgeSpec) -> Measure:
@@ -205,9 +256,14 @@ def seed_measure(spec: JudgeSpec) -> Measure:
         several = [torch.stack(parts) for parts in of_weights.values() if len(parts) > 1]
         if not several:
             return None
-        return mean_values([between_seeds(parts).numpy() for parts in several])
+        each = torch.stack([between_seeds(parts) for parts in several])
+        return Values(each if len(each) > 1 else each[0])
 
-    return Measure(card, estimate)
+    def cases(cells: Sequence[Cell], read: Read) -> np.ndarray | None:
+        found = estimate([cell for cell in cells if cell.weights_sha256 == cells[0].weights_sha256], read)
+        return found.values.numpy() if isinstance(found, Values) else None
+
+    return Measure(card, estimate, cases)
 
 
 def between_seeds(features: Tensor) -> Tensor:
@@ -236,8 +292,19 @@ def cmmd_measure(spec: JudgeSpec, real: Tensor, where: str, resamples: int, seed
         "as CLIP score", "1000 x MMD^2, Gaussian kernel of width 10", "lower",
         note="its authors take ViT-L/14 at 336 px. The paper reports no such number: it finds that FID does not reflect the "
         "quality of the pictures well",
+        cases="1000 x mean kernel to the model's own pictures less that to the real ones",
     )  # fmt: skip
-    return Measure(card, _whole_set(lambda x, w: cmmd(x, real, w), resamples, seed))
+    return Measure(
+        card, _whole_set(lambda x, w: cmmd(x, real, w), resamples, seed),
+        lambda cells, read: unlike(_features(cells[0], read), real).numpy(),
+    )  # fmt: skip
+
+
+def unlike(x: Tensor, y: Tensor, sigma: float = 10.0, scale: float = 1000.0) -> Tensor:
+    """(P, D), (N, D) -> (P,) how much more each of x is like x than like y: CMMD's kernel, whose mean over x it pulls up."""
+    x, y = x.double(), y.double()
+    kernel = lambda a, b: torch.exp(-torch.cdist(a, b).square() / (2 * sigma**2))
+    return scale * (kernel(x, x[~x.isnan().any(1)]).mean(1) - kernel(x, y).mean(1))
 
 
 def objects_measure(spec: JudgeSpec, named: Sequence[Sequence[int]], resamples: int, seed: int) -> Measure:
@@ -245,6 +312,7 @@ def objects_measure(spec: JudgeSpec, named: Sequence[Sequence[int]], resamples: 
     card = MetricCard(
         "objects", "objects", "SOLO", spec.sha256, "as its checkpoint asks",
         "average precision of the objects that the prompts name, by class",
+        cases="mean over the named objects of the surest score that each was found with",
     )  # fmt: skip
 
     def of_cell(cell: Cell, read: Read) -> Draws:
@@ -252,7 +320,15 @@ def objects_measure(spec: JudgeSpec, named: Sequence[Sequence[int]], resamples: 
         interval, values = object_precision([_instances(f) for f in found], named, resamples, seed)
         return Draws(interval.mean, values, False, int(np.isnan(found).any((1, 2)).sum()))
 
-    return Measure(card, averaged(of_cell))
+    def cases(cells: Sequence[Cell], read: Read) -> np.ndarray:
+        found = read(cells[0], OBJECTS)
+        surest = lambda f, label: max((float(score) for one, score in f if one == label), default=0.0)
+        return np.array([
+            np.mean([surest(f, label) for label in labels]) if len(labels) else np.nan
+            for f, labels in zip(found, named, strict=True)
+        ])  # fmt: skip
+
+    return Measure(card, averaged(of_cell), cases)
 
 
 def _instances(found: np.ndarray) -> Instances:

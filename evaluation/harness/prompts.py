@@ -107,6 +107,18 @@ def _rows(lines: list[str], path: str, log: Callable[[str], None]) -> list[Row]:
     return [Row(p, p) for p in prompts if p]
 
 
+def selection_captions(count: int) -> list[str]:
+    """The first distinct captions of the embedded training pictures that are not held out too."""
+    held_out = _captions("val")
+    found = [caption for caption in _captions("train") if caption not in set(held_out)]
+    return found[:count]
+
+
+def _captions(split: str) -> list[str]:
+    rows = json.loads((paths.DATA / f"captions_{split}.json").read_text())["annotations"]
+    return list(dict.fromkeys(row["caption"].strip() for row in rows))
+
+
 def coco_manifest(annotations: Path, images: int = COCO_IMAGES) -> pa.Table:
     """One caption of each picture of COCO's `captions_val2017.json`, the one of the lowest id, in the order of image ids.
 

@@ -122,7 +122,12 @@ def make_all(what: Plan, log: Log = lambda _: None) -> Done:
             log(f"shard {done}/{of}, {made} pictures made")
 
     local = config.where == "local"
-    return make(config.out, todo, what.specs, config.generators, config.scorers, progress, local)
+    done = make(config.out, todo, what.specs, config.generators, config.scorers, progress, local)
+    for name, count in done.failures.items():
+        log(
+            f"judge {name} failed on {count} pictures, first {done.first_failures[name]}; the same command asks it again"
+        )
+    return done
 
 
 def latencies(what: Plan, log: Log = lambda _: None) -> dict[str, latency.Latency]:
@@ -259,7 +264,7 @@ def results(what: Plan, done: Done, speeds: dict[str, latency.Latency]) -> dict[
             "missing": {n: e.missing for n, e in ours.items() if e.missing},
             "spread": _spread(columns, cells, read),
             "latency": _latency(speeds.get(cells[0].key), config),
-            "cases": {m.name: _cases(m, cells[0], what.rows, read) for m in columns if m.cases},
+            "cases": {m.name: found for m in columns if (found := _cases(m, cells, what.rows, read))},
         })  # fmt: skip
     return {
         "settings": config.model_dump(mode="json"),
@@ -284,7 +289,7 @@ def ranking(
         for steps in sorted({n for _, n in estimates}):
             there = {
                 model: e[measure.name] for (model, n), e in estimates.items()
-                if n == steps and measure.name in e and what.groups[model, n][0].kind != "base"
+                if n == steps and measure.name in e and not _is_base(config, what.groups[model, n][0])
             }  # fmt: skip
             means = {model: sign * e.interval(100, config.seed).mean for model, e in there.items()}
             means = {model: mean for model, mean in means.items() if math.isfinite(mean)}
@@ -297,6 +302,10 @@ def ranking(
                 }
         found[measure.name] = of_steps
     return found
+
+
+def _is_base(config: EvaluateConfig, cell: Cell) -> bool:
+    return cell.kind == "base" and cell.base == str(Path(config.base).resolve())
 
 
 def _baseline_of(what: Plan, estimates: dict[tuple[str, int], dict[str, Any]], steps: int) -> dict[str, Any]:
@@ -344,12 +353,17 @@ def _latency(speed: latency.Latency | None, config: EvaluateConfig) -> dict[str,
     }  # fmt: skip
 
 
-def _cases(measure: Measure, cell: Cell, rows: Sequence[Row], read: Read) -> dict[str, list[tuple[str, str, float]]]:
-    """Best and worst pictures of a cell by its judge."""
-    values = read(cell, measure.cases)
+def _cases(
+    measure: Measure, cells: Sequence[Cell], rows: Sequence[Row], read: Read
+) -> dict[str, list[tuple[str, str, float]]]:
+    """Best and worst pictures of the first cell; nothing where the measure says nothing of single ones."""
+    values = measure.cases(cells, read)
+    if values is None:
+        return {}
     order = [int(i) for i in np.argsort(values) if np.isfinite(values[i])]
+    worst_first = order if measure.card.better == "higher" else order[::-1]
     told = lambda i: (rows[i].key, rows[i].prompt, float(values[i]))
-    return {"worst": [told(i) for i in order[:CASES]], "best": [told(i) for i in order[::-1][:CASES]]}
+    return {"worst": [told(i) for i in worst_first[:CASES]], "best": [told(i) for i in worst_first[::-1][:CASES]]}
 
 
 def shard_of(rows: Sequence[Row], per_shard: int, key: str) -> tuple[str, list[Row]]:

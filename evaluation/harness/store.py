@@ -3,6 +3,7 @@
     {out}/cells/{cell key}/cell.json                       what the cell is
     {out}/cells/{cell key}/{shard}.tar                     pictures (webdataset: png, txt, json) and latents.npz
     {out}/cells/{cell key}/{shard}.{judge}.npz             one judge's values
+    {out}/cells/{cell key}/{shard}.{judge}.failed          on which pictures it failed: it is asked again the next time
     {out}/cells/{cell key}/latency-{device}.json           of the parts
 
 A shard's name is a hash of its rows' keys, so that a longer list of prompts finds the pictures of a shorter one.
@@ -131,6 +132,11 @@ class Store:
         data = io.BytesIO()
         np.savez_compressed(data, values=values.astype(np.float32), failures=json.dumps(list(failures)))
         self.write(cell, f"{shard_name(rows)}.{judge}.npz", data.getvalue())
+        failed = f"{shard_name(rows)}.{judge}.failed"
+        if failures:
+            self.write(cell, failed, json.dumps(list(failures), indent=1).encode())
+        elif self.fs.exists(f"{self.folder(cell)}/{failed}"):
+            self.fs.rm(f"{self.folder(cell)}/{failed}")
 
     def read_values(self, cell: str, rows: Sequence[Row], judge: str) -> tuple[np.ndarray, list[str]]:
         """The inverse."""

@@ -150,10 +150,7 @@ def find_subject(spec: str, config: EvaluateConfig) -> Subject:
     if (path / "config.yaml").is_file():
         return _run(name or path.name, path.resolve(), config)
     if (path / "model_index.json").is_file():
-        read_base(path)
-        how = replace(_how(config, None, config.steps[0]), guidance=max(config.guidance, config.teacher_guidance))
-        how = replace(how, scheduler="edges" if config.scheduler == "auto" else how.scheduler)
-        return Subject(name or path.name, "base", str(path.resolve()), dict.fromkeys(config.steps, ("", how)))
+        return _pipeline(name or path.name, path.resolve(), config)
     if (path / UNET_FILE).is_file() and (path / "config.json").is_file():
         said = read_sampling(path)
         parts = {n: (str(path.resolve()), _how(config, said, n)) for n in config.steps}
@@ -162,6 +159,17 @@ def find_subject(spec: str, config: EvaluateConfig) -> Subject:
         f"{path} is no model: name a LoRA (.safetensors), a run's folder (config.yaml), a UNet's folder ({UNET_FILE}), a "
         "pipeline's folder (model_index.json), or teacher"
     )
+
+
+def _pipeline(name: str, path: Path, config: EvaluateConfig) -> Subject:
+    """A whole pipeline, sampled as the command line says; the base's own folder is the teacher, guided."""
+    read_base(path)
+    if path == Path(config.base).resolve():
+        return replace(teacher(config, config.steps), name=name)
+    parts = {n: ("", _how(config, None, n)) for n in config.steps}
+    if config.scheduler == "auto" and config.guidance > 1:
+        parts = {n: ("", replace(how, scheduler="edges", eta=0.0)) for n, (_, how) in parts.items()}
+    return Subject(name, "base", str(path), parts)
 
 
 def find_baseline(config: EvaluateConfig) -> Subject:

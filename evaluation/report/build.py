@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 from PIL import Image
 
+from evaluation.harness.pieces import write_whole
 from evaluation.harness.prompts import Row
 from evaluation.harness.run import shard_of
 from evaluation.harness.store import Store, picture_name
@@ -65,7 +66,7 @@ def write_report(results: dict[str, Any], rows: Sequence[Row], folder: Path, tit
         "report.tex": latex(found),
     }
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        write_whole(folder / name, text)
     return [folder / name for name in texts]
 
 
@@ -74,18 +75,20 @@ def summary(results: dict[str, Any], title: str) -> str:
     settings, prompts = results["settings"], results["prompts"]
     per = settings["images_per_prompt"]
     pictures = f"{prompts['count']} prompts ({prompts['name']})" + (f", {per} pictures of each" if per > 1 else "")
+    several = any(row["spread"] for row in results["rows"])
+    over = "the prompts, and over the trainings where a model has several" if several else "the prompts"
     said = [
         f"{pictures}, the same noise for all models, sampler {settings['scheduler']}. ± is half of the 95% bootstrap interval over "
-        "the prompts. Bold is the best model of a column; ≈ marks those that cannot be told from it (the interval of the "
+        f"{over}. Bold is the best model of a column; ≈ marks those that cannot be told from it (the interval of the "
         "paired difference holds 0)."
     ]
     if results["baseline"]:
         said.append(
             f"Differences, with their intervals, are to the baseline ({results['baseline']}) on the same prompts and noise."
         )
-    if any(row["spread"] for row in results["rows"]):
+    if several:
         said.append(
-            "Models trained from several seeds are one row: the mean over them; their spread is in the CSV file."
+            "Models trained from several seeds are one row: the mean over them; sd is the spread of their means."
         )
     return " ".join(said)
 

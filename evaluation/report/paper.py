@@ -58,8 +58,12 @@ FID_REMARK = (
 )
 
 
-def comparable(family: str, prompts: str, embedded: bool) -> tuple[PaperRow, ...]:
-    """The rows whose setting is ours; none where it is another model or other prompts."""
-    if embedded or prompts != "coco5k":
+COCO_PROMPTS = 5000
+"""Of COCO2017-val: fewer are another setting."""
+
+
+def comparable(family: str, prompts: str, count: int, embedded: bool) -> tuple[PaperRow, ...]:
+    """The rows whose setting is ours; none where it is another model or other prompts, or not all of them."""
+    if embedded or prompts != "coco5k" or count != COCO_PROMPTS:
         return ()
     return tuple(row for row in (*TABLE_2, *CONFERENCE) if row.family == family)

@@ -16,7 +16,8 @@ from hypersd_ray.models.checkpoint import read_base
 
 @dataclass(frozen=True)
 class Entry:
-    """A number with half of its interval, its difference to the baseline, and how it stands in its column."""
+    """A number with half of its interval, its difference to the baseline, and how it stands in its column; `spread` is the
+    standard deviation between trainings, `learned` that the model was trained by this judge."""
 
     mean: float
     half: float | None = None
@@ -25,12 +26,19 @@ class Entry:
     tie: bool = False
     missing: int = 0
     digits: int = 3
+    spread: float | None = None
+    learned: bool = False
 
     @property
     def text(self) -> str:
-        """Mean and half of the interval."""
+        """Mean and half of the interval; marked where the model learned from the judge."""
         mean = f"{self.mean:.{self.digits}f}"
-        return mean if self.half is None else f"{mean} ± {self.half:.{self.digits}f}"
+        return (mean if self.half is None else f"{mean} ± {self.half:.{self.digits}f}") + "†" * self.learned
+
+    @property
+    def between(self) -> str:
+        """Standard deviation between trainings, where there are several."""
+        return "" if self.spread is None else f"sd of seeds {self.spread:.{self.digits}f}"
 
     @property
     def difference(self) -> str:
@@ -77,30 +85,37 @@ def tables(results: dict[str, Any]) -> list[Table]:
         rows: dict[str, dict[int, Entry]] = {}
         aside = []
         for row in there:
-            entry = _entry(row, name, ranking, digits)
+            entry = _entry(row, name, ranking, digits, name in results.get("learned", {}).get(row["model"], ()))
             if row["steps"] in steps:
-                rows.setdefault(row["model"], {})[row["steps"]] = entry
+                rows.setdefault(label(results, row["model"]), {})[row["steps"]] = entry
             else:
                 at = "" if row["model"].endswith(f" at {row['steps']}") else f" at {row['steps']}"
                 aside.append(f"{row['model']}{at} steps: {entry.text}")
+        rows |= {f"{model} (diverged)": {} for model in results.get("diverged", ())}
         paper: dict[str, dict[int, Entry]] = {}
         if name in MEASURES:
             for one in beside:
                 paper.setdefault(one.model, {})[one.steps] = Entry(getattr(one, name), digits=digits)
         columns = sorted({*steps, *(n for row in paper.values() for n in row)})
-        if rows:
+        if any(rows.values()):
             found.append(Table(name, card["title"], card["better"], columns, rows, paper, "; ".join(aside)))
     return found
 
 
-def _entry(row: dict[str, Any], name: str, ranking: dict[str, Any], digits: int) -> Entry:
+def label(results: dict[str, Any], model: str) -> str:
+    """The model's name, and how many of its trainings are in its row where a comparison has several seeds."""
+    there, of = results.get("seeds", {}).get(model, (1, 1))
+    return model if of == 1 else f"{model} ({there}/{of} seeds)"
+
+
+def _entry(row: dict[str, Any], name: str, ranking: dict[str, Any], digits: int, learned: bool) -> Entry:
     interval, versus = row["measures"][name], row["versus"].get(name)
     place = ranking.get(str(row["steps"]), {})
     half = None if interval["low"] is None else (interval["high"] - interval["low"]) / 2
     told = None if versus is None or versus["mean"] is None else (versus["mean"], versus["low"], versus["high"])
     return Entry(
         interval["mean"], half, told, place.get("best") == row["model"], row["model"] in place.get("ties", ()),
-        row["missing"].get(name, 0), digits,
+        row["missing"].get(name, 0), digits, row["spread"].get(name), learned,
     )  # fmt: skip
 
 
@@ -108,7 +123,8 @@ def paper_rows(results: dict[str, Any]) -> tuple[PaperRow, ...]:
     """The paper's rows of our setting."""
     base = Path(results["settings"]["base"])
     family = read_base(base).family if (base / "model_index.json").is_file() else ""
-    return comparable(family, results["prompts"]["name"], base.resolve() == paths.TEACHER.resolve())
+    prompts = results["prompts"]
+    return comparable(family, prompts["name"], prompts["count"], base.resolve() == paths.TEACHER.resolve())
 
 
 def latency_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -128,7 +144,8 @@ def markdown(found: list[Table], results: dict[str, Any]) -> str:
                 entry = row.get(n)
                 text = "" if entry is None else entry.text
                 text = f"**{text}**" if entry and entry.best else f"{text} ≈" if entry and entry.tie else text
-                cells.append(text + (f" ({entry.difference})" if entry and entry.difference else ""))
+                beside = [part for part in (entry.difference, entry.between) if part] if entry else []
+                cells.append(text + (f" ({'; '.join(beside)})" if beside else ""))
             lines.append(f"| {model} | {' | '.join(cells)} |")
         parts.append("\n".join(lines) + (f"\n\n{table.aside}" if table.aside else ""))
     timed = latency_rows(results)
@@ -196,7 +213,7 @@ def latex(found: list[Table]) -> str:
             cells = []
             for n in table.steps:
                 entry = row.get(n)
-                text = "" if entry is None else f"${entry.text}$".replace("±", r"\pm")
+                text = "" if entry is None else f"${entry.text}$".replace("±", r"\pm").replace("†", r"^\dagger")
                 bold = text.replace("$", r"$\mathbf{", 1)[:-1] + "}$" if entry and entry.best else text
                 cells.append(rf"\underline{{{text}}}" if entry and entry.tie else bold)
             lines.append(" & ".join([_escape(model), *cells]) + r" \\")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import combinations
@@ -56,6 +57,13 @@ class Entries:
 
     def __contains__(self, comparison: Comparison) -> bool:
         return comparison in self._known
+
+    def hashes(self) -> dict[tuple[str, str], str]:
+        """(model, name) -> sha256 of the file, of all that are compared."""
+        return {
+            (model, name): hashlib.sha256(found[name].read_bytes()).hexdigest()
+            for model, found in self.pictures.items() for name in self.names
+        }  # fmt: skip
 
     def picture(self, model: str, name: str) -> bytes:
         """The picture as PNG without metadata: a file's own may name the model."""

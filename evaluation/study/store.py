@@ -65,13 +65,22 @@ class Showing(Base):
         return self.model_a if (side == "left") == self.a_is_left else self.model_b
 
 
+class Picture(Base):
+    """Which picture a name of a model stands for: votes are of that one."""
+
+    __tablename__ = "picture"
+    model: Mapped[str] = mapped_column(String(256), primary_key=True)
+    name: Mapped[str] = mapped_column(String(512), primary_key=True)
+    sha256: Mapped[str] = mapped_column(String(64))
+
+
 def now() -> datetime:
     """In UTC, without a zone: SQLite keeps none."""
     return datetime.now(UTC).replace(tzinfo=None)
 
 
 class Store:
-    """A database with the two tables; they are made where they are missing."""
+    """A database with the tables; they are made where they are missing."""
 
     def __init__(self, url: str):
         """Args:
@@ -100,6 +109,23 @@ class Store:
         """What is done within it is kept when it ends well, and only then."""
         with Session(self.engine, expire_on_commit=False) as session, session.begin():
             yield session
+
+    def keep_pictures(self, hashes: dict[tuple[str, str], str]) -> None:
+        """Remember which pictures are compared.
+
+        Raises:
+            ConfigError: another one was compared under a model's name and its own; nothing is kept then.
+        """
+        with self.session() as session:
+            known = {(one.model, one.name): one.sha256 for one in session.scalars(select(Picture))}
+            changed = [key for key, sha256 in hashes.items() if known.get(key, sha256) != sha256]
+            if changed:
+                model, name = changed[0]
+                raise ConfigError(
+                    f"--database: {len(changed)} pictures are not those that it has votes on, first {name} of {model}: give "
+                    "the model another name, or name another database"
+                )
+            session.add_all(Picture(model=m, name=n, sha256=h) for (m, n), h in hashes.items() if (m, n) not in known)
 
     def add_rater(self) -> str:
         """A new rater's name."""

@@ -81,7 +81,7 @@ class EvaluateConfig(Strict):
     teacher_guidance: float = Field(default=3.0, ge=1)
     """The teacher's guidance scale; SD1.5 and SDXL: 7.5."""
     judges: JudgesConfig = JudgesConfig()
-    """Their weights; all empty takes the embedded ones where the base is the embedded model."""
+    """Their weights; all empty takes the embedded ones where the base or the prompts are the embedded ones."""
     reference_pictures: str = ""
     """Shards of real pictures (webdataset) for CMMD; empty leaves it out."""
     latency_repeats: int = Field(default=5, ge=0)
@@ -96,5 +96,7 @@ class EvaluateConfig(Strict):
     """"ray": pools of actors, on as many nodes as there are; "local": in this process, for a few pictures."""
     out: str = "runs/evaluation"
     """Folder of pictures, scores and results, or an fsspec URL every node reaches. It may be shared by evaluations."""
+    export_images: str = ""
+    """Folder for a folder of each model's pictures at each number of steps, as jobs/study.py takes them; empty is none."""
     resamples: int = Field(default=2000, ge=100)
     """Of the bootstrap."""

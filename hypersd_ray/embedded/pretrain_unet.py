@@ -49,7 +49,8 @@ def encode(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
 
 
 class Pretraining:
-    """UNet and text encoder, their running averages, optimiser and data; one `step` at a time."""
+    """UNet and text encoder, their running averages, optimiser and data; one `step` at a time. A `unet` that is given goes
+    on alone: the text encoder stays as it is."""
 
     def __init__(
         self,
@@ -61,12 +62,13 @@ class Pretraining:
         batch: int,
         lr: float,
         device: str = "cpu",
+        unet: UNet2DConditionModel | None = None,
     ):
         self.device = torch.device(device)
-        self.unet, self.text = make_unet().to(device), text.to(device)
+        self.unet, self.text = (unet or make_unet()).to(device), text.to(device).requires_grad_(unet is None)
         self.averages = [copy.deepcopy(self.unet), copy.deepcopy(self.text)]
         self.latents, self.tokens, self.empty, self.batch = latents, tokens, empty, batch
-        self.parameters = [*self.unet.parameters(), *self.text.parameters()]
+        self.parameters = [p for p in (*self.unet.parameters(), *self.text.parameters()) if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=1e-3)
         self.schedule = Cycles(self.optimizer, steps, lr, warm=0.05)
         self.alphas_cumprod = DDIMScheduler(**SCHEDULER).alphas_cumprod
@@ -131,8 +133,9 @@ def save_pipeline(
 def train_unet(
     vae: AutoencoderKL, tokenizer: CLIPTokenizer, text: CLIPTextModel, images: torch.Tensor, captions: list[str],
     out: Path, steps: Sequence[int], batch: int = 64, lr: float = 1e-3, seed: int = 0, device: str = "cpu",
+    unet: UNet2DConditionModel | None = None,
 ) -> None:  # fmt: skip
-    """Train for cycles of `steps` batches, resuming from `out/unet_state.pt`; saves the pipeline to `out/teacher` every 1000 steps."""
+    """Train, or fine-tune `unet` beside a frozen text encoder, for cycles of `steps` batches, resuming from `out/unet_state.pt`; saves the pipeline to `out/teacher` every 1000 steps."""
     torch.manual_seed(seed)
     pad = dict(padding="max_length", truncation=True, return_tensors="pt")
     run = Pretraining(
@@ -144,6 +147,7 @@ def train_unet(
         batch,
         lr,
         device,
+        unet,
     )
     state_path = out / "unet_state.pt"
     first = run.load(state_path) if state_path.exists() else 0

@@ -2,7 +2,7 @@
 
     chain = METHODS["lcm"](budget=16_000, lr=1e-3, seed=0)
     config = chain.first                    # train it, then for each of chain.then:
-    config = link(path_of_its_lora)         # ... the next configuration, from the LoRA made before
+    config = link.config(path_of_its_lora)  # ... the next configuration, from the LoRA of run link.above
 
 A budget is images through the teacher: training rows, each of which the teacher sees at least once, over all stages and
 parts of a chain. How often it sees one is the method's own affair and in `teacher_passes`.
@@ -11,9 +11,9 @@ parts of a chain. How often it sees one is the method's own affair and in `teach
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from hypersd_ray.config.feedback import FeedbackConfig
 from hypersd_ray.config.onestep import OneStepConfig
@@ -28,11 +28,29 @@ BUDGET = 16_000
 BATCH = 32
 GUIDANCE = sum(TINY_OMEGA) / 2
 """Of the teacher where a method has one scale: the middle of the others' range."""
+HYPER_SD = "hyper-sd"
+"""The paper's row."""
+LADDER = (8, 4, 2, 1)
+"""Numbers of steps that have a LoRA of their own."""
 LATER_LR = 0.2
 """Learning rate of a chain's later parts, as a share of its first's: they set out from a trained model."""
 
 Config = TSCDConfig | FeedbackConfig
-Link = Callable[[str], Config]
+
+
+@dataclass(frozen=True)
+class Link:
+    """A run of a chain that goes on from an earlier one.
+
+    Attributes:
+        config: the LoRA file of the run it goes on from -> its configuration.
+        above: that run's place in the chain.
+        steps: ... and which of its LoRAs: the one for so many steps.
+    """
+
+    config: Callable[[str], Config]
+    above: int
+    steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -41,11 +59,13 @@ class Chain:
 
     Attributes:
         first: its configuration.
-        then: for each later run, the LoRA file of the one before -> its configuration.
+        then: the later runs.
+        serves: number of steps -> place of the run whose model is for it; empty: the last run's for all.
     """
 
     first: Config
     then: tuple[Link, ...] = ()
+    serves: dict[int, int] = field(default_factory=dict)
 
 
 def run_name(method: str, lr: float, seed: int) -> str:
@@ -66,19 +86,25 @@ def score(method: Few, budget: int = BUDGET, lr: float = 2e-4, seed: int = 0) ->
     return Chain(few_step(method, base, budget // BATCH, GUIDANCE, fake_updates=3, fake_lr=5 * lr))
 
 
-def hyper(*parts: Literal["feedback", "dmd"], budget: int = BUDGET, lr: float = 1e-3, seed: int = 0) -> Chain:
-    """Hyper-SD: TSCD, and above its k = 1 LoRA each of `parts` in turn, for a fifth of the budget and of the rate."""
-    steps, *later = shared(budget // BATCH, (5 - len(parts), *(1 for _ in parts)))
-    first = embedded(run_name("-".join(("tscd", *parts)), lr, seed), embedded_tscd(steps, FULL_SHARES), lr, seed)
-    then: list[Link] = []
-    rank = first.lora.rank
-    for part, n in zip(parts, later, strict=True):
-        if part == "feedback":
-            then.append(partial(_feedback, first, n))
-            rank += first.lora.rank  # its product is a merge, with both LoRAs' ranks
-        else:
-            then.append(partial(_dmd, first, n, rank))
-    return Chain(first, tuple(then))
+def hyper(name: str, budget: int = BUDGET, lr: float = 1e-3, seed: int = 0) -> Chain:
+    """Hyper-SD and its parts: TSCD, then feedback above the LoRA of each k, each for its own number of steps, then
+    distribution matching for the single step; each part a fifth of the budget, at a fifth of the rate.
+
+    "tscd-feedback" has the first alone, "hyper-sd" both (paper, Sec. 4.1); "tscd-dmd" is the unified LoRA of 1 to 8 steps
+    above k = 1.
+    """
+    feedback, dmd = name != "tscd-dmd", name != "tscd-feedback"
+    tscd_steps, *later = shared(budget // BATCH, (5 - feedback - dmd, *[1] * (feedback + dmd)))
+    first = embedded(run_name(name, lr, seed), embedded_tscd(tscd_steps, FULL_SHARES), lr, seed)
+    if not feedback:
+        return Chain(first, (Link(partial(_dmd, first, later[0], first.lora.rank), 0),))
+    each = shared(later[0], [1] * len(LADDER))
+    then = [Link(partial(_feedback, first, n, k), 0, k) for k, n in zip(LADDER, each, strict=True)]
+    serves = {k: 1 + i for i, k in enumerate(LADDER)}
+    if dmd:
+        then.append(Link(partial(_dmd, first, later[1], 2 * first.lora.rank), serves[1]))  # above a merge of two LoRAs
+        serves |= {1: len(then)}
+    return Chain(first, tuple(then), serves)
 
 
 def _goes_on(first: TSCDConfig, part: str) -> dict[str, Any]:
@@ -89,8 +115,11 @@ def _goes_on(first: TSCDConfig, part: str) -> dict[str, Any]:
     }
 
 
-def _feedback(first: TSCDConfig, steps: int, lora: str) -> FeedbackConfig:
-    return feedback_tiny(lora).model_copy(update={"steps": steps} | _goes_on(first, "feedback"))
+def _feedback(first: TSCDConfig, steps: int, k: int, lora: str) -> FeedbackConfig:
+    config = feedback_tiny(lora)
+    later = _goes_on(first, f"feedback-k{k}")
+    later["optim"] = later["optim"].model_copy(update={"warmup": min(first.optim.warmup, steps // 5)})
+    return config.model_copy(update={"steps": steps, "refl": config.refl.model_copy(update={"steps": (k,)})} | later)
 
 
 def _dmd(first: TSCDConfig, steps: int, rank: int, lora: str) -> OneStepConfig:
@@ -123,8 +152,8 @@ METHODS: dict[str, Callable[..., Chain]] = {
     "turbo": partial(score, "turbo"),
     "dmd": partial(score, "dmd"),
     "tscd": partial(trajectory, "tscd"),
-    "tscd-feedback": partial(hyper, "feedback"),
-    "tscd-dmd": partial(hyper, "dmd"),
-    "tscd-feedback-dmd": partial(hyper, "feedback", "dmd"),
+    "tscd-feedback": partial(hyper, "tscd-feedback"),
+    "tscd-dmd": partial(hyper, "tscd-dmd"),
+    HYPER_SD: partial(hyper, HYPER_SD),
 }
-"""name -> (budget=, lr=, seed=) -> the runs. The last four are the paper's own, part by part."""
+"""name -> (budget=, lr=, seed=) -> the runs. The last four are the paper's own, part by part; the last is its row."""

@@ -152,14 +152,21 @@ class OneStep(Distiller):
             return x_t, t
         chosen = torch.randint(len(starts), (len(x_t),), generator=generator).to(x_t.device)
         for index, start in enumerate(starts[1:], start=1):
-            clean = batch.x0
-            if self.config.inputs == "generated":
-                with torch.no_grad():
-                    clean = to_clean(self.roles, STUDENT, x_t, t, batch.cond)
             goes_on, then = chosen >= index, torch.full_like(t, start)
+            clean = self._so_far(batch, x_t, t, goes_on) if self.config.inputs == "generated" else batch.x0
             noised = add_noise(schedule, clean, _randn(x_t, generator), then)
             x_t, t = torch.where(goes_on.view(-1, 1, 1, 1), noised, x_t), torch.where(goes_on, then, t)
         return x_t, t
+
+    @torch.no_grad()
+    def _so_far(self, batch: Batch, x_t: Tensor, t: Tensor, goes_on: Tensor) -> Tensor:
+        """What the student makes of x_t in the rows that go on; the others stay as they are, and are not asked for."""
+        # One row where none goes on: all workers call the network equally often, as sharded weights need.
+        index = (
+            goes_on.nonzero().flatten() if bool(goes_on.any()) else torch.zeros(1, dtype=torch.long, device=t.device)
+        )
+        x = to_clean(self.roles, STUDENT, x_t[index], t[index], batch.cond._map(lambda part: part[index]))
+        return x_t.index_copy(0, index, x.to(x_t))
 
     def _fake_loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Denoising of the student's steps to clean data, over all t, without guidance: a scalar."""

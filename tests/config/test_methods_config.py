@@ -24,7 +24,7 @@ LORA = str(paths.LORAS / "tscd-k1.safetensors")
 def parts(method: str, **arguments):
     """Every configuration of a chain."""
     chain = TRAININGS[method](**arguments)
-    return [chain.first, *(link(LORA) for link in chain.then)]
+    return [chain.first, *(link.config(LORA) for link in chain.then)]
 
 
 def images(config) -> int:
@@ -50,12 +50,17 @@ def test_runs_of_a_sweep_have_names_of_their_own():
 
 
 def test_a_chain_goes_on_from_what_was_made():
-    tscd, feedback, dmd = parts("tscd-feedback-dmd", lr=1e-3)
-    assert isinstance(feedback, FeedbackConfig) and isinstance(dmd, OneStepConfig)
-    assert feedback.tscd == LORA and dmd.init == LORA
-    assert dmd.lora.rank == tscd.lora.rank + feedback.lora.rank  # the merge of the two
+    tscd, *feedback, dmd = parts("hyper-sd", lr=1e-3)
+    chain = METHODS["hyper-sd"](lr=1e-3)
+    assert all(isinstance(one, FeedbackConfig) for one in feedback) and isinstance(dmd, OneStepConfig)
+    assert [(link.above, link.steps) for link in chain.then] == [(0, 8), (0, 4), (0, 2), (0, 1), (4, 1)]
+    assert [one.refl.steps for one in feedback] == [(8,), (4,), (2,), (1,)], "each for its own number of steps"
+    assert chain.serves == {8: 1, 4: 2, 2: 3, 1: 5} and METHODS["tscd-feedback"]().serves == {8: 1, 4: 2, 2: 3, 1: 4}
+    assert all(one.tscd == LORA for one in feedback) and dmd.init == LORA
+    assert dmd.lora.rank == tscd.lora.rank + feedback[-1].lora.rank  # the merge of the two
     assert parts("tscd-dmd")[1].lora.rank == tscd.lora.rank
-    assert feedback.optim.lr == dmd.optim.lr == pytest.approx(2e-4)
+    assert feedback[0].optim.lr == dmd.optim.lr == pytest.approx(2e-4)
+    assert sum(one.steps for one in feedback) == pytest.approx(BUDGET / 32 / 5, abs=1)
 
 
 def test_how_often_the_teacher_is_asked():

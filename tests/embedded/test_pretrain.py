@@ -41,3 +41,21 @@ def test_a_teacher_comes_out_and_more_cycles_go_on(tmp_path):
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
     missing = pretrain(tmp_path, tmp_path / "other", [1], [1])
     assert missing.returncode == 2 and "build them with jobs/build_emoji.py" in missing.stderr
+
+
+def test_a_style_is_another_base_model_in_its_unet_alone(tmp_path):
+    (tmp_path / "data").mkdir()
+    shutil.copy(paths.DATA / "val-00001.tar", tmp_path / "data" / "train-00000.tar")
+    command = [sys.executable, JOB, "--data", tmp_path / "data", "--out", tmp_path / "out", "--start", paths.TEACHER]
+    run = lambda *more: subprocess.run(list(map(str, [*command, *more])), capture_output=True, text=True, check=False)
+    done = run("--style", "noto", "--start-steps", "3")
+    assert done.returncode == 0, done.stderr
+    assert 0 < int(done.stdout.split()[0]) < int(done.stdout.split()[2])
+    for part, same in (("unet", False), ("vae", True), ("text_encoder", True)):
+        ours, theirs = (
+            load_file(next((folder / part).glob("*.safetensors")))
+            for folder in (tmp_path / "out/teacher", paths.TEACHER)
+        )
+        assert set(ours) == set(theirs) and all(ours[n].equal(theirs[n]) for n in ours) == same, part
+    nothing = run("--style", "fluent")
+    assert nothing.returncode == 2 and "--style fluent: 0 of" in nothing.stderr and nothing.stderr.count("\n") == 1

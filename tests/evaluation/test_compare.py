@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from evaluation.harness.comparison import Comparison, default_lr, selection_captions, sweep
-from hypersd_ray.config.base import CombinationError, ConfigError
+from evaluation.harness.comparison import Comparison, _serving, default_lr, sweep
+from evaluation.harness.judges import embedded_judges
+from evaluation.harness.pieces import Piece, Pieces
+from evaluation.harness.prompts import selection_captions
+from evaluation.harness.telling import _learned, told
+from hypersd_ray.config.base import CombinationError, ConfigError, RunError
 from hypersd_ray.config.compare import CompareConfig
 from hypersd_ray.config.evaluate import JudgesConfig
 from hypersd_ray.embedded import paths
 from hypersd_ray.recipes.compare import compare_tiny
 from hypersd_ray.recipes.methods import METHODS
+from tests.helpers.pipelines import build_pipeline
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -58,7 +67,7 @@ def test_a_rate_that_diverges_is_out(make_config):
     comparison = Comparison(make_config(methods=("lcm", "dmd"), rates=(1.0, 3.0), seeds=(0,)))
     comparison.begin()
     for piece in sweep(comparison.config, "lcm"):
-        comparison._finish(piece, runs=[], seconds=0.0, teacher_passes=0, diverged="NaN or inf")
+        comparison.there.finish(piece, runs=[], seconds=0.0, teacher_passes=0, diverged="NaN or inf")
     assert not comparison.usable(sweep(comparison.config, "lcm")[0])
     assert comparison.left == 2, "lcm has no further seeds"
     assert "NaN or inf" in comparison.plan()[0]
@@ -66,6 +75,40 @@ def test_a_rate_that_diverges_is_out(make_config):
     assert comparison.best("lcm") == 0.001
     (comparison.out / "selection.json").write_text(json.dumps({"lcm": {"0.001": None, "0.003": None}}))
     assert comparison.best("lcm") is None
+
+
+def test_a_piece_is_one_process_at_a_time(make_config, tmp_path):
+    """A live process keeps its claim; that of a killed one, of this host, is taken over; another host's is not."""
+    comparison = Comparison(make_config(methods=("lcm",)))
+    comparison.begin()
+    there, name = comparison.there, comparison.missing()[0].name
+    program = "import sys, time; from pathlib import Path; from evaluation.harness.pieces import Pieces; " \
+              "print(Pieces(Path(sys.argv[1])).claim(sys.argv[2]), flush=True); time.sleep(60)"  # fmt: skip
+    other = subprocess.Popen(
+        [sys.executable, "-c", program, str(comparison.out), name], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert other.stdout.readline() == "True\n"
+    assert not there.claim(name) and comparison.others == [name]
+    assert f"under way in process {other.pid}" in comparison.plan()[0]
+    other.kill()
+    other.wait()
+    assert comparison.others == [] and there.claim(name) and not Pieces(comparison.out).claim(name)
+    there.release(name)
+    (there.folder / f"{name}.claim").write_text(json.dumps({"pid": other.pid, "host": "elsewhere", "born": "1"}))
+    assert not there.claim(name)
+
+
+def test_what_cannot_be_kept_is_one_line(make_config):
+    comparison = Comparison(make_config(methods=("lcm",)))
+    comparison.begin()
+    piece = comparison.missing()[0]
+    os.symlink("/dev/full", comparison.there.folder / f"{piece.name}.seconds.{os.getpid()}.part")
+    with pytest.raises(RunError, match="no space is left; what was done is kept"):
+        comparison.there.spend(piece, 5.0)
+    assert comparison.there.spent(piece) == 0.0, "there whole or not at all"
+    (comparison.out / "selection.json").write_text('{"lcm": {"0.0')
+    with pytest.raises(RunError, match=r"selection\.json cannot be read"):
+        comparison.best("lcm")
 
 
 def test_every_method_has_a_sweep_of_one_size(make_config):
@@ -87,8 +130,63 @@ def test_what_cannot_be_compared_is_one_line(make_config):
     first.begin()
     with pytest.raises(ConfigError, match="holds a comparison with budget=64, not 128: name another"):
         Comparison(make_config(methods=("lcm",), budget=128))
+    about = json.loads((first.out / "comparison.json").read_text())
+    assert set(about) == {"budget", "teacher", "base_sha256", "shards", "chains"}
+    for changed, said in (({"base_sha256": "x"}, "base_sha256=x"), ({"chains": {"lcm": "x"}}, "chain of lcm=x")):
+        (first.out / "comparison.json").write_text(json.dumps(about | changed))
+        with pytest.raises(ConfigError, match=f"holds a comparison with {said}, not"):
+            Comparison(make_config(methods=("lcm",), budget=64))
+    (first.out / "comparison.json").write_text(json.dumps({"budget": 64, "teacher": "teacher"}))
+    assert Comparison(make_config(methods=("lcm",), budget=64)), "an earlier version's folder"
+    with pytest.raises(ConfigError, match=r"the recipes of a comparison .* train the embedded model"):
+        Comparison(make_config(methods=("lcm",), teacher=str(build_pipeline("sd", first.out / "other"))))
     with pytest.raises(ConfigError, match="no method has a finished training"):
         first.judge()
+
+
+def test_a_rate_is_chosen_at_the_steps_that_a_method_is_made_for(make_config):
+    comparison = Comparison(make_config())
+    made = {method: comparison.made_for(method) for method in comparison.config.methods}
+    assert made["turbo"] == made["dmd"] == [1, 2, 4] and made["perflow"] == [4, 8]
+    assert all(steps == [1, 2, 4, 8] for m, steps in made.items() if m not in ("turbo", "dmd", "perflow"))
+
+
+def test_each_number_of_steps_has_its_own_run():
+    serves = {8: "a", 4: "b", 2: "c", 1: "d"}
+    assert [_serving(serves, n) for n in (1, 2, 3, 4, 6, 16)] == ["d", "c", "c", "b", "b", "a"]
+    assert _serving({}, 4) is None, "an earlier version's pieces: their last run"
+
+
+def test_what_a_reader_must_know_is_told(make_config):
+    comparison = Comparison(make_config(methods=("lcm", "dmd", "hyper-sd")))
+    comparison.begin()
+    about = {"runs": [], "seconds": 60.0, "teacher_passes": 7}
+    comparison.there.finish(Piece("lcm", 0.003, 0), **about)
+    comparison.there.finish(Piece("lcm", 0.003, 1), **about, diverged="NaN or inf")
+    for piece in sweep(comparison.config, "dmd"):
+        comparison.there.finish(piece, **about, diverged="NaN or inf")
+    scores = {"lcm": {"0.0003333": 1.0, "0.001": 2.0, "0.003": 3.0}, "dmd": {"6.667e-05": None}}
+    (comparison.out / "selection.json").write_text(json.dumps(scores))
+    column = lambda best, *ties: {"best": best, "ties": list(ties)}
+    results = {
+        "cards": [{"name": "clip_score", "title": "CLIP score"}],
+        "rows": [{"model": "hyper-sd", "steps": n, "measures": {"clip_score": {}}} for n in (1, 2, 4)],
+        "ranking": {"clip_score": {"1": column("hyper-sd"), "2": column("lcm", "hyper-sd"), "4": column("lcm")}},
+    }
+    found = told(comparison, results)
+    assert found["seeds"] == {"lcm": (1, 3)} and found["diverged"] == ["dmd"]
+    assert (
+        "seed 1 diverged" in found["notes"]["training of lcm"]
+        and "diverged at every" in found["notes"]["training of dmd"]
+    )
+    assert any("at the sweep's edge for lcm" in line for line in found["remarks"])
+    assert "holds in 2 of 3 columns; it does not in: CLIP score at 4 steps (behind lcm)." in found["remarks"][-1]
+
+
+def test_feedback_is_told_where_it_is_judged_by_its_own_reward():
+    config = METHODS["hyper-sd"]().then[0].config(str(paths.LORAS / "tscd-k8.safetensors"))
+    assert {"aesthetic_v2", "objects", "clip_score", "vendi"} <= _learned(config, embedded_judges())
+    assert not _learned(config, JudgesConfig(clip_score="/another")) & {"clip_score", "objects"}
 
 
 def test_the_rate_is_chosen_on_captions_outside_of_the_table():

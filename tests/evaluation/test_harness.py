@@ -13,15 +13,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from evaluation.harness.exporting import export_images
 from evaluation.harness.judges import chosen_judges, judge_specs
 from evaluation.harness.making import make, tasks
 from evaluation.harness.prompts import Row, coco_manifest, read_rows
-from evaluation.harness.run import evaluate, plan
+from evaluation.harness.run import evaluate, make_all, plan
 from evaluation.harness.sampler import Sampler
 from evaluation.harness.store import Store, shard_name
 from evaluation.harness.subjects import How, Subject, find_baseline, find_subject, run_how, teacher
 from evaluation.quality import QualityConfig
 from evaluation.quality import Subject as Pipeline
+from evaluation.report.paper import comparable
+from evaluation.study.entries import Entries
 from hypersd_ray.config.base import ConfigError, RunError
 from hypersd_ray.config.data import EncoderPool
 from hypersd_ray.config.evaluate import EvaluateConfig, JudgesConfig
@@ -149,6 +152,16 @@ def test_what_is_no_model_is_one_line(config, tmp_path):
         judge_specs(JudgesConfig(aesthetic_v2=str(paths.EVALUATORS / "aesthetic.safetensors")))
 
 
+def test_a_pipelines_folder_is_sampled_as_it_is_asked(config, folders, tmp_path):
+    """Few-step pipelines are judged without guidance; the base's own folder is the teacher."""
+    other = tmp_path / "other"
+    shutil.copytree(folders["sd"], other)
+    how = lambda path, **changes: find_subject(str(path), config.model_copy(update=changes)).parts[2][1]
+    assert how(other) == How("tcd") and how(other, guidance=2.0) == How("edges", guidance=2.0)
+    assert how(other, scheduler="ddim") == How("ddim")
+    assert how(folders["sd"]) == How("edges", guidance=config.teacher_guidance)
+
+
 def test_a_recipe_says_how_its_model_is_sampled():
     few = [Sampling(4, (1000, 750, 500, 250, 0), eta=1.0), Sampling(1, (1000, 0))]
     assert run_how(few, 4) == How("edges", 1.0, times=(1000, 750, 500, 250, 0))
@@ -236,6 +249,20 @@ def test_what_is_there_is_not_made_again(config, make_lora):
     assert len(todo(rows=[*rows[:4], *(Row(p, p) for p in CAPTIONS[6:10])])) == 2, "the first shard is found again"
 
 
+def test_a_judge_that_failed_is_asked_again(config, make_lora):
+    rows = read_rows(config)
+    what = plan(config, rows, [find_subject(str(make_lora()), config)])
+    make_all(what)
+    cell, spec, store = what.cells[0], what.specs[0], Store(config.out)
+    values, _ = store.read_values(cell.key, rows[:4], spec.file)
+    store.write_values(cell.key, rows[:4], spec.file, values * np.nan, ["'x': ValueError: no"])
+    [again] = tasks(Store(config.out), what.cells, rows, what.specs, config.per_shard)
+    assert (again.judges, again.pictures_there) == ([spec.name], True)
+    assert make_all(what).judged == 1
+    np.testing.assert_array_equal(Store(config.out).read_values(cell.key, rows[:4], spec.file)[0], values)
+    assert not tasks(Store(config.out), what.cells, rows, what.specs, config.per_shard)
+
+
 def test_a_full_disk_is_one_line_and_keeps_what_was_done(config, make_lora):
     """The next file's place leads to /dev/full, where each write finds no space."""
     rows = read_rows(config)
@@ -275,9 +302,16 @@ def test_results_hold_what_a_report_needs(config, make_lora, tmp_path):
         assert row["versus"][name]["mean"] == pytest.approx(gap, abs=1e-6)
     assert set(row["latency"]["ms"]) == {"text", "unet", "vae", "whole"} and row["latency"]["peak_mb"] > 0
     assert by["weak", 2]["latency"]["ms"]["unet"]["mean"] < by["teacher at 4", 4]["latency"]["ms"]["unet"]["mean"]
-    assert {card["name"] for card in results["cards"]} == set(row["measures"])
+    assert {card["name"] for card in results["cards"]} == set(row["measures"]) == set(row["cases"])
+    for name, sign in (("clip_score", 1), ("distance", -1), ("vendi", 1), ("between_seeds", 1)):
+        best, worst = (row["cases"][name][end][0][2] for end in ("best", "worst"))
+        assert sign * best > sign * worst, name
     assert results["ranking"]["distance"]["2"]["best"] in ("weak", "strong_1")
 
+    folders = export_images(plan(config, rows, subjects), tmp_path / "images")
+    assert set(folders) == {"weak-1", "weak-2", "strong_1-1", "strong_1-2"}
+    study = Entries(folders)  # as jobs/study.py reads them
+    assert sorted(study.captions.values()) == sorted(row.prompt for row in rows) and len(study.comparisons) == 6 * 6
     html, markdown, table, latex = (p.read_text() for p in write_report(results, rows, tmp_path, "A <title> & more"))
     assert "A &lt;title&gt; &amp; more" in html and "http" not in html.replace("http-equiv", "")
     assert html.count("data:image/png") >= 2 * 3 * 6 and "data:image/svg+xml" in html
@@ -289,8 +323,43 @@ def test_results_hold_what_a_report_needs(config, make_lora, tmp_path):
     assert float(found[3]) == row["measures"]["clip_score"]["mean"]
 
 
+def test_the_page_stands_alone_in_a_browser(config, make_lora, tmp_path):
+    """On a phone and a desktop: no error in the console, nothing asked for outside of the file, nothing wider."""
+    from evaluation.report.build import write_report
+
+    sync_api = pytest.importorskip("playwright.sync_api")
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    rows = read_rows(config)[:4]
+    results = evaluate(plan(config, rows, [find_subject(f"ours={make_lora()}", config)]))
+    page_file = write_report(json.loads(json.dumps(results)), rows, tmp_path / "report")[0]
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        wrong: list[str] = []
+        ours = (page_file.as_uri(), "data:")
+        for width, height in ((390, 844), (1280, 800)):
+            page = browser.new_page(viewport={"width": width, "height": height})
+            page.on("pageerror", lambda error: wrong.append(str(error)))
+            page.on("console", lambda said: wrong.append(said.text) if said.type in ("error", "warning") else None)
+            page.on("request", lambda asked: None if asked.url.startswith(ours) else wrong.append(asked.url))
+            page.goto(page_file.as_uri())
+            page.wait_for_load_state("networkidle")
+            assert wrong == [] and page.locator("h2").count() >= 5
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
+        browser.close()
+
+
+def test_the_papers_rows_need_all_its_prompts():
+    assert comparable("sd", "coco5k", 5000, False) and not comparable("sd", "coco5k", 4999, False)
+    assert not comparable("sd", "parti", 5000, False) and not comparable("sd", "coco5k", 5000, True)
+
+
 def test_the_embedded_model_brings_its_judges():
     assert {spec.name for spec in judge_specs(chosen_judges(EvaluateConfig()))} == {
         "clip_score", "aesthetic_v2", "clip_features", "objects",
     }  # fmt: skip
-    assert judge_specs(chosen_judges(EvaluateConfig(base="/elsewhere"))) == []
+    other = EvaluateConfig(base="/elsewhere")
+    assert chosen_judges(other) == chosen_judges(EvaluateConfig()), "another base model on the embedded prompts"
+    assert judge_specs(chosen_judges(other.model_copy(update={"prompts": "parti"}))) == []

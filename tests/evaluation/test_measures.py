@@ -14,6 +14,7 @@ from evaluation.harness.measures import (
     LATENTS,
     Draws,
     Values,
+    averaged,
     between_seeds,
     cmmd,
     counts,
@@ -46,6 +47,24 @@ def test_a_paired_difference_keeps_the_prompts_together():
     noise = normal(100, sd=0.1, seed=1)
     interval = Values(b + 0.5 + noise).minus(Values(b), 4000, 0)
     assert (interval.high - interval.low) / 2 == pytest.approx(1.96 * 0.1 / 10, rel=0.1)
+
+
+def test_an_interval_holds_the_spread_of_trainings():
+    """Trainings that differ by far more than prompts: the interval is that of their mean, not of the prompts'."""
+    prompts, trainings = normal(400, sd=0.1), normal(3, mean=5.0, sd=1.0, seed=1)
+    many = Values(trainings[:, None] + prompts[None]).interval(4000, 0)
+    assert many.mean == pytest.approx(5.0)
+    alone = Values(5.0 + prompts).interval(4000, 0)
+    assert alone.high - alone.low < 0.03 < 1.5 < many.high - many.low
+    # exactly: draws of 3 of 3, each extreme three times over in 1 of 27, which is more than 2.5%
+    assert (many.low, many.high) == pytest.approx((float(trainings.min()), float(trainings.max())), abs=0.05)
+    same = Values(trainings[:, None] + prompts[None]).minus(Values(prompts), 4000, 0)
+    assert (same.mean, same.low) == pytest.approx((5.0, float(trainings.min())), abs=1e-6), "prompts cancel"
+    draws = averaged(lambda cell, read: Draws(float(cell.seed), torch.full((2000,), float(cell.seed))))
+    found = draws([cell(seed, str(seed)) for seed in (1, 2, 6)], None)
+    assert found.point == 3.0 and (found.interval(0, 0).low, found.interval(0, 0).high) == (1.0, 6.0)
+    noises = draws([cell(seed) for seed in (1, 2, 6)], None).interval(0, 0)
+    assert (noises.low, noises.high) == (3.0, 3.0), "noises of one training are averaged"
 
 
 def test_missing_numbers_are_left_out_and_counted():
@@ -142,3 +161,29 @@ def test_a_judge_that_fails_on_one_picture_loses_that_one():
 def test_a_judge_that_fails_on_all_is_broken():
     with pytest.raises(RuntimeError, match="fails on all of 3 pictures"):
         try_judge(brightness, torch.zeros(3, 3, 4, 4), ["a", "b", "c"], 2)
+
+
+def test_a_table_marks_what_was_learned_and_names_the_seeds():
+    from evaluation.report.tables import latex, markdown, tables
+
+    interval = {"mean": 60.0, "low": 59.0, "high": 61.0}
+    row = {
+        "model": "ours", "steps": 4, "measures": {"clip_score": interval, "vendi": interval}, "versus": {}, "missing": {},
+        "spread": {"clip_score": 0.25}, "latency": None,
+    }  # fmt: skip
+    cards = [
+        {"name": n, "title": n, "better": "higher", "model": "m", "sha256": "", "preprocessing": "p", "scale": "s", "note": ""}
+        for n in ("clip_score", "vendi")
+    ]  # fmt: skip
+    results = {
+        "settings": {"steps": [4], "base": "/none"}, "cards": cards, "ranking": {}, "rows": [row],
+        "prompts": {"name": "embedded", "count": 2}, "learned": {"ours": ["clip_score"]}, "seeds": {"ours": (2, 3)},
+        "diverged": ["gone"],
+    }  # fmt: skip
+    found = tables(results)
+    text = markdown(found, results)
+    assert (
+        "| ours (2/3 seeds) | 60.00 ± 1.00† (sd of seeds 0.25) |" in text
+        and "| ours (2/3 seeds) | 60.00 ± 1.00 |" in text
+    )
+    assert "| gone (diverged) |  |" in text and r"\pm 1.00^\dagger" in latex(found)

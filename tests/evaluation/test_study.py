@@ -249,6 +249,16 @@ def test_the_job_says_what_is_missing_in_one_line(tmp_path):
         Store("nonsense://x")
 
 
+def test_votes_are_of_the_pictures_they_were_given_for(folders, tmp_path):
+    entries, store = Entries(folders), Store(str(tmp_path / "s.db"))
+    store.keep_pictures(entries.hashes())
+    Store(str(tmp_path / "s.db")).keep_pictures(entries.hashes())
+    changed = entries.pictures["red"][entries.names[0]]
+    Image.new("RGB", (8, 8), "green").save(changed)
+    with pytest.raises(ConfigError, match=f"1 pictures are not those .* first {entries.names[0]} of red"):
+        store.keep_pictures(Entries(folders).hashes())
+
+
 # ------------------------------------------------------------------------------------------ in a browser
 @pytest.fixture
 def url(folders, tmp_path):

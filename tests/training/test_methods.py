@@ -20,7 +20,7 @@ from hypersd_ray.recipes.methods import METHODS
 from hypersd_ray.training.adversarial import adversarial_losses
 from hypersd_ray.training.checkpoint import load_checkpoint, save_checkpoint
 from hypersd_ray.training.distiller import Distiller
-from hypersd_ray.training.onestep import OneStep
+from hypersd_ray.training.onestep import OneStep, to_clean
 from hypersd_ray.training.randomness import generator_of
 from hypersd_ray.training.tscd import Pair, make_pair
 from tests.helpers.distil import disturb, make_batch, make_distiller, make_roles, same, snapshot
@@ -288,6 +288,31 @@ def test_a_few_step_student_sets_out_from_each_of_its_steps(inputs, tmp_path):
         below = {"data": 2.0, "generated": -1.0}[inputs]  # what is noised: the images, or what the student made
         assert mean == pytest.approx(0.0 if start == 1000 else alpha * below, abs=0.05)
         assert std == pytest.approx(1.0 if start == 1000 else sigma, rel=0.05)
+
+
+def test_only_rows_that_go_on_are_rolled_out(tmp_path):
+    """The same x_t as when the student is asked for every row at every step, from fewer rows."""
+    state, batch = training(micro("dmd", tmp_path)), batch_of()
+    predict, asked = state.roles.predict, []
+    state.roles.predict = lambda role, x_t, t, cond: asked.append(len(x_t)) or predict(role, x_t, t, cond)
+    x_t, t = state._set_out(batch, generator_of(5))
+    starts, g = state.config.starts, generator_of(5)
+    whole, time = torch.randn(batch.x0.shape, generator=g), torch.full((len(batch.x0),), starts[0])
+    chosen = torch.randint(len(starts), (len(whole),), generator=g)
+    for index, start in enumerate(starts[1:], start=1):
+        with torch.no_grad():
+            clean = to_clean(state.roles, STUDENT, whole, time, batch.cond)
+        noised = add_noise(
+            state.roles.schedule, clean, torch.randn(whole.shape, generator=g), torch.full_like(time, start)
+        )
+        on = chosen >= index
+        whole, time = (
+            torch.where(on.view(-1, 1, 1, 1), noised, whole),
+            torch.where(on, torch.full_like(time, start), time),
+        )
+    assert torch.equal(t, time)
+    torch.testing.assert_close(x_t, whole, rtol=1e-4, atol=1e-4)
+    assert asked[:3] == [max(1, int((chosen >= i).sum())) for i in (1, 2, 3)]
 
 
 class _Constant:
