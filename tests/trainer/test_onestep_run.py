@@ -25,6 +25,7 @@ from hypersd_ray.trainer import run
 from hypersd_ray.trainer.pairs import PairsConfig, make_pairs, pair_folder
 from hypersd_ray.training import samples
 from tests.helpers.pipelines import build_pipeline, micro_unet, randomize
+from tests.trainer.conftest import data_config
 
 pytestmark = pytest.mark.cluster
 METADATA = LoRAMetadata(
@@ -118,11 +119,12 @@ def test_a_dedicated_run_ends_in_a_lora_and_a_unet(pairs, place, data):
     assert len((place / "t800" / "metrics.jsonl").read_text().splitlines()) == 4
 
 
-def test_a_full_unet_of_one_step_comes_out_of_two_workers_under_zero_and_a_reward(cluster, place, data):
+def test_a_full_unet_of_one_step_comes_out_of_two_workers_under_zero_and_a_reward(place, teacher, latents):
     config = OneStepConfig.model_validate(
         {
-            "teacher": str(place / "teacher"), "init": str(place / "lora.safetensors"), "data": data, "mode": "dedicated",
-            "full_unet": True, "zero": {"stage": 2, "bucket": 20_000}, "dmd": {"fake_updates": 1, "warmup_share": 0.0},
+            "teacher": str(teacher), "init": str(place / "lora.safetensors"), "data": data_config(latents),
+            "mode": "dedicated", "full_unet": True, "zero": {"stage": 2, "bucket": 20_000},
+            "dmd": {"fake_updates": 1, "warmup_share": 0.0},
             "distill": {"k_list": (1,), "n_list": (20,), "steps_list": (2,)}, "optim": {"lr": 1e-5, "batch": 4},
             "feedback": {"rewards": (embedded_reward(),)},
             "run": {"name": "full", "out": str(place), "workers": 2, "log_every": 1, "prompts": ("a cat",)},
