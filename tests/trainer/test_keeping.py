@@ -58,7 +58,7 @@ def damage(folder, step, file="student.safetensors"):
 def test_the_newest_is_taken_whatever_ray_train_knows(folder):
     found, state, told = going_on(folder)
     assert (found.path, found.damaged, told) == (f"{folder}/checkpoint_00000003", (), [])
-    assert state.progress.step == 3 and found.position["images"]["row"] == 3
+    assert state.progress.step == 3 and found.positions[0]["images"]["row"] == 3
 
 
 @pytest.mark.parametrize(
