@@ -3,6 +3,8 @@
 {out}/pieces/{piece}.json      done: its runs' folders, seconds, who serves which number of steps
 {out}/pieces/{piece}.seconds   what was spent before it was stopped
 {out}/pieces/{piece}.claim     a process is at it: pid, host
+
+The claim of a process that ended is taken over on its own host; where that host is gone too, a person removes the file.
 """
 
 from __future__ import annotations
