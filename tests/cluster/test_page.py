@@ -52,7 +52,7 @@ def local(tmp_path) -> Path:
 
 
 def test_the_commands_are_all_read(local):
-    assert len(COMMANDS) == 4
+    assert len(COMMANDS) == 5
     configs = {command.split()[1]: read(command, local) for command in COMMANDS}
     encode, feedback = configs["jobs/precompute.py"], configs["jobs/feedback.py"]
     assert encode.data.encoder.label_selector == {"hypersd/pool": "encode"}
