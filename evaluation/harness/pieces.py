@@ -126,7 +126,7 @@ class Pieces:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if path.exists() and self.holder(name) is None:
                     path.unlink(missing_ok=True)
-                file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+                file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
                 ours = {"pid": os.getpid(), "host": socket.gethostname(), "born": _born(os.getpid())}
                 with os.fdopen(file, "w") as claim:
                     claim.write(json.dumps(ours) + "\n")

@@ -67,8 +67,13 @@ def seeds(comparison: Comparison) -> dict[str, tuple[int, int]]:
 
 
 def diverged(comparison: Comparison) -> list[str]:
-    """Methods without a row of numbers, as they diverged at every rate."""
-    return [m for m in comparison.config.methods if comparison.best(m) is None and comparison.over(m)]
+    """Methods without a row of numbers, as all of their trainings diverged."""
+    gone = lambda pieces: all(comparison.done(p) for p in pieces) and not any(map(comparison.usable, pieces))
+    return [
+        m
+        for m in comparison.config.methods
+        if gone(comparison.final(m)) or (comparison.over(m) and comparison.best(m) is None)
+    ]
 
 
 def learned(comparison: Comparison) -> dict[str, list[str]]:
@@ -118,7 +123,7 @@ def remarks(comparison: Comparison, learned: dict[str, list[str]]) -> list[str]:
     if edges := [method for method in config.methods if at_the_edge(comparison, method)]:
         found.append(f"The best learning rate is at the sweep's edge for {', '.join(edges)}: more rates may do better.")
     if gone := diverged(comparison):
-        found.append(f"{', '.join(gone)} diverged at every learning rate of the sweep.")
+        found.append(f"{', '.join(gone)} diverged in all trainings.")
     if set(ABLATIONS) & set(config.methods):
         found.append(
             f"Ablations are trained {'once' if len(config.seeds) == 1 else f'{len(config.seeds)} times'}"
