@@ -163,12 +163,9 @@ def _writer(name: str) -> int | None:
 
 def write_manifest(own: Path, rank: int) -> None:
     """What rank `rank` wrote into `own`, byte by byte: sizes and SHA-256. The others may still be writing theirs."""
-    mine = [p for p in sorted(own.rglob("*")) if p.is_file() and (_writer(p.name) or 0) == rank]
-    files = {
-        p.relative_to(own).as_posix(): {"size": p.stat().st_size, "sha256": sha256_of(p)}
-        for p in mine
-        if p.name != _manifest(rank)
-    }
+    there = [p for p in sorted(own.rglob("*")) if not p.name.startswith((".", "manifest-"))]  # .tmp...: on its way
+    mine = [p for p in there if p.is_file() and (_writer(p.name) or 0) == rank]
+    files = {p.relative_to(own).as_posix(): {"size": p.stat().st_size, "sha256": sha256_of(p)} for p in mine}
     (own / _manifest(rank)).write_text(json.dumps(files))
 
 
