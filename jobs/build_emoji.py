@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 import tyro
 
 from hypersd_ray.config.cli import run_job
-from hypersd_ray.embedded import shards
 from hypersd_ray.embedded.catalogue import common_objects, load_catalogue
 
 
@@ -48,6 +47,8 @@ class BuildConfig:
 def main() -> None:
     """Build both splits."""
     config = tyro.cli(BuildConfig, description=__doc__)
+    from hypersd_ray.embedded import shards  # after the options: it writes with an extra's package
+
     catalogue = load_catalogue(config.node_modules)
     objects = common_objects(catalogue, config.per_subgroup) if config.per_subgroup else catalogue
     categories = sorted({e.subgroup for e in objects})

@@ -78,11 +78,9 @@ Command = (
 def main() -> None:
     """Do what the command says."""
     config = tyro.cli(Command, description=__doc__)
-    try:
-        from evaluation.study import analysis
-        from evaluation.study.store import Store
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{error.name} is not installed: pip install 'hypersd-ray[study]'") from None
+    from evaluation.study import analysis
+    from evaluation.study.store import Store
+
     if isinstance(config, Serve):
         serve(config)
         return

@@ -22,6 +22,12 @@ from hypersd_ray.config.base import CombinationError, ConfigError, RunError
 
 Config = TypeVar("Config", bound=pydantic.BaseModel)
 
+EXTRAS = {
+    "webdataset": "data", "scipy": "mask2former", "optuna": "sweep", "s3fs": "cloud", "gcsfs": "cloud", "wandb": "wandb",
+    "mlflow": "mlflow", "cv2": "control", "deepspeed": "zero", "sqlalchemy": "study",
+}  # fmt: skip
+"""Packages that only some jobs need -> the extra of pyproject.toml that brings them."""
+
 
 class Parser(argparse.ArgumentParser):
     """One that raises what it has to complain of."""
@@ -209,14 +215,19 @@ def one_line(error: pydantic.ValidationError) -> str:
 
 
 def run_job(main: Callable[[], Any]) -> None:
-    """Call a job's main. What a user did wrong ends it with one line and exit code 2, a run that cannot go on with one
-    line and exit code 1, both without a traceback; else the exit code is what `main` returns."""
+    """Call a job's main. What a user did wrong (an extra not installed, too) ends it with one line and exit code 2, a run
+    that cannot go on with one line and exit code 1, both without a traceback; else the exit code is what `main` returns."""
     try:
         code = main()
     except RunError as error:
         code = _complain(error, 1)
     except pydantic.ValidationError as error:
         code = _complain(one_line(error), 2)
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        code = _complain(f"{error.name} is not installed: pip install 'hypersd-ray[{extra}]'", 2)
     except (ValueError, CombinationError) as error:
         code = _complain(getattr(error, "cause", None) or error, 2)  # out of a Ray task it is wrapped
     except KeyboardInterrupt:
