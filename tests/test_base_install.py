@@ -29,7 +29,9 @@ PathFinder.find_spec = find_spec
 def extras() -> dict[str, str]:
     """Import name of each package that an extra brings -> the extra."""
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    names = {re.split(r"[\[<>=~! ]", d, maxsplit=1)[0]: e for e, g in groups.items() if e not in NOT_AT_RUN_TIME for d in g}
+    names = {
+        re.split(r"[\[<>=~! ]", d, maxsplit=1)[0]: e for e, g in groups.items() if e not in NOT_AT_RUN_TIME for d in g
+    }
     return {IMPORTS.get(name, name): extra for name, extra in names.items()}
 
 
@@ -43,7 +45,13 @@ def base(tmp_path: Path) -> dict[str, str]:
 def python(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     """One process of Python in the checkout."""
     return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
 
 
@@ -59,8 +67,12 @@ def test_an_extra_is_hidden(base):
 
 
 def test_what_every_run_loads_needs_no_extra(base):
-    modules = "hypersd_ray.trainer.run, hypersd_ray.trainer.kinds, hypersd_ray.tuning.sweep, hypersd_ray.training.distiller"
-    rooms = "evaluation.harness.run, evaluation.report, evaluation.load, serve.app, hypersd_ray.models.perception.registry"
+    modules = (
+        "hypersd_ray.trainer.run, hypersd_ray.trainer.kinds, hypersd_ray.tuning.sweep, hypersd_ray.training.distiller"
+    )
+    rooms = (
+        "evaluation.harness.run, evaluation.report, evaluation.load, serve.app, hypersd_ray.models.perception.registry"
+    )
     done = python(base, "-c", f"import {modules}, {rooms}")
     assert done.returncode == 0, done.stderr
 
