@@ -49,6 +49,8 @@ class SingleStepConfig(Strict):
     """LoRA files to compare with: for each number of steps the one whose file names it first, else the first."""
     loras: tuple[Path, ...] = ()
     """LoRA files of the same teacher."""
+    unets: tuple[Path, ...] = ()
+    """Folders of whole UNets that `jobs/onestep.py --full-unet` left (unet-...)."""
     clip: RewardConfig
     """A reward by CLIP (clip_score): its image tower makes the features, its score is the other column."""
     pictures: Path = paths.DATA
@@ -260,11 +262,12 @@ def evaluate(config: SingleStepConfig, log: Callable[[str], None] = lambda _: No
         subject.load_lora(path)
         before[steps] = names[str(path)], measure(subject.student(steps, sampling.sampler))
         add(names[str(path)], steps, before[steps][1], subject.inputs(steps))
-    for path in config.loras:
-        subject.load_lora(path)
+    for path in (*config.loras, *config.unets):
+        load, name = (subject.load_lora, names[str(path)]) if path in config.loras else (subject.load_unet, path.name)
+        load(path)
         for steps in filter(subject.can, sampling.steps):
             found = measure(subject.student(steps, sampling.sampler))
-            add(names[str(path)], steps, found, subject.inputs(steps), *before[steps])
+            add(name, steps, found, subject.inputs(steps), *before[steps])
     return report
 
 

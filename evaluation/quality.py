@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 
 import torch
 import tyro
-from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, TCDScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, TCDScheduler, UNet2DConditionModel
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -37,7 +37,8 @@ from evaluation.bootstrap import Interval, bootstrap_interval, paired_difference
 from hypersd_ray.config.base import Strict
 from hypersd_ray.config.cli import run_job
 from hypersd_ray.embedded import paths
-from hypersd_ray.models.checkpoint import read_base
+from hypersd_ray.models.cards import read_sampling
+from hypersd_ray.models.checkpoint import load_component, read_base
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import Encoders
 from hypersd_ray.models.export import TCD_GRID, read_lora
@@ -202,9 +203,15 @@ class Subject:
             [pipe.text_encoder, pipe.text_encoder_2] if two else [pipe.text_encoder],
             pipe.vae, self.info.zero_null_prompt, config.device,
         )  # fmt: skip
-        self.roles = _AsLoaded(pipe.unet.eval(), self.info.schedule, self.info.parameterization)
+        self.base = pipe.unet.eval()
+        self._use(self.base)
         self.shape = (pipe.unet.config.in_channels, *[pipe.unet.config.sample_size] * 2)
         self.named: tuple[int, ...] = ()
+
+    def _use(self, unet: UNet2DConditionModel) -> None:
+        """Sample with `unet`."""
+        self.pipe.unet = unet
+        self.roles = _AsLoaded(unet, self.info.schedule, self.info.parameterization)
 
     def inputs(self, steps: int) -> tuple[int, ...]:
         """What the network is told in the steps of the LoRA that is loaded; () leaves it to the sampler."""
@@ -279,7 +286,8 @@ class Subject:
         return self._chunks(sample)
 
     def load_lora(self, path: Path) -> None:
-        """As a user does; the LoRA before it goes. Raises ValueError when it is not of this base."""
+        """As a user does; the LoRA or UNet before it goes. Raises ValueError when it is not of this base."""
+        self._use(self.base)
         self.pipe.unload_lora_weights()
         metadata = read_lora(path)[1]
         self.named = () if metadata is None else metadata.timesteps
@@ -289,6 +297,17 @@ class Subject:
             raise ValueError(
                 f"--loras {path} does not fit {self.config.teacher}: {str(error).splitlines()[0]}"
             ) from error
+
+    def load_unet(self, folder: Path) -> None:
+        """A distilled UNet in place of the teacher's. Raises ValueError when it is none, or has another shape."""
+        self._use(self.base)
+        self.pipe.unload_lora_weights()
+        told = read_sampling(folder)
+        self.named = () if told is None else told.timesteps
+        unet = load_component(UNet2DConditionModel, folder)
+        if {n: v.shape for n, v in unet.named_parameters()} != {n: v.shape for n, v in self.base.named_parameters()}:
+            raise ValueError(f"--unets {folder} does not fit {self.config.teacher}: its parameters have other shapes")
+        self._use(unet.to(self.config.device).eval())
 
     def gradient_norms(self, latents: Tensor) -> Tensor:
         """(P,) norms of the decoded pictures' differences between neighbours, down and across."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,3 +125,24 @@ def test_both_starts_of_a_single_step_are_ours_and_diffusers(folders, make_lora,
     subject.load_lora(named(lora, "999, 499", tmp_path))
     assert not subject.can(1) and subject.inputs(2) == (999, 499)
     assert torch.isfinite(subject.student(2, "tcd")).all()
+
+
+def test_a_whole_unet_samples_as_the_lora_that_it_was_merged_with(folders, make_lora, tmp_path):
+    config = QualityConfig(teacher=folders["sd"], steps=(1,), batch=2)
+    lora, merging, subject = make_lora(size=0.05), Subject(config, CAPTIONS[:2]), Subject(config, CAPTIONS[:2])
+    merging.load_lora(lora)
+    merging.pipe.fuse_lora()
+    merging.pipe.unload_lora_weights()
+    merging.pipe.unet.save_pretrained(tmp_path / "unet")
+    subject.load_lora(lora)
+    with_lora = subject.student(1, "edges")
+    subject.load_unet(tmp_path / "unet")
+    assert subject.inputs(1) == () and subject.can(2)
+    torch.testing.assert_close(subject.student(1, "edges"), with_lora, rtol=1e-4, atol=1e-4)
+    (tmp_path / "unet/sampling.json").write_text('{"scheduler": "LCMScheduler", "timesteps": [800]}')
+    subject.load_unet(tmp_path / "unet")
+    assert subject.inputs(1) == (800,) and not subject.can(2)
+    subject.load_lora(lora)
+    torch.testing.assert_close(subject.student(1, "edges"), with_lora)
+    with pytest.raises(ValueError, match="does not fit"):
+        subject.load_unet(Path(folders["sdxl"]) / "unet")
