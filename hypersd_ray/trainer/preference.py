@@ -24,7 +24,7 @@ from hypersd_ray.data.preferences import PairStream, Position, held_out_pairs, o
 from hypersd_ray.models.rewards.image_reward import load_image_reward, save_image_reward
 from hypersd_ray.trainer import storage
 from hypersd_ray.trainer.logs import Loggers
-from hypersd_ray.trainer.progress import ProgressBoard
+from hypersd_ray.trainer.progress import new_board
 from hypersd_ray.trainer.room import check_workers
 from hypersd_ray.trainer.run import connect
 from hypersd_ray.training.checkpoint import load_checkpoint, save_checkpoint
@@ -62,7 +62,7 @@ def fit(config: PreferenceConfig) -> Fitted:
     connect()
     check_workers(run)
     storage.write_text(f"{folder}/config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    board = ProgressBoard.remote()  # type: ignore[attr-defined]
+    board = new_board()
     try:
         result = _trainer(config, board).fit()
         failed: TrainingFailedError | None = None

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
@@ -192,10 +193,16 @@ def _watch(board: ray.actor.ActorHandle, stop: threading.Event, line_every_s: fl
                 return
 
 
+def new_board() -> ray.actor.ActorHandle:
+    """On the driver's node: it goes when the driver goes, and not with a worker's node."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ProgressBoard.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+
+
 @contextmanager
 def watching(line_every_s: float = 10.0) -> Iterator[ray.actor.ActorHandle]:
     """A board that is shown to the user for as long as the block lasts."""
-    board, stop = ProgressBoard.remote(), threading.Event()  # type: ignore[attr-defined]
+    board, stop = new_board(), threading.Event()
     thread = threading.Thread(target=_watch, args=(board, stop, line_every_s), daemon=True)
     thread.start()
     try:

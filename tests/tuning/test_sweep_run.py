@@ -106,7 +106,10 @@ def test_a_sweep_whose_driver_is_killed_goes_on(cluster, make_config, tmp_path):
     code = DRIVE.format(file=str(tmp_path / "sweep.yaml"))
     process = subprocess.Popen([sys.executable, "-c", code], env=cluster, cwd=ROOT)
     wait_for(
-        lambda: list(folder.glob("trials/*/checkpoint_*/manifest.json")) and sweeps._restorable(str(folder / "tune")),
+        lambda: (
+            len({path.parts[-3] for path in folder.glob("trials/*/checkpoint_*/manifest.json")}) == 2
+            and sweeps._restorable(str(folder / "tune"))
+        ),
         process=process,
     )
     process.send_signal(signal.SIGKILL)
