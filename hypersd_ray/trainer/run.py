@@ -26,6 +26,7 @@ from hypersd_ray.config.base import CombinationError, ConfigError, RunError
 from hypersd_ray.config.feedback import FeedbackConfig
 from hypersd_ray.config.onestep import OneStepConfig
 from hypersd_ray.config.tscd import TSCDConfig
+from hypersd_ray.data.anchor import anchor
 from hypersd_ray.data.precompute import rejected, resolve, validate
 from hypersd_ray.data.rejects import start_reject_log, told
 from hypersd_ray.data.sources import find_shards
@@ -89,6 +90,7 @@ def connect() -> None:
         log_to_driver=os.environ.get("RAY_LOG_TO_DRIVER") == "1",
         runtime_env=None if inherited else {"working_dir": str(ROOT)},
     )
+    anchor()
 
 
 def check(config: AnyConfig) -> None:
