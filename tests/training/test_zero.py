@@ -83,6 +83,35 @@ def test_every_way_ends_where_plain_training_does(kind, tmp_path):
                 assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
 
 
+def _twenty(rank: int, world: int, folder: Path) -> list[Any]:
+    """Twenty steps at each stage."""
+    found = []
+    for stage in range(4):
+        training = training_of("onestep", folder, rank, world, stage=stage)
+        c = training.config  # no more than the comparison needs: two rows a worker, in one part
+        training.config = c.model_copy(
+            update={
+                "distill": c.distill.model_copy(update={"steps_list": (20,)}),
+                "optim": c.optim.model_copy(update={"batch": 2 * world, "accumulation": 1}),
+            }
+        )
+        for index in range(20):
+            step(training, index)
+        found.append(state(training))
+    return found
+
+
+@pytest.mark.slow
+def test_after_twenty_steps_all_stages_are_where_plain_training_is(tmp_path):
+    (plain, _, progress), *others = together(_twenty, 2, tmp_path)[0]
+    assert progress["skipped"] == 0
+    start = snapshot(training_of("onestep", tmp_path, 0, 1))
+    for stage, (weights, _, theirs) in enumerate(others, start=1):
+        assert theirs == progress
+        for part in {name.split("/")[0] for name in plain}:
+            assert far(weights, plain, start, part) < 5e-3, (stage, part)
+
+
 def _break(rank: int, world: int, folder: Path, kind: str, dtype: torch.dtype, zero: dict[str, Any]) -> list[Any]:
     """The run, saved after two steps; its third; and both again from DeepSpeed's checkpoint and from the portable one."""
     whole, saved = training_of(kind, folder, rank, world, dtype, **zero), folder / "saved"
