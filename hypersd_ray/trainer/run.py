@@ -166,11 +166,12 @@ def check_open_number(config: AnyConfig) -> None:
             "be counted as workers'; set data.cache=disk, or encode before (jobs/precompute.py)"
         )
     if isinstance(config, FeedbackConfig | OneStepConfig) and KINDS[kind_of(config)].models(config):
+        where = "placement" if isinstance(config, FeedbackConfig) else "feedback.placement"
         taken = {name: getattr(config.placement, name) for name in ("num_gpus", "num_cpus")}
         if name := next((name for name, amount in taken.items() if amount), None):
             raise ConfigError(
-                f"run.min_workers={config.run.min_workers} with placement.{name}={taken[name]:g}: the actors' places would be "
-                f"counted as workers'; set placement.where=local or placement.{name}=0"
+                f"run.min_workers={config.run.min_workers} with {where}.{name}={taken[name]:g}: the actors' places would be "
+                f"counted as workers'; set {where}.where=local or {where}.{name}=0"
             )
 
 

@@ -7,8 +7,10 @@ import os
 import pytest
 
 from hypersd_ray.config.base import ConfigError
-from hypersd_ray.recipes import RECIPES
-from hypersd_ray.trainer import elastic
+from hypersd_ray.config.rewards import PlacementConfig
+from hypersd_ray.embedded import paths
+from hypersd_ray.recipes import FEEDBACK_RECIPES, ONESTEP_RECIPES, RECIPES
+from hypersd_ray.trainer import elastic, run
 
 
 def with_run(**changes):
@@ -38,6 +40,27 @@ def test_the_readers_are_in_an_open_numbers_places_and_the_line_names_the_settin
     assert elastic.place_of(config) == {"CPU": 1.5}
     with pytest.raises(ConfigError, match=r"run\.min_workers=2: the nodes have room for 1 workers .*data\.reader_cpus"):
         elastic.check_room(config)
+
+
+@pytest.mark.parametrize("kind", ["feedback", "onestep"])
+def test_actors_with_places_do_not_go_with_an_open_number(kind):
+    """The line names the setting by the name that the job has for it."""
+    lora, places = str(paths.LORAS / "tscd-k1.safetensors"), PlacementConfig(where="actors", num_cpus=0.5)
+    if kind == "feedback":
+        config = FEEDBACK_RECIPES["tiny"](lora=lora).model_copy(update={"placement": places})
+        setting = "placement"
+    else:
+        config = ONESTEP_RECIPES["tiny"](init=lora, feedback=True)
+        config = config.model_copy(update={"feedback": config.feedback.model_copy(update={"placement": places})})
+        setting = "feedback.placement"
+    config = config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"min_workers": 1}),
+            "data": config.data.model_copy(update={"cache": "disk"}),
+        }
+    )
+    with pytest.raises(ConfigError, match=rf"with {setting}\.num_cpus=0\.5: .* set {setting}\.where=local or"):
+        run.check_open_number(config)
 
 
 def test_an_open_number_waits_shorter_than_the_default(monkeypatch):
