@@ -66,8 +66,8 @@ def test_actors_with_places_do_not_go_with_an_open_number(kind):
 def test_an_open_number_waits_shorter_than_the_default(monkeypatch):
     """And what is set in the environment stays."""
     monkeypatch.delenv(elastic.START_TIMEOUT, raising=False)
-    for run, seconds in ((with_run(min_workers=1).run, "25"), (with_run().run, "600")):
-        with elastic.start_timeout(run):
+    for settings, seconds in ((with_run(min_workers=1).run, "25"), (with_run().run, "600")):
+        with elastic.start_timeout(settings):
             assert os.environ[elastic.START_TIMEOUT] == seconds
         assert elastic.START_TIMEOUT not in os.environ
     monkeypatch.setenv(elastic.START_TIMEOUT, "7")
