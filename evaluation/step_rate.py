@@ -43,8 +43,7 @@ from hypersd_ray.models.checkpoint import read_base
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.roles import FullRoles, LoRARoles, Roles
 from hypersd_ray.models.shapes import write_shape
-from hypersd_ray.recipes.onestep import onestep_sd15, onestep_sdxl, onestep_tiny
-from hypersd_ray.recipes.tscd import sd15, sdxl, tiny
+from hypersd_ray.recipes import ONESTEP_RECIPES, RECIPES
 from hypersd_ray.training.distiller import Distiller
 from hypersd_ray.training.memory_report import model_of
 from hypersd_ray.training.onestep import OneStep
@@ -107,17 +106,14 @@ def recipe_of(config: RateConfig, kind: StepKind, folder: Path) -> TSCDConfig:
         teacher = str(folder)
     made: TSCDConfig
     if kind == "tscd":
-        made = {"sd15": sd15, "sdxl": sdxl}[config.shape](teacher) if config.shape != "tiny" else tiny()
+        made = RECIPES[config.shape](teacher) if config.shape != "tiny" else RECIPES["tiny"]()
         last = made.distill.model_copy(update={"k_list": made.distill.k_list[-1:], "n_list": made.distill.n_list[-1:],
                                                "steps_list": (1_000_000,)})  # fmt: skip
         made = made.model_copy(update={"distill": last})
     else:
         full = kind == "full-unet"
-        recipe: Callable[..., OneStepConfig] = {"sd15": onestep_sd15, "sdxl": onestep_sdxl, "tiny": onestep_tiny}[
-            config.shape
-        ]
-        first = () if config.shape == "tiny" else (teacher,)
-        made = recipe(*first, init=str(paths.LORAS / "tscd-k1.safetensors"), full_unet=full)
+        first, init = () if config.shape == "tiny" else (teacher,), str(paths.LORAS / "tscd-k1.safetensors")
+        made = ONESTEP_RECIPES[config.shape](*first, init=init, full_unet=full)
         made = made.model_copy(update={"init": None, "dmd": made.dmd.model_copy(update={"warmup_share": 0.0})})
     changes: dict[str, Any] = {
         "optim": made.optim.model_copy(update={"accumulation": 1, "checkpointing": False}),
