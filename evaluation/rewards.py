@@ -33,6 +33,7 @@ from hypersd_ray.embedded import paths
 from hypersd_ray.models.perception.coco import CocoAnnotations
 from hypersd_ray.models.perception.registry import load_perception
 from hypersd_ray.models.rewards.registry import load_reward
+from hypersd_ray.recipes.feedback import embedded_rewards
 from hypersd_ray.training.pictures import diversity, saturation
 
 OBJECTS = "objects"
@@ -64,13 +65,9 @@ class RewardsConfig(Strict):
 
 def tiny(baseline: str, detector: str = str(paths.EVALUATORS / "solo")) -> RewardsConfig:
     """The embedded model's judges."""
-    clip = str(paths.EVALUATORS / "clip")
     return RewardsConfig(
         baseline=Path(baseline),
-        rewards=(
-            RewardConfig(name="aesthetic_v2", checkpoint=str(paths.EVALUATORS / "aesthetic.safetensors"), tower=clip),
-            RewardConfig(name="clip_score", checkpoint=clip, role="watch"),
-        ),
+        rewards=embedded_rewards(),
         detector=PerceptionConfig(checkpoint=detector) if detector else None,
     )
 

@@ -134,7 +134,8 @@ def make_inputs(settings: StepSettings) -> Inputs:
 def make_base(settings: StepSettings) -> UNet2DConditionModel:
     """A UNet with random weights, the same at every call."""
     torch.manual_seed(0)
-    return SHAPES[settings.shape].make().to(settings.device)
+    with torch.device(settings.device):  # drawn where it will be: on a CPU a large one takes longer than the steps
+        return SHAPES[settings.shape].make()
 
 
 class LCMScript:

@@ -1,10 +1,10 @@
-"""Train the embedded world's evaluators: a CLIP, an aesthetic head on it, and a SOLO.
+"""Train the embedded world's evaluators: two CLIPs, an aesthetic predictor, an ImageReward, an HPS, a SOLO.
 
     python jobs/build_emoji.py --node-modules node_modules --train 24000 --out build/emoji
-    python jobs/pretrain_evaluators.py --data build/emoji --out build/evaluators
+    python jobs/pretrain_evaluators.py --data build/emoji --out build/evaluators --device cuda
 
-Some minutes each on 2 cores; stopped and started again, it goes on. The results (`OUT/clip`, `OUT/aesthetic.safetensors`,
-`OUT/solo`, `OUT/report.json`) are committed in `hypersd_ray/embedded/evaluators`, so nobody needs to run this.
+Stopped and started again, it goes on. The results (all in OUT but the states, which end in `_state.pt`) are committed in
+`hypersd_ray/embedded/evaluators`, so nobody needs to run this.
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ from hypersd_ray.embedded import paths
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hypersd_ray.embedded.preferences import Preferences
+    from hypersd_ray.embedded.spoiling import Bank
+
     Pictures = tuple[Tensor, list[str]]
+
+What = Literal["clip", "aesthetic", "image_reward", "hps", "solo"]
 
 
 class EvaluatorsConfig(Strict):
@@ -38,18 +43,28 @@ class EvaluatorsConfig(Strict):
     """Folder for the states and the finished models."""
     teacher: Path = paths.TEACHER
     """Its tokenizer is CLIP's too; what it denoises badly teaches the aesthetic head."""
-    what: tuple[Literal["clip", "aesthetic", "solo"], ...] = ("clip", "aesthetic", "solo")
-    """Which to train; the aesthetic head needs the CLIP."""
+    what: tuple[What, ...] = ("clip", "aesthetic", "image_reward", "hps", "solo")
+    """Which to train; HPS begins with the CLIP."""
     clip_steps: tuple[int, ...] = (1800, 1200, 900)
     """Batches of 128 pictures with captions, in cycles of the learning rate."""
     clip_spoilt: int = Field(default=8000, ge=0)
     """Spoilt pictures among CLIP's, beside the sound ones."""
-    aesthetic_steps: int = Field(default=1000, ge=10)
-    """Batches of 256 rated pictures, embedded before."""
-    aesthetic_pictures: int = Field(default=6000, ge=16)
-    """Pictures that are spoilt and rated for it."""
-    solo_steps: int = Field(default=2000, ge=10)
+    aesthetic_steps: int = Field(default=2500, ge=12)
+    """Batches of 256 pictures with captions and marks."""
+    image_reward_steps: int = Field(default=2000, ge=12)
+    """Batches of pairs."""
+    image_reward_batch: int = Field(default=64, ge=2)
+    """Pairs of one."""
+    hps_steps: int = Field(default=1200, ge=12)
+    """Batches of 128 pairs, others than ImageReward's."""
+    solo_steps: int = Field(default=9000, ge=12)
     """Batches of 16 annotated pictures."""
+    pictures: int = Field(default=24000, ge=16)
+    """Sound pictures at most, for those that learn marks or preferences."""
+    spoilt_versions: int = Field(default=3, ge=1)
+    """Spoilt ones of each."""
+    device: str = "cpu"
+    """Where those learn: cpu, cuda."""
     seed: int = 0
     """All randomness is a function of (seed, step)."""
 
@@ -62,11 +77,21 @@ def main() -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     train_set, held_out = load_pictures(config.data, "train"), load_pictures(config.data, "val")
     report_path = config.out / "report.json"
-    report = json.loads(report_path.read_text()) if report_path.exists() else {}
+    trainings = {"clip": clip, "aesthetic": aesthetic, "image_reward": image_reward, "hps": hps, "solo": solo}
     for name in config.what:
-        report[name] = {"clip": clip, "aesthetic": aesthetic, "solo": solo}[name](config, train_set, held_out)
-        report_path.write_text(json.dumps(report, indent=1))
-        print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in report[name].items()), flush=True)
+        found = trainings[name](config, train_set, held_out)
+        report = json.loads(report_path.read_text()) if report_path.exists() else {}
+        report_path.write_text(json.dumps(report | {name: found}, indent=1))
+        print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in found.items()), flush=True)
+
+
+def banks(config: EvaluatorsConfig, train_set: Pictures, held_out: Pictures, seed: int) -> tuple[Bank, Bank]:
+    """Spoilt pictures to learn from, and to be measured on."""
+    from hypersd_ray.embedded.spoiling import spoil_all
+
+    images, captions = (part[: config.pictures] for part in train_set)
+    learnt = spoil_all(images, captions, config.teacher, config.spoilt_versions, seed, config.device)
+    return learnt, spoil_all(*held_out, config.teacher, 2, seed + 1, config.device)
 
 
 def clip(config: EvaluatorsConfig, train_set: Pictures, held_out: Pictures) -> dict[str, float]:
@@ -88,19 +113,52 @@ def clip(config: EvaluatorsConfig, train_set: Pictures, held_out: Pictures) -> d
 
 
 def aesthetic(config: EvaluatorsConfig, train_set: Pictures, held_out: Pictures) -> dict[str, float]:
-    """The head."""
-    from hypersd_ray.embedded.pretrain_clip import rating_error, train_aesthetic
-    from hypersd_ray.models.rewards.clip import load_tower
+    """The predictor, and the CLIP below it."""
+    from hypersd_ray.embedded.pretrain_aesthetic import rating_error, train_aesthetic
+    from hypersd_ray.embedded.pretrain_clip import retrieval
+
+    learnt, measured = banks(config, train_set, held_out, config.seed)
+    model = train_aesthetic(
+        learnt, config.teacher, config.out, config.out / "clip_large", config.out / "aesthetic.safetensors",
+        config.aesthetic_steps, seed=config.seed, device=config.device,
+    )  # fmt: skip
+    return rating_error(model, measured) | retrieval(model.tower, *held_out)
+
+
+def image_reward(config: EvaluatorsConfig, train_set: Pictures, held_out: Pictures) -> dict[str, float]:
+    """Eq. 11 on preferences of the oracle."""
+    from hypersd_ray.embedded.pretrain_preference import agreement, train_image_reward
+
+    learnt, measured = preferences(config, train_set, held_out, config.seed)
+    model = train_image_reward(
+        learnt, config.teacher, config.out, config.out / "image_reward", config.image_reward_steps,
+        config.image_reward_batch, config.seed, config.device,
+    )  # fmt: skip
+    return agreement(model.to(config.device), measured)
+
+
+def hps(config: EvaluatorsConfig, train_set: Pictures, held_out: Pictures) -> dict[str, float]:
+    """A held-out judge of preference: of another class than ImageReward, and from other pairs."""
+    from hypersd_ray.embedded.pretrain_preference import agreement, train_hps
 
     if not (config.out / "clip").is_dir():
-        raise ValueError(f"{config.out}/clip does not exist: train it first (--what clip aesthetic)")
-    tower = load_tower("", config.out / "clip")
-    images, captions = train_set[0][: config.aesthetic_pictures], train_set[1][: config.aesthetic_pictures]
-    head = train_aesthetic(
-        tower, images, captions, config.teacher, config.out, config.out / "aesthetic.safetensors",
-        config.aesthetic_steps, seed=config.seed,
+        raise ValueError(f"{config.out}/clip does not exist: train it first (--what clip hps)")
+    learnt, measured = preferences(config, train_set, held_out, config.seed + 10)
+    model = train_hps(
+        learnt, config.out / "clip", config.out, config.out / "hps", config.hps_steps,
+        seed=config.seed + 10, device=config.device,
     )  # fmt: skip
-    return rating_error(tower, head, *held_out, config.teacher)
+    return agreement(model.to(config.device), measured)
+
+
+def preferences(
+    config: EvaluatorsConfig, train_set: Pictures, held_out: Pictures, seed: int
+) -> tuple[Preferences, Preferences]:
+    """To learn from, and to be measured on."""
+    from hypersd_ray.embedded.preferences import Preferences
+
+    learnt, measured = banks(config, train_set, held_out, seed)
+    return Preferences(learnt), Preferences(measured)
 
 
 def solo(config: EvaluatorsConfig, train_set: Pictures, held_out: Pictures) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Fit an ImageReward-class reward model to preference pairs (Eq. 11), and say how often it agrees with held-out ones.
 
-python jobs/reward.py tiny                                                     # the embedded world, minutes on a CPU
+python jobs/reward.py tiny                                                     # the embedded ImageReward learns a taste
 python jobs/reward.py image_reward --init ImageReward.pt --tokenizer vocab.txt --pairs 'pickapic/*.parquet'
 """
 
@@ -16,23 +16,23 @@ from hypersd_ray.config.preference import PairsConfig, PreferenceConfig
 from hypersd_ray.config.run import OptimConfig, RunConfig
 from hypersd_ray.embedded import paths
 
-BUILD = Path("runs/reward-tiny-start")
-"""Where the embedded recipe keeps its pairs and its untrained model."""
+BUILD = Path("runs/reward-tiny-pairs")
+"""Where the embedded recipe keeps its pairs."""
 
 
-def tiny(steps: int = 1500, out: str = str(BUILD)) -> PreferenceConfig:
-    """A small ImageReward from scratch on pairs made of the embedded pictures; they are made where they are missing."""
+def tiny(steps: int = 400, out: str = str(BUILD)) -> PreferenceConfig:
+    """The embedded ImageReward, tuned to a team that wants its objects large; the pairs are made where they are missing."""
     folder = Path(out)
     return PreferenceConfig(
         pairs=PairsConfig(
             train=(str(folder / "train.parquet"),), held_out=(str(folder / "val.parquet"),), resolution=32
         ),
-        init=str(folder / "start"),
+        init=str(paths.EVALUATORS / "image_reward"),
         freeze=0.0,
         steps=steps,
-        optim=OptimConfig(lr=1e-3, schedule="cosine", warmup=50, batch=32),
-        eval_every=250,
-        run=RunConfig(name="reward-tiny", checkpoint_every=250, log_every=25),
+        optim=OptimConfig(lr=3e-4, schedule="cosine", warmup=20, batch=32),
+        eval_every=100,
+        run=RunConfig(name="reward-tiny", checkpoint_every=100, log_every=20),
     )
 
 
@@ -47,16 +47,14 @@ def image_reward(init: str, pairs: str, tokenizer: str) -> PreferenceConfig:
 
 
 def build_tiny(config: PreferenceConfig) -> None:
-    """Pairs and start of the `tiny` recipe."""
+    """Pairs of the `tiny` recipe."""
     from hypersd_ray.embedded.pictures import load_pictures
-    from hypersd_ray.embedded.preferences import write_pairs, write_start
+    from hypersd_ray.embedded.preferences import write_taste
 
     for split, files in (("train", config.pairs.train), ("val", config.pairs.held_out)):
         if not Path(files[0]).exists():
-            count = write_pairs(*load_pictures(paths.DATA, split), paths.TEACHER, Path(files[0]), seed=len(split))
+            count = write_taste(*load_pictures(paths.DATA, split), Path(files[0]), seed=len(split))
             print(f"{count} pairs in {files[0]}", flush=True)
-    if not Path(config.init).exists():
-        write_start(paths.TEACHER, Path(config.init))
 
 
 def main() -> None:
@@ -70,6 +68,7 @@ def main() -> None:
     m = fitted.metrics
     print(
         f"\npairwise accuracy {m['held_out_accuracy']:.3f} +- {m['held_out_error']:.3f} on {m['held_out_pairs']:.0f} held-out pairs"
+        + (f", before {m['held_out_before']:.3f}" if "held_out_before" in m else "")
     )
     print(f"model    {fitted.model} (rewards: name image_reward, checkpoint {fitted.model})")
     print(f"logs     tensorboard --logdir {fitted.folder}/tensorboard")

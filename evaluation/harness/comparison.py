@@ -28,6 +28,7 @@ from evaluation.harness.telling import told
 from hypersd_ray.config.base import ConfigError, RunError
 from hypersd_ray.config.compare import CompareConfig
 from hypersd_ray.config.evaluate import EvaluateConfig, JudgesConfig
+from hypersd_ray.config.feedback import FeedbackConfig
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.data.precompute import resolve
 from hypersd_ray.embedded import paths
@@ -202,7 +203,8 @@ class Comparison:
         configs, folders = [self._placed(chain.first)], []
         try:
             for link in [*chain.then, None]:
-                folders.append(run.train(configs[-1]).folder)
+                with self.there.held(f"run-{configs[-1].run.name}"):  # chains that begin alike share it
+                    folders.append(run.train(configs[-1]).folder)
                 if link is not None:
                     above = configs[link.above]
                     lora = f"{folders[link.above]}/{KINDS[kind_of(above)].product(above, link.steps)}"
@@ -215,8 +217,13 @@ class Comparison:
         self.there.finish(piece, runs=folders, serves=serves, seconds=seconds(), teacher_passes=passes)
 
     def _placed(self, config: Config) -> Config:
-        """In the comparison's folder, with one store of latents for all."""
-        placed = config.run.model_copy(update={"out": str(self.out / "runs")})
+        """In the comparison's folder, with one store of latents for all, on what it trains on."""
+        gpus = self.config.gpus_per_worker
+        placed = config.run.model_copy(update={"out": str(self.out / "runs"), "gpus_per_worker": gpus})
+        if gpus and isinstance(
+            config, FeedbackConfig
+        ):  # small judges: beside the model they take no place of their own
+            config = config.model_copy(update={"placement": config.placement.model_copy(update={"where": "local"})})
         own = {"shards": self.config.shards} if self.config.shards else {}
         data = config.data.model_copy(update={"cache_dir": str(self.out / "latents"), **own})
         return config.model_copy(update={"run": placed, "data": data})

@@ -94,8 +94,10 @@ def embedded_judges() -> JudgesConfig:
     """The embedded world's own."""
     return JudgesConfig(
         clip_score=str(paths.EVALUATORS / "clip"),
-        clip_large=str(paths.EVALUATORS / "clip"),
+        clip_large=str(paths.EVALUATORS / "clip_large"),
         aesthetic_v2=str(paths.EVALUATORS / "aesthetic.safetensors"),
+        image_reward=str(paths.EVALUATORS / "image_reward"),
+        hps_v21=str(paths.EVALUATORS / "hps"),
         solo=str(paths.EVALUATORS / "solo"),
         annotations=str(paths.DATA / "instances_val.json"),
         captions=str(paths.DATA / "captions_val.json"),

@@ -116,9 +116,8 @@ def remarks(comparison: Comparison, learned: dict[str, list[str]]) -> list[str]:
         found.append("Turbo and DMD are made for 4 steps and fewer: their longer columns are beyond their training.")
     if learned:
         found.append(
-            f"† {', '.join(learned)} learned from feedback by networks that judge them here: the aesthetic head, SOLO, and "
-            "the CLIP below the head, which is that of CLIP score too. Those cells show what was trained; the distance to "
-            "the teacher is the column without that."
+            f"† {', '.join(learned)} learned from feedback by networks that judge them here. Those cells show what was "
+            "trained; the other columns' judges are held out."
         )
     if edges := [method for method in config.methods if at_the_edge(comparison, method)]:
         found.append(f"The best learning rate is at the sweep's edge for {', '.join(edges)}: more rates may do better.")

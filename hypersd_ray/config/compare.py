@@ -37,6 +37,9 @@ class CompareConfig(Strict):
     """Weights of the judges; all empty takes the embedded ones."""
     latency_repeats: int = Field(default=5, ge=0)
     """Pictures over which latency is measured."""
+    gpus_per_worker: float = Field(default=0, ge=0)
+    """GPUs of each training; with a share, several processes train beside each other on one. 0 trains on the CPU. The
+    pools below have settings of their own."""
     generators: EncoderPool = EncoderPool(batch_size=64)
     """Actors that make pictures."""
     scorers: EncoderPool = EncoderPool(batch_size=64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -58,6 +59,19 @@ class Composition:
     def held_out(self) -> bool:
         """True for about one composition in ten, whatever the seed."""
         return hashlib.sha256(self.caption.encode()).digest()[0] < 26
+
+
+def read_caption(caption: str) -> tuple[str, tuple[str, ...], str]:
+    """Style, objects in alphabetical order, and background of what `Composition.caption` says.
+
+    Raises:
+        ValueError: it is no such caption.
+    """
+    found = re.fullmatch(r"a (\S+) (.+) on an? (.+) background", caption)
+    if found is None:
+        raise ValueError(f"{caption!r} is not a caption of the embedded world")
+    style, things, background = found.groups()
+    return style, tuple(sorted(things.split(f" and a {style} "))), background
 
 
 def draw_composition(

@@ -10,4 +10,5 @@ DATA = ROOT / "data"
 LORAS = ROOT / "loras"
 """The LoRAs of `jobs/tscd.py tiny --budget full`, one a stage."""
 EVALUATORS = ROOT / "evaluators"
-"""Small reward and perception models of the published classes: clip/, aesthetic.safetensors, solo/."""
+"""Small reward and perception models of the published classes: clip/, clip_large/ with
+aesthetic.safetensors above it, image_reward/, hps/, solo/."""

@@ -1,73 +1,136 @@
-"""Preference pairs of the embedded world, and the small ImageReward that they teach.
+"""Preferences of the embedded world: which of two pictures for a caption somebody would prefer, and why.
 
-No person has judged these pictures. Of two pictures for a caption the "preferred" is the real one, or the one less
-spoilt; a quarter of the rejected ones are sound pictures of another caption.
+No person has judged these pictures. The oracle, who teaches the embedded judges, knows what a picture shows and how much it is spoilt: it gives the mark
+of `spoiling.quality`, less a fine for each attribute that is not the caption's, and prefers the higher. A team's own taste, which a judge may learn then, is another matter (`write_taste`).
+
+Shapes: N pictures in V versions, B pairs; pair members (B, 2): version and picture.
 """
 
 from __future__ import annotations
 
 import io
+from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from hypersd_ray.embedded.pretrain_clip import Spoiler, quality
-from hypersd_ray.embedded.text import load_tokenizer
-from hypersd_ray.models.rewards.aesthetic import HeadV2
-from hypersd_ray.models.rewards.image_reward import ImageReward, save_image_reward, text_config, vision_config
+from hypersd_ray.embedded.compose import read_caption
+from hypersd_ray.embedded.spoiling import Bank
+
+FINES = (2.0, 6.0, 2.0)
+"""For another style, other objects, another background; a mark goes from 1 to 10."""
+MARGIN = 0.75
+"""A smaller difference nobody could see."""
+OWN = 0.6
+"""Share of a pair's pictures that are of the caption; the others differ from it in one attribute, where there are such."""
+
+MOST_PARTNERS = 16
+"""Pictures kept of those that differ from one in a given attribute alone."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """prompt (B,): whose caption; chosen, rejected (B, 2): version and picture."""
+
+    prompt: Tensor
+    chosen: Tensor
+    rejected: Tensor
+
+
+class Preferences:
+    """Pairs drawn from a bank."""
+
+    def __init__(self, bank: Bank):
+        self.bank = bank
+        numbers: list[dict[object, int]] = [{}, {}, {}]
+        shown = [read_caption(caption) for caption in bank.captions]
+        self.attributes = torch.tensor(
+            [[seen.setdefault(value, len(seen)) for seen, value in zip(numbers, s, strict=True)] for s in shown]
+        )
+        self.partners = self._find_partners()
+
+    def _find_partners(self) -> list[list[int]]:
+        """Of each picture those that differ in one attribute alone."""
+        rows = [tuple(row) for row in self.attributes.tolist()]
+        found: list[list[int]] = [[] for _ in rows]
+        for left_out in range(3):
+            groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+            for i, row in enumerate(rows):
+                groups[row[:left_out] + row[left_out + 1 :]].append(i)
+            for group in groups.values():
+                for place, i in enumerate(group):
+                    turned = (group[(place + n) % len(group)] for n in range(1, min(MOST_PARTNERS + 1, len(group))))
+                    found[i] += [j for j in turned if rows[j][left_out] != rows[i][left_out]]
+        return found
+
+    def marks(self, prompt: Tensor, version: Tensor, picture: Tensor) -> Tensor:
+        """The oracle's, (B,)."""
+        wrong = self.attributes[prompt] != self.attributes[picture]
+        return self.bank.marks[version, picture] - (wrong * torch.tensor(FINES)).sum(1)
+
+    def draw(self, count: int, generator: torch.Generator) -> Drawn:
+        """`count` pairs that the oracle can tell apart."""
+        parts: list[Drawn] = []
+        while sum(len(part.prompt) for part in parts) < count:
+            prompt = torch.randint(len(self.attributes), (2 * count,), generator=generator)
+            members = torch.stack([self._members(prompt, generator) for _ in range(2)])
+            marks = torch.stack([self.marks(prompt, *m.unbind(1)) for m in members])
+            better = marks.argmax(0)
+            keep, row = (marks[0] - marks[1]).abs() >= MARGIN, torch.arange(len(prompt))
+            parts.append(Drawn(prompt[keep], members[better, row][keep], members[1 - better, row][keep]))
+        fields = zip(*((part.prompt, part.chosen, part.rejected) for part in parts), strict=True)
+        return Drawn(*(torch.cat(field)[:count] for field in fields))
+
+    def _members(self, prompt: Tensor, generator: torch.Generator) -> Tensor:
+        """A picture for each prompt (B,) -> (B, 2)."""
+        own = torch.rand(len(prompt), generator=generator) < OWN
+        chance = torch.randint(2**31, (len(prompt),), generator=generator).tolist()
+        everyone = range(len(self.attributes))
+        others = [
+            of[c % len(of)]
+            for i, c in zip(prompt.tolist(), chance, strict=True)
+            if (of := self.partners[i] or everyone)
+        ]
+        version = torch.randint(len(self.bank.marks), (len(prompt),), generator=generator)
+        return torch.stack([version, torch.where(own, prompt, torch.tensor(others))], 1)
+
+
+NEAREST, FARTHEST, TOLD_APART = 1.35, 0.8, 1.15
+"""Magnifications of a taste's pictures, and how much larger one of a pair is at least."""
+
+
+def magnified(images: Tensor, by: Tensor) -> Tensor:
+    """Pictures (N, 3, H, W) in [0, 1] enlarged `by` (N,) about their middle; below 1 the rim goes on outwards."""
+    turn = torch.zeros(len(images), 2, 3)
+    turn[:, 0, 0] = turn[:, 1, 1] = 1 / by
+    grid = F.affine_grid(turn, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def write_taste(images: Tensor, captions: list[str], path: Path, seed: int = 0) -> int:
+    """The preferences of a team that wants its objects large, which the oracle has no opinion on: a parquet file (prompt,
+    chosen, rejected) of uint8 pictures (N, 3, H, W), each seen from two distances; returns how many pairs."""
+    generator = torch.Generator().manual_seed(seed)
+    by = FARTHEST * (NEAREST / FARTHEST) ** torch.rand(2, len(images), generator=generator)
+    near, far = by.max(0).values, by.min(0).values
+    kept = torch.nonzero(near >= TOLD_APART * far)[:, 0]
+    clean = images[kept].float() / 255
+    sides = {
+        name: [_png(picture) for picture in magnified(clean, amount[kept])]
+        for name, amount in (("chosen", near), ("rejected", far))
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"prompt": [captions[i] for i in kept.tolist()]} | sides), path)
+    return len(kept)
 
 
 def _png(image: Tensor) -> bytes:
     data = io.BytesIO()
-    pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
-    Image.fromarray(pixels).save(data, "PNG")
+    Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(data, "PNG")
     return data.getvalue()
-
-
-@torch.no_grad()
-def write_pairs(images: Tensor, captions: list[str], teacher: Path, path: Path, seed: int = 0) -> int:
-    """A parquet file (prompt, chosen, rejected) of uint8 pictures (N, 3, H, W); returns how many pairs."""
-    generator, spoil = torch.Generator().manual_seed(seed), Spoiler(teacher)
-    rows: dict[str, list] = {"prompt": [], "chosen": [], "rejected": []}
-    for start in range(0, len(images), 256):
-        clean, told = images[start : start + 256].float() / 255, captions[start : start + 256]
-        both = [spoil(clean, told, generator) for _ in range(2)]
-        marks = [quality(spoilt, clean) for spoilt in both]
-        other = torch.randperm(len(clean), generator=generator)
-        swap = torch.rand(len(clean), generator=generator) < 0.25
-        for i, caption in enumerate(told):
-            better, worse = (both[0][i], both[1][i]) if marks[0][i] > marks[1][i] else (both[1][i], both[0][i])
-            if swap[i] and captions[start + int(other[i])] != caption:
-                worse = clean[other[i]]
-            elif abs(float(marks[0][i] - marks[1][i])) < 0.5:
-                continue  # nobody could say
-            rows["prompt"].append(caption)
-            rows["chosen"].append(_png(better))
-            rows["rejected"].append(_png(worse))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(rows), path)
-    return len(rows["prompt"])
-
-
-def write_start(teacher: Path, folder: Path, seed: int = 0) -> ImageReward:
-    """A small untrained ImageReward (1.1M parameters) with the teacher's tokenizer, in `folder`."""
-    tokenizer = load_tokenizer(teacher / "tokenizer")
-    torch.manual_seed(seed)
-    model = ImageReward(
-        vision_config(hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-                      image_size=32, patch_size=8),
-        text_config(vocab_size=len(tokenizer), hidden_size=96, encoder_hidden_size=96, intermediate_size=384,
-                    num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32, bos_token_id=tokenizer.bos_token_id,
-                    eos_token_id=tokenizer.eos_token_id, sep_token_id=tokenizer.eos_token_id,
-                    pad_token_id=tokenizer.pad_token_id),
-        tokenizer, mean=0.0, std=1.0,
-    )  # fmt: skip
-    # The authors' start of the head, 1 / width in five layers, is for features that are trained already: from scratch
-    # next to no gradient would get through it.
-    model.head = HeadV2(96)
-    save_image_reward(model, folder)
-    return model

@@ -79,23 +79,26 @@ def train(
     out: Path,
     seed: int = 0,
     weight_decay: float = 1e-3,
+    device: torch.device | str = "cpu",
 ) -> nn.Module:
     """AdamW under one or several one-cycle schedules; state in `out/{name}_state.pt`, removed by nobody.
 
     Args:
         steps: of each cycle. A finished training goes on where a cycle is added.
-        loss: draws its batch from the generator it is given, a function of (seed, step).
+        loss: draws its batch from the generator it is given, a CPU's, a function of (seed, step).
+        device: where the module learns; that is where it is then.
 
     Raises:
         ValueError: the state is of a training of another length.
     """
+    module.to(device)
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay)
     lengths = (steps,) if isinstance(steps, int) else tuple(steps)
     schedule, steps = Cycles(optimizer, lengths, lr), sum(lengths)
     out.mkdir(parents=True, exist_ok=True)
     first, path = 0, out / f"{name}_state.pt"
     if path.exists():
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True)
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
         try:
@@ -103,7 +106,7 @@ def train(
         except ValueError as error:
             raise ValueError(f"{path}: {error}; use another --out") from None
         first = state["step"]
-    begun, recent = time.monotonic(), 0.0
+    begun, recent = time.monotonic(), torch.zeros(())
     for step in range(first, steps):
         value = loss(torch.Generator().manual_seed(seed * 1_000_003 + step))
         optimizer.zero_grad()
@@ -111,9 +114,9 @@ def train(
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        recent = value.item() if step == first else 0.95 * recent + 0.05 * value.item()
+        recent = value.detach() if step == first else 0.95 * recent + 0.05 * value.detach()
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-            print(f"{name} step {step + 1}/{steps} loss {recent:.4f} "
+            print(f"{name} step {step + 1}/{steps} loss {recent.item():.4f} "
                   f"{(time.monotonic() - begun) / (step + 1 - first):.3f} s/step", flush=True)  # fmt: skip
             kept = {"module": module.state_dict(), "optimizer": optimizer.state_dict()}
             part = path.with_suffix(".part")
@@ -125,4 +128,4 @@ def train(
 def flip_some(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Half of the pictures mirrored, and which (B,) bool: no caption says left or right."""
     flip = torch.rand(len(images), generator=generator) < 0.5
-    return torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images), flip
+    return torch.where(flip.view(-1, 1, 1, 1).to(images.device), images.flip(-1), images), flip

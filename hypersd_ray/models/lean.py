@@ -42,7 +42,8 @@ class LeanResnetBlock2D(ResnetBlock2D):
         h = h + self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
         h = self.conv2(h, lambda x: self.nonlinearity(self.norm2(x)))
         shortcut = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
-        return (shortcut + h) / self.output_scale_factor
+        h = shortcut + h
+        return h if self.output_scale_factor == 1 else h / self.output_scale_factor
 
 
 class LeanFeedForward(FeedForward):

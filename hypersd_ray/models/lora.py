@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hypersd_ray.models.lean import slim
-from hypersd_ray.models.low_rank import Before, low_rank
+from hypersd_ray.models.low_rank import Before, Low, low_rank
 
 LCM_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
@@ -38,6 +38,7 @@ class RoleLoRA(nn.Module):
     Attributes:
         base: the frozen layer.
         A, B: role -> factor, float32 whatever the base's dtype.
+        low: role -> both in a 16-bit base's dtype, as `Adapters.playing` brings them up to date.
         scale: alpha / rank.
     """
 
@@ -47,6 +48,7 @@ class RoleLoRA(nn.Module):
             assert base.groups == 1 and base.padding_mode == "zeros" and not isinstance(base.padding, str)
         self.base, self.rank, self.scale, self.switch = base, rank, alpha / rank, switch
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
+        self.low: dict[str, Low] = {}
 
     def add(self, role: str, generator: torch.Generator) -> None:
         """A new role that changes nothing yet: A Kaiming-uniform, B zero."""
@@ -57,6 +59,9 @@ class RoleLoRA(nn.Module):
         b = torch.zeros(weight.shape[0], self.rank, *[1] * (weight.ndim - 2))
         self.A[role] = nn.Parameter(a.to(weight.device))
         self.B[role] = nn.Parameter(b.to(weight.device))
+        if weight.dtype in (torch.bfloat16, torch.float16):
+            self.low[role] = (torch.empty_like(a, dtype=weight.dtype, device=weight.device),
+                              torch.empty_like(b, dtype=weight.dtype, device=weight.device))  # fmt: skip
 
     def factors(self, role: str | None) -> tuple[Tensor, ...]:
         """A and B of a role; nothing for None."""
@@ -71,7 +76,7 @@ class RoleLoRA(nn.Module):
         """
         if role is None:
             return self.base(x if before is None else before(x))
-        return low_rank(x, self.base, self.A[role], self.B[role], self.scale, before, through)
+        return low_rank(x, self.base, self.A[role], self.B[role], self.scale, before, through, self.low.get(role))
 
     def forward(self, x: Tensor, before: Before | None = None, through: tuple[Tensor, ...] = ()) -> Tensor:
         """`play` in the role of now."""
@@ -115,11 +120,21 @@ class Adapters:
             layer.A[role].requires_grad_(trainable)
             layer.B[role].requires_grad_(trainable)
 
+    @torch.no_grad()
+    def _refresh(self, role: str) -> None:
+        """Bring a role's 16-bit copies up to its factors, which an optimiser or an average may have changed."""
+        held = [(layer, layer.low[role]) for layer in self.layers.values() if role in layer.low]
+        if held:
+            torch._foreach_copy_([copy for _, low in held for copy in low],
+                                 [factor for layer, _ in held for factor in layer.factors(role)])  # fmt: skip
+
     @contextmanager
-    def playing(self, role: str | None) -> Iterator[None]:
-        """The network plays `role` inside the block; the bare base for None."""
+    def playing(self, role: str | None, again: bool = False) -> Iterator[None]:
+        """The network plays `role` inside the block; the bare base for None. `again`: what it played before, unchanged."""
         # A role that was never added would fail deep inside the network, or (worse) pass for the base.
         assert role is None or role in self.roles, f"role {role} was never added; there are {sorted(self.roles)}"
+        if role is not None and not again:
+            self._refresh(role)
         before, self.switch.role = self.switch.role, role
         try:
             yield

@@ -168,7 +168,7 @@ class LoRARoles(Roles):
     def checkpoint_activations(self) -> None:
         def run(block: nn.Module, *inputs: Tensor) -> Tensor:
             # The backward pass runs when another role may be played.
-            again = self.adapters.playing(self.adapters.switch.role)
+            again = self.adapters.playing(self.adapters.switch.role, again=True)
             return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
 
         self.unet.enable_gradient_checkpointing(run)

@@ -12,26 +12,31 @@ from hypersd_ray.embedded import paths
 from hypersd_ray.recipes.tscd import TINY_PROMPTS, sd15, sdxl, tiny
 
 
-def embedded_reward() -> RewardConfig:
-    """The embedded world's aesthetic predictor."""
+def embedded_rewards() -> tuple[RewardConfig, ...]:
+    """The embedded world's judges: an aesthetic predictor and an ImageReward to learn from, CLIP score and HPS held out."""
     judges = paths.EVALUATORS
-    checkpoint, tower = str(judges / "aesthetic.safetensors"), str(judges / "clip")
-    return RewardConfig(name="aesthetic_v2", checkpoint=checkpoint, tower=tower, alpha=9.0)
+    return (
+        RewardConfig(
+            name="aesthetic_v2",
+            checkpoint=str(judges / "aesthetic.safetensors"),
+            tower=str(judges / "clip_large"),
+            alpha=10.0,
+        ),
+        RewardConfig(name="image_reward", checkpoint=str(judges / "image_reward"), alpha=2.0),
+        RewardConfig(name="clip_score", checkpoint=str(judges / "clip"), role="watch"),
+        RewardConfig(name="hps_v21", checkpoint=str(judges / "hps"), role="watch"),
+    )
 
 
 def feedback_tiny(lora: str, learn: Literal["both", "reward", "structure"] = "both") -> FeedbackConfig:
     """The embedded model, on a CPU, above the LoRA of `jobs/tscd.py tiny`: rewards, the structure loss, or both."""
     base, judges = tiny(), paths.EVALUATORS
-    clip = str(judges / "clip")
     return FeedbackConfig(
         teacher=base.teacher,
         tscd=lora,
         data=base.data,
         steps=120,
-        rewards=(
-            embedded_reward(),
-            RewardConfig(name="clip_score", checkpoint=clip, role="watch"),
-        ),
+        rewards=embedded_rewards(),
         refl=ReFLConfig(weight=0.0 if learn == "structure" else 0.1),
         structure=StructureConfig(
             weight=0.0 if learn == "reward" else 0.1,

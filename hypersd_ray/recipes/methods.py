@@ -1,11 +1,11 @@
 """Every method of the paper's comparison for the embedded model, with one budget: what a comparison calls.
 
-    chain = METHODS["lcm"](budget=16_000, lr=1e-3, seed=0)
+    chain = METHODS["lcm"](budget=9_600, lr=1e-3, seed=0)
     config = chain.first                    # train it, then for each of chain.then:
     config = link.config(path_of_its_lora)  # ... the next configuration, from the LoRA of run link.above
 
 A budget is images through the teacher: training rows, each of which the teacher sees at least once, over all stages and
-parts of a chain. How often it sees one is the method's own affair and in `teacher_passes`.
+parts of a chain that ask it. How often it sees one is the method's own affair and in `teacher_passes`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from hypersd_ray.recipes.onestep import Few, few_step, onestep_tiny
 from hypersd_ray.recipes.trajectory import TRAJECTORIES, shared
 from hypersd_ray.recipes.tscd import FULL_SHARES, TINY_OMEGA, embedded, embedded_tscd
 
-BUDGET = 16_000
-"""Images: 500 steps of 32."""
+BUDGET = 9_600
+"""Images: 300 steps of 32."""
 BATCH = 32
 GUIDANCE = sum(TINY_OMEGA) / 2
 """Of the teacher where a method has one scale: the middle of the others' range."""
@@ -32,6 +32,8 @@ HYPER_SD = "hyper-sd"
 """The paper's row."""
 LADDER = (8, 4, 2, 1)
 """Numbers of steps that have a LoRA of their own."""
+FEEDBACK_SHARE = 0.2
+"""Steps of feedback, over all of the ladder, beside the budget's."""
 LATER_LR = 0.2
 """Learning rate of a chain's later parts, as a share of its first's: they set out from a trained model."""
 
@@ -88,21 +90,24 @@ def score(method: Few, budget: int = BUDGET, lr: float = 2e-4, seed: int = 0) ->
 
 def hyper(name: str, budget: int = BUDGET, lr: float = 1e-3, seed: int = 0) -> Chain:
     """Hyper-SD and its parts: TSCD, then feedback above the LoRA of each k, each for its own number of steps, then
-    distribution matching for the single step; each part a fifth of the budget, at a fifth of the rate.
+    distribution matching for the single step, for a fifth of the budget; later parts at a fifth of the rate.
 
     "tscd-feedback" has the first alone, "hyper-sd" both (paper, Sec. 4.1); "tscd-dmd" is the unified LoRA of 1 to 8 steps
-    above k = 1.
+    above k = 1. Feedback asks no teacher, so its images are beside the budget. Chains that begin alike share the run.
     """
     feedback, dmd = name != "tscd-dmd", name != "tscd-feedback"
-    tscd_steps, *later = shared(budget // BATCH, (5 - feedback - dmd, *[1] * (feedback + dmd)))
-    first = embedded(run_name(name, lr, seed), embedded_tscd(tscd_steps, FULL_SHARES), lr, seed)
+    whole = budget // BATCH
+    tscd_steps, dmd_steps = shared(whole, (4, 1)) if dmd else (whole, 0)
+    begins = run_name("tscd-short" if dmd else "tscd", lr, seed)
+    first = embedded(begins, embedded_tscd(tscd_steps, FULL_SHARES), lr, seed)
     if not feedback:
-        return Chain(first, (Link(partial(_dmd, first, later[0], first.lora.rank), 0),))
-    each = shared(later[0], [1] * len(LADDER))
+        return Chain(first, (Link(partial(_dmd, first, "dmd", dmd_steps, first.lora.rank), 0),))
+    each = shared(max(len(LADDER), round(FEEDBACK_SHARE * whole)), [1] * len(LADDER))
     then = [Link(partial(_feedback, first, n, k), 0, k) for k, n in zip(LADDER, each, strict=True)]
     serves = {k: 1 + i for i, k in enumerate(LADDER)}
     if dmd:
-        then.append(Link(partial(_dmd, first, later[1], 2 * first.lora.rank), serves[1]))  # above a merge of two LoRAs
+        merged_rank = 2 * first.lora.rank  # TSCD's LoRA and the feedback's
+        then.append(Link(partial(_dmd, first, "feedback-dmd", dmd_steps, merged_rank), serves[1]))
         serves |= {1: len(then)}
     return Chain(first, tuple(then), serves)
 
@@ -122,13 +127,13 @@ def _feedback(first: TSCDConfig, steps: int, k: int, lora: str) -> FeedbackConfi
     return config.model_copy(update={"steps": steps, "refl": config.refl.model_copy(update={"steps": (k,)})} | later)
 
 
-def _dmd(first: TSCDConfig, steps: int, rank: int, lora: str) -> OneStepConfig:
+def _dmd(first: TSCDConfig, part: str, steps: int, rank: int, lora: str) -> OneStepConfig:
     config = onestep_tiny(lora)
     changed = {
         "distill": config.distill.model_copy(update={"steps_list": (steps,)}),
         "lora": first.lora.model_copy(update={"rank": rank}),
     }
-    return config.model_copy(update=changed | _goes_on(first, "dmd"))
+    return config.model_copy(update=changed | _goes_on(first, part))
 
 
 def teacher_passes(config: Config) -> int:

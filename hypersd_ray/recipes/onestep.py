@@ -9,7 +9,7 @@ from hypersd_ray.config.onestep import DMDConfig, OneStepConfig, RewardsConfig
 from hypersd_ray.config.rewards import PlacementConfig
 from hypersd_ray.config.run import OptimConfig, RunConfig
 from hypersd_ray.config.tscd import AdversarialConfig, DistillConfig, TSCDConfig
-from hypersd_ray.recipes.feedback import SHARE, embedded_reward, published_rewards
+from hypersd_ray.recipes.feedback import SHARE, embedded_rewards, published_rewards
 from hypersd_ray.recipes.tscd import TINY_PROMPTS, embedded, sd15, sdxl, tiny
 
 Mode = Literal["unified", "dedicated"]
@@ -39,7 +39,7 @@ def onestep_tiny(
             k_list=(1,), n_list=(40,), steps_list=(steps,), omega_min=2, omega_max=4, perturbation=0.0
         ),
         dmd=DMDConfig(guidance=3.0, fake_updates=3, fake_lr=fake_lr),
-        feedback=RewardsConfig(rewards=(embedded_reward(),) if feedback else (), decode_batch=32),
+        feedback=RewardsConfig(rewards=embedded_rewards()[:2] if feedback else (), decode_batch=32),
         full_unet=full_unet,
         lora=base.lora,
         optim=OptimConfig(lr=lr, schedule="cosine", warmup=20, batch=32),

@@ -46,7 +46,8 @@ def embedded(name: str, settings: Settings | None = None, lr: float = 1e-3, seed
         distill=settings.distill,
         adversarial=adversarial,
         lora=LoRAConfig(rank=32),
-        optim=OptimConfig(lr=lr, schedule="cosine", warmup=20, batch=32),
+        # A stage of a few dozen steps must not be all warm-up.
+        optim=OptimConfig(lr=lr, schedule="cosine", warmup=min(20, min(settings.distill.steps_list) // 5), batch=32),
         run=RunConfig(name=name, seed=seed, checkpoint_every=200, log_every=10, prompts=TINY_PROMPTS),
     )
 

@@ -17,6 +17,7 @@ import torch
 import yaml
 from ray.train import CheckpointConfig, FailureConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
+from torch import Tensor
 
 from hypersd_ray.config.base import ConfigError, RunError
 from hypersd_ray.config.preference import PreferenceConfig
@@ -149,18 +150,22 @@ class Fitting:
         self.measured: dict[str, float] = {}
 
     def _resume(self) -> Position:
+        self.before: float | None = None
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             return Position()
         with checkpoint.as_directory() as folder:
             load_checkpoint(Path(folder), self.training)
             saved = json.loads((Path(folder) / POSITION).read_text())
+        self.before = saved.get("before")
         # every rank has done as many batches; with another number of workers the epoch begins anew
         return Position(**saved["position"]) if saved["world"] == self.world else Position(saved["position"]["epoch"])
 
     def run(self) -> None:
         """Step to the end."""
         run = self.config.run
+        if self.before is None and self.training.progress.step == 0 and self.rank == 0:
+            self.before = float(self._hits().mean())
         try:
             while not self.training.finished:
                 batch, position = next(self.stream)
@@ -189,12 +194,18 @@ class Fitting:
         """Accuracy on held-out pairs; every rank takes a part, rank 0's suffices for the log when there is one."""
         if self.rank != 0:
             return
+        hits = self._hits()
+        error = float(hits.std() / len(hits) ** 0.5) if len(hits) > 1 else 0.0
+        self.measured = {"held_out_accuracy": float(hits.mean()), "held_out_error": error, "held_out_pairs": len(hits)}
+        if self.before is not None:
+            self.measured["held_out_before"] = self.before
+
+    def _hits(self) -> Tensor:
+        """Of each held-out pair whether the preferred picture scores higher."""
         pairs = held_out_pairs(self.config.pairs, self.config.eval_pairs)
         resolution = self.config.pairs.resolution
         batches = (open_batch(pairs[i : i + 32], resolution).to(self.device) for i in range(0, len(pairs), 32))
-        hits = pairwise_accuracy(self.training.model, batches)
-        error = float(hits.std() / len(hits) ** 0.5) if len(hits) > 1 else 0.0
-        self.measured = {"held_out_accuracy": float(hits.mean()), "held_out_error": error, "held_out_pairs": len(hits)}
+        return pairwise_accuracy(self.training.model, batches)
 
     def _save_model(self) -> None:
         if self.rank != 0:
@@ -208,5 +219,6 @@ class Fitting:
             folder = Path(temporary)
             save_checkpoint(folder, self.training, self.rank)
             if self.rank == 0:
-                (folder / POSITION).write_text(json.dumps({"position": asdict(position), "world": self.world}))
+                where = {"position": asdict(position), "world": self.world, "before": self.before}
+                (folder / POSITION).write_text(json.dumps(where))
             ray.train.report(metrics | self.measured, checkpoint=ray.train.Checkpoint.from_directory(temporary))

@@ -15,7 +15,7 @@ from hypersd_ray.embedded import paths
 from hypersd_ray.recipes import METHODS, ONESTEP_RECIPES, RECIPES
 from hypersd_ray.recipes.ablations import ABLATIONS
 from hypersd_ray.recipes.compare import COMPARE_RECIPES, TRAININGS
-from hypersd_ray.recipes.methods import BUDGET, teacher_passes
+from hypersd_ray.recipes.methods import BUDGET, FEEDBACK_SHARE, teacher_passes
 from hypersd_ray.recipes.trajectory import TRAJECTORIES, shared
 
 LORA = str(paths.LORAS / "tscd-k1.safetensors")
@@ -28,7 +28,8 @@ def parts(method: str, **arguments):
 
 
 def images(config) -> int:
-    return config.optim.batch * sum(config.stage_steps)
+    """Those that the teacher sees."""
+    return 0 if isinstance(config, FeedbackConfig) else config.optim.batch * sum(config.stage_steps)
 
 
 @pytest.mark.parametrize("method", TRAININGS)
@@ -46,7 +47,14 @@ def test_every_method_has_the_same_budget(method):
 
 def test_runs_of_a_sweep_have_names_of_their_own():
     names = {TRAININGS[m](lr=lr, seed=s).first.run.name for m in TRAININGS for lr in (1e-3, 3e-4) for s in (0, 1)}
-    assert len(names) == 4 * len(TRAININGS)
+    assert len(names) == 4 * (len(TRAININGS) - 2), "two chains begin as another does"
+
+
+def test_chains_that_begin_alike_share_the_run():
+    assert METHODS["tscd-feedback"]().first == METHODS["tscd"]().first
+    assert METHODS["tscd-dmd"]().first == METHODS["hyper-sd"]().first != METHODS["tscd"]().first
+    runs = [c for m in METHODS for c in parts(m)]
+    assert len({c.run.name for c in runs}) == len({c.model_dump_json() for c in runs}) == len(runs) - 2
 
 
 def test_a_chain_goes_on_from_what_was_made():
@@ -60,7 +68,8 @@ def test_a_chain_goes_on_from_what_was_made():
     assert dmd.lora.rank == tscd.lora.rank + feedback[-1].lora.rank  # the merge of the two
     assert parts("tscd-dmd")[1].lora.rank == tscd.lora.rank
     assert feedback[0].optim.lr == dmd.optim.lr == pytest.approx(2e-4)
-    assert sum(one.steps for one in feedback) == pytest.approx(BUDGET / 32 / 5, abs=1)
+    assert sum(one.steps for one in feedback) == pytest.approx(FEEDBACK_SHARE * BUDGET / 32, abs=1)
+    assert images(dmd) == pytest.approx(BUDGET / 5, abs=32)
 
 
 def test_how_often_the_teacher_is_asked():

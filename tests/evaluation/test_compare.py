@@ -185,8 +185,11 @@ def test_what_a_reader_must_know_is_told(make_config):
 
 def test_feedback_is_told_where_it_is_judged_by_its_own_reward():
     config = METHODS["hyper-sd"]().then[0].config(str(paths.LORAS / "tscd-k8.safetensors"))
-    assert {"aesthetic_v2", "objects", "clip_score", "vendi"} <= _learned(config, embedded_judges())
-    assert not _learned(config, JudgesConfig(clip_score="/another")) & {"clip_score", "objects"}
+    judges = embedded_judges()
+    assert _learned(config, judges) == {"aesthetic_v2", "image_reward", "objects"}, "CLIP score and HPS are held out"
+    shared = judges.model_copy(update={"clip_score": judges.clip_large})
+    assert _learned(config, shared) >= {"clip_score", "vendi"}, "the network below the aesthetic head"
+    assert "objects" not in _learned(config, JudgesConfig(clip_score="/another"))
 
 
 def test_the_rate_is_chosen_on_captions_outside_of_the_table():

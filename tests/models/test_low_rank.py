@@ -201,3 +201,31 @@ def test_a_block_that_computes_something_else_stays():
     Adapters(partial, 4, 6.0, targets=("to_q", "ff.net.2", "conv1"))
     blocks = {type(m) for m in partial.modules() if isinstance(m, ResnetBlock2D | FeedForward)}
     assert blocks == {ResnetBlock2D, FeedForward}
+
+
+def test_the_copies_of_a_16_bit_base_follow_its_factors():
+    """After an optimiser's step, which no version counter of a fused AdamW tells of, as after any other change."""
+    unet = tiny_unet("sd").bfloat16()
+    x_t, t, cond = random_inputs("sd")
+    x_t, cond = x_t.bfloat16(), cond.cast(torch.bfloat16)
+    adapters = Adapters(unet, 4, 6.0)
+    adapters.add("student", trainable=True)
+    randomize(adapters, "student")
+    factors = list(adapters.named_tensors("student").values())
+    optimizer = torch.optim.AdamW(factors, lr=0.1, fused=True)
+
+    def run():
+        with adapters.playing("student"):
+            output = call(unet, x_t, t, cond)
+        return output.detach(), torch.autograd.grad(output.square().sum(), factors)
+
+    before, gradients = run()
+    for factor, gradient in zip(factors, gradients, strict=True):
+        factor.grad = gradient
+    optimizer.step()
+    after, gradients = run()
+    for layer in adapters.layers.values():
+        layer.low.clear()  # from now on each layer makes its own, at each call
+    expected, expected_gradients = run()
+    assert torch.equal(after, expected) and not torch.equal(after, before)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected_gradients, strict=True))

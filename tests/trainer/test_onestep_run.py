@@ -20,7 +20,7 @@ from hypersd_ray.models.encoders import load_encoders
 from hypersd_ray.models.export import LoRAMetadata, merge_lora, read_lora, save_diffusers_lora
 from hypersd_ray.models.lora import Adapters
 from hypersd_ray.models.roles import Plain
-from hypersd_ray.recipes.feedback import embedded_reward
+from hypersd_ray.recipes.feedback import embedded_rewards
 from hypersd_ray.trainer import run
 from hypersd_ray.trainer.pairs import PairsConfig, make_pairs, pair_folder
 from hypersd_ray.training import samples
@@ -126,7 +126,7 @@ def test_a_full_unet_of_one_step_comes_out_of_two_workers_under_zero_and_a_rewar
             "mode": "dedicated", "full_unet": True, "zero": {"stage": 2, "bucket": 20_000},
             "dmd": {"fake_updates": 1, "warmup_share": 0.0},
             "distill": {"k_list": (1,), "n_list": (20,), "steps_list": (2,)}, "optim": {"lr": 1e-5, "batch": 4},
-            "feedback": {"rewards": (embedded_reward(),)},
+            "feedback": {"rewards": embedded_rewards()[:1]},
             "run": {"name": "full", "out": str(place), "workers": 2, "log_every": 1, "prompts": ("a cat",)},
         }
     )  # fmt: skip

@@ -10,8 +10,9 @@ from hypersd_ray.config.base import ConfigError, RunError
 from hypersd_ray.config.preference import PairsConfig, PreferenceConfig
 from hypersd_ray.embedded import paths
 from hypersd_ray.embedded.pictures import load_pictures
-from hypersd_ray.embedded.preferences import write_pairs, write_start
-from hypersd_ray.models.rewards.image_reward import load_image_reward
+from hypersd_ray.embedded.preferences import write_taste
+from hypersd_ray.embedded.pretrain_preference import new_image_reward
+from hypersd_ray.models.rewards.image_reward import load_image_reward, save_image_reward
 from hypersd_ray.trainer import preference
 from hypersd_ray.trainer.preference import fit
 
@@ -21,9 +22,9 @@ pytestmark = pytest.mark.cluster
 def test_a_fitted_model_is_loaded_as_a_reward_and_a_finished_run_trains_nothing(cluster, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     images, captions = load_pictures(paths.DATA, "val")
-    count = write_pairs(images[:64], captions[:64], paths.TEACHER, tmp_path / "pairs.parquet")
+    count = write_taste(images[:64], captions[:64], tmp_path / "pairs.parquet")
     assert count > 20
-    write_start(paths.TEACHER, tmp_path / "start")
+    save_image_reward(new_image_reward(paths.TEACHER), tmp_path / "start")
     config = PreferenceConfig.model_validate(
         {
             "pairs": PairsConfig(train=("pairs.parquet",), held_out=("pairs.parquet",), resolution=32),
@@ -33,6 +34,7 @@ def test_a_fitted_model_is_loaded_as_a_reward_and_a_finished_run_trains_nothing(
     )  # fmt: skip
     fitted = fit(config)
     assert fitted.metrics["held_out_pairs"] == count and 0 <= fitted.metrics["held_out_accuracy"] <= 1
+    assert 0 <= fitted.metrics["held_out_before"] <= 1
     assert fitted.model == str(tmp_path / "runs" / "reward" / "model")
     before = load_file(tmp_path / "start" / "model.safetensors")
     after = load_file(tmp_path / "runs" / "reward" / "model" / "model.safetensors")
@@ -57,8 +59,8 @@ def test_a_fitted_model_is_loaded_as_a_reward_and_a_finished_run_trains_nothing(
 
 def test_nan_and_too_few_cpus_are_one_line(cluster, tmp_path, monkeypatch):
     images, captions = load_pictures(paths.DATA, "val")
-    write_pairs(images[:32], captions[:32], paths.TEACHER, tmp_path / "pairs.parquet")
-    write_start(paths.TEACHER, tmp_path / "start")
+    write_taste(images[:32], captions[:32], tmp_path / "pairs.parquet")
+    save_image_reward(new_image_reward(paths.TEACHER), tmp_path / "start")
     pairs = (str(tmp_path / "pairs.parquet"),)
     config = PreferenceConfig.model_validate(
         {

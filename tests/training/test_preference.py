@@ -14,9 +14,11 @@ from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.preference import PairsConfig, PreferenceConfig
 from hypersd_ray.config.run import OptimConfig
 from hypersd_ray.data.preferences import PairStream, Position, held_out_pairs, is_held_out, open_batch, read_pairs
-from hypersd_ray.embedded import paths, preferences
+from hypersd_ray.embedded import paths
 from hypersd_ray.embedded.pictures import load_pictures
-from hypersd_ray.models.rewards.image_reward import load_image_reward
+from hypersd_ray.embedded.preferences import write_taste
+from hypersd_ray.embedded.pretrain_preference import new_image_reward
+from hypersd_ray.models.rewards.image_reward import load_image_reward, save_image_reward
 from hypersd_ray.training.preference import PreferenceTraining, freeze_bottom, pairwise_accuracy
 from tests.helpers.distil import InMemory, same, snapshot
 
@@ -73,8 +75,8 @@ def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("reward")
     for split, count in (("train", 420), ("val", 110)):
         images, captions = load_pictures(paths.DATA, split)
-        preferences.write_pairs(images[:count], captions[:count], paths.TEACHER, out / f"{split}.parquet", len(split))
-    preferences.write_start(paths.TEACHER, out / "start")
+        write_taste(images[:count], captions[:count], out / f"{split}.parquet", len(split))
+    save_image_reward(new_image_reward(paths.TEACHER), out / "start")
     return out
 
 
