@@ -65,10 +65,11 @@ class MetricCard:
 
 @dataclass(frozen=True)
 class JudgeSpec:
-    """A judge before it is loaded: its kind, its configuration as JSON, and a name for its files (with its hash)."""
+    """A judge before it is loaded: its kind, its configuration as JSON, and a name for its files (with its hash). "pairs" is of
+    two pictures of a prompt: lpips.py."""
 
     name: str
-    kind: Literal["reward", "features", "objects"]
+    kind: Literal["reward", "features", "objects", "pairs"]
     config: str
     sha256: str
 
@@ -138,6 +139,9 @@ def judge_specs(judges: JudgesConfig) -> list[JudgeSpec]:
     if judges.clip_score:
         tower = RewardConfig(name="clip_score", checkpoint=judges.clip_score)
         specs.append(JudgeSpec(FEATURES, "features", tower.model_dump_json(), _hash("clip_score", [judges.clip_score])))
+    if judges.lpips:
+        about = json.dumps({"checkpoint": judges.lpips})
+        specs.append(JudgeSpec("lpips", "pairs", about, _hash("lpips", [judges.lpips])))
     if judges.solo:
         for field in ("annotations", "captions"):
             if not getattr(judges, field):

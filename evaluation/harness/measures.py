@@ -246,7 +246,7 @@ def seed_measure(spec: JudgeSpec) -> Measure:
     card = MetricCard(
         "between_seeds", "diversity between seeds", "image features of the judge clip_score", spec.sha256, "as CLIP score",
         "1 - mean cosine of the pictures of one prompt from different noise",
-        note="LPIPS would need AlexNet or VGG weights, which no package ships",
+        note="papers have LPIPS here (--judges.lpips), whose AlexNet no package ships",
     )  # fmt: skip
 
     def estimate(cells: Sequence[Cell], read: Read) -> Estimate | None:

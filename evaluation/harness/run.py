@@ -19,8 +19,9 @@ import ray
 import torch
 
 from evaluation.bootstrap import Interval, bootstrap_interval
-from evaluation.harness import latency
+from evaluation.harness import latency, lpips
 from evaluation.harness.judges import FEATURES, OBJECTS, JudgeSpec, card_rows, chosen_judges, judge_specs, load_judge
+from evaluation.harness.lpips import lpips_measure
 from evaluation.harness.making import Done, make, tasks
 from evaluation.harness.measures import (
     LATENTS,
@@ -62,6 +63,7 @@ class Plan:
     specs: list[JudgeSpec]
     groups: dict[tuple[str, int], list[Cell]]
     references: dict[int, Cell]
+    between: JudgeSpec | None = None
 
     @property
     def cells(self) -> list[Cell]:
@@ -95,14 +97,22 @@ def plan(
         whole = teacher(config, [config.reference_steps])
         references = {seed: whole.cells(seed, dtype)[0] for seed in seeds}
     specs = [spec for spec in judge_specs(chosen_judges(config)) if not only or spec.name in only]
+    between = next((spec for spec in specs if spec.kind == "pairs"), None)
+    if between is not None and config.images_per_prompt < 2:
+        raise ConfigError(
+            "--judges.lpips compares pictures of one prompt: --images-per-prompt 2 or more, or leave it out"
+        )
     names = list({subject.name: subject for subject in subjects}.values())
-    return Plan(config, rows, names, baseline.name if baseline else "", specs, groups, references)
+    single = [spec for spec in specs if spec is not between]
+    return Plan(config, rows, names, baseline.name if baseline else "", single, groups, references, between)
 
 
 def evaluate(what: Plan, log: Log = lambda _: None) -> dict[str, Any]:
     """Make what is missing and return the results (see `results`). Ray is joined, or started, when there is something to make."""
     config = what.config
     done = make_all(what, log)
+    if what.between is not None:
+        compare_pairs(what, what.between, log)
     speeds = latencies(what, log) if config.latency_repeats else {}
     return results(what, done, speeds)
 
@@ -130,6 +140,24 @@ def make_all(what: Plan, log: Log = lambda _: None) -> Done:
     return done
 
 
+def compare_pairs(what: Plan, spec: JudgeSpec, log: Log = lambda _: None) -> None:
+    """The judge of pairs, where a scorer would be, on what it has not seen."""
+    config, store = what.config, Store(what.config.out)
+    groups = [of for cells in what.groups.values() for of in lpips.pairs_of(cells).values()]
+    todo = lpips.missing_pairs(store, groups, what.rows, spec, config.per_shard)
+    if not todo:
+        return
+    log(f"LPIPS of {len(todo)} models and numbers of steps")
+    pool, rows = config.scorers, [(row.key, row.prompt) for row in what.rows]
+    arguments = [[cell.to_json() for cell in cells] for cells in todo]
+    device = "cuda" if pool.num_gpus else "cpu"
+    given = (store.out, arguments, rows, asdict(spec), config.per_shard, device, pool.batch_size)
+    if config.where == "local":
+        lpips.measure_pairs(*given)
+    else:
+        _on_a_node(pool, lpips.measure_pairs, given)
+
+
 def latencies(what: Plan, log: Log = lambda _: None) -> dict[str, latency.Latency]:
     """Cell key -> of the first cell of each group, measured where a generator would be, one after the other."""
     config, store = what.config, Store(what.config.out)
@@ -146,16 +174,16 @@ def latencies(what: Plan, log: Log = lambda _: None) -> dict[str, latency.Latenc
         if config.where == "local":
             _latencies(*given)
         else:
-            _on_a_node(pool, given)
+            _on_a_node(pool, _latencies, given)
     return {cell.key: latency.Latency(**json.loads(store.read(cell.key, name))) for cell in firsts}
 
 
-def _on_a_node(pool: EncoderPool, given: tuple) -> None:
+def _on_a_node(pool: EncoderPool, work: Callable[..., None], given: tuple) -> None:
     connect()
     options: dict[str, Any] = {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus or None}
     if pool.label_selector:
         options["label_selector"] = pool.label_selector
-    ray.get(ray.remote(_latencies).options(**options).remote(*given))
+    ray.get(ray.remote(work).options(**options).remote(*given))
 
 
 def _latencies(out: str, cells: list[str], rows: list[tuple[str, str]], repeats: int, device: str, name: str) -> None:
@@ -177,7 +205,7 @@ def reader(what: Plan) -> Read:
             if judge == LATENTS:
                 found = [store.read_latents(cell.key, part) for part in parts]
             else:
-                found = [store.read_values(cell.key, part, files[judge])[0] for part in parts]
+                found = [store.read_values(cell.key, part, files.get(judge, judge))[0] for part in parts]
             kept[cell.key, judge] = np.concatenate(found)
         return kept[cell.key, judge]
 
@@ -196,6 +224,8 @@ def measures(what: Plan) -> list[Measure]:
             found.append(objects_measure(by_name[OBJECTS], named, config.resamples // 2, config.seed))
     if what.references:
         found.append(fidelity_measure(what.references, config.reference_steps, config.teacher_guidance))
+    if what.between is not None:
+        found.append(lpips_measure(what.between))
     if FEATURES in by_name:
         spec = by_name[FEATURES]
         found.append(vendi_measure(spec, SET_RESAMPLES, config.seed))

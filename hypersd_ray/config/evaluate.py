@@ -35,6 +35,9 @@ class JudgesConfig(Strict):
     """Folder of yuvalkirstain/PickScore_v1."""
     hps_v21: str = ""
     """HPS_v2.1_compressed.pt."""
+    lpips: str = ""
+    """AlexNet in torchvision's layout (alexnet-owt-7be5be79.pth): LPIPS between pictures of one prompt, with images_per_prompt
+    of 2 and more. The extra `lpips` has the rest of it."""
     solo: str = ""
     """solo_r50_fpn in mmdetection's layout, or a folder: average precision of the objects that prompts name."""
     annotations: str = ""

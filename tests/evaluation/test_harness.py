@@ -239,7 +239,9 @@ def test_what_is_there_is_not_made_again(config, make_lora):
             todo(
                 specs=judge_specs(
                     JudgesConfig(
-                        clip_score=CLIP, aesthetic_v2=str(paths.EVALUATORS / "aesthetic.safetensors"), clip_large=CLIP
+                        clip_score=CLIP,
+                        aesthetic_v2=str(paths.EVALUATORS / "aesthetic.safetensors"),
+                        clip_large=str(paths.EVALUATORS / "clip_large"),
                     )
                 )
             )
