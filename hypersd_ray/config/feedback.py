@@ -26,12 +26,13 @@ class ReFLConfig(Strict):
     t_left: int = Field(default=1, ge=1, le=1000)
     """Earliest time of the step with gradient."""
     t_right: int = Field(default=1000, ge=1, le=1000)
-    """Latest time of it."""
+    """Latest time of it; a sampler so short that its last step begins earlier takes that one."""
 
     def candidates(self, steps: int) -> list[int]:
         """Indices of the sampler's steps whose time lies in [t_left, t_right], of T = 1000."""
         times = edges(1000, steps)[::-1][:-1]
-        return [i for i, t in enumerate(times) if self.t_left <= t <= self.t_right]
+        within = [i for i, t in enumerate(times) if self.t_left <= t <= self.t_right]
+        return within or ([steps - 1] if times[-1] > self.t_right else [])
 
     @model_validator(mode="after")
     def _some_step(self) -> ReFLConfig:

@@ -260,6 +260,8 @@ def test_settings_that_cannot_work(folder, tscd, changes, message):
 
 def test_step_ranges():
     assert ReFLConfig(steps=(4,), t_left=250, t_right=500).candidates(4) == [2, 3]
+    assert ReFLConfig(steps=(1, 2), t_right=400).candidates(1) == [0], "it has no later step"
+    assert ReFLConfig(steps=(1, 2), t_right=400).candidates(2) == [1]
     with pytest.raises(CombinationError, match=r"a sampler of 2 steps has none there \(its times are \[1000, 500\]\)"):
         ReFLConfig(steps=(4, 2), t_left=600, t_right=900)
     assert StructureConfig(start=500, denoise_to=200, jumps=3).times() == [500, 400, 300, 200]
