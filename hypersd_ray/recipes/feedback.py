@@ -21,6 +21,7 @@ def embedded_rewards() -> tuple[RewardConfig, ...]:
             checkpoint=str(judges / "aesthetic.safetensors"),
             tower=str(judges / "clip_large"),
             alpha=10.0,
+            weight=0.3,  # at 1.0 CLIP score falls further at 2 and 4 steps, and ImageReward rises less
         ),
         RewardConfig(name="image_reward", checkpoint=str(judges / "image_reward"), alpha=2.0),
         RewardConfig(name="clip_score", checkpoint=str(judges / "clip"), role="watch"),
@@ -37,7 +38,7 @@ def feedback_tiny(lora: str, learn: Literal["both", "reward", "structure"] = "bo
         data=base.data,
         steps=120,
         rewards=embedded_rewards(),
-        refl=ReFLConfig(weight=0.0 if learn == "structure" else 0.1),
+        refl=ReFLConfig(weight=0.0 if learn == "structure" else 0.2, t_right=500),
         structure=StructureConfig(
             weight=0.0 if learn == "reward" else 0.1,
             model=PerceptionConfig(checkpoint=str(judges / "solo")),
