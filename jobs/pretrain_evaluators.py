@@ -89,7 +89,7 @@ def banks(config: EvaluatorsConfig, train_set: Pictures, held_out: Pictures, see
     """Spoilt pictures to learn from, and to be measured on."""
     from hypersd_ray.embedded.spoiling import spoil_all
 
-    images, captions = (part[: config.pictures] for part in train_set)
+    images, captions = train_set[0][: config.pictures], train_set[1][: config.pictures]
     learnt = spoil_all(images, captions, config.teacher, config.spoilt_versions, seed, config.device)
     return learnt, spoil_all(*held_out, config.teacher, 2, seed + 1, config.device)
 

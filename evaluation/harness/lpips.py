@@ -33,7 +33,8 @@ def load_lpips(path: str | Path) -> nn.Module:
         from torchmetrics.functional.image.lpips import _LPIPS
     except ModuleNotFoundError:
         raise ValueError("judge lpips needs torchmetrics: pip install 'hypersd-ray[lpips]'") from None
-    network, slices = _LPIPS(net="alex", pnet_rand=True), {}
+    network = _LPIPS(net="alex", pnet_rand=True)
+    slices: dict[str, nn.Module] = {}
     tensors = {name: t for name, t in read_tensors(path).items() if not name.startswith("classifier.")}
     for part in ("slice1", "slice2", "slice3", "slice4", "slice5"):  # AlexNet's layers, under their own numbers
         slices |= dict(getattr(network.net, part).named_children())
