@@ -19,6 +19,7 @@ import hashlib
 import json
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -335,13 +336,14 @@ def reference_latents(subject: Subject, path: Path) -> Tensor:
 def check_loras(loras: Sequence[Path]) -> dict[str, dict[str, Any]]:
     """name -> path, sha256 and metadata of every file, before minutes are spent. Raises ValueError, one line."""
     found: dict[str, dict[str, Any]] = {}
+    stems = Counter(path.stem for path in loras)
     for path in loras:
         if not path.is_file():
             raise ValueError(
                 f"--loras {path} is not a file: name the .safetensors files that a run left in its lora/ folder"
             )
         metadata = read_lora(path)[1]
-        name = path.stem if path.stem not in found else str(path)
+        name = path.stem if stems[path.stem] == 1 else str(path)
         found[name] = {"path": str(path), "sha256": sha256(path), "metadata": metadata and metadata.to_strings()}
     return found
 

@@ -67,6 +67,15 @@ def test_samplers_agree(config, folders, make_lora, family):
     assert 0.005 < (subject.student(4, "tcd") - ours).square().mean().sqrt() < 0.06
 
 
+def test_loras_are_named_by_their_files_and_by_their_paths_where_files_are_named_alike(make_lora, tmp_path):
+    first = make_lora()
+    twins = [tmp_path / folder / "merged.safetensors" for folder in ("a", "b")]
+    for twin in twins:
+        twin.parent.mkdir()
+        twin.write_bytes(first.read_bytes())
+    assert list(quality.check_loras([first, *twins])) == [first.stem, *map(str, twins)]
+
+
 def test_loading_a_lora_replaces_the_one_before(config, make_lora):
     subject, zero, random = Subject(config, PROMPTS), make_lora(size=0), make_lora()
     base = subject.student(1, "edges")
