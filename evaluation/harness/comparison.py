@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evaluation.harness.judges import chosen_judges
+from evaluation.harness.judges import TITLES, chosen_judges
 from evaluation.harness.pieces import POLL_S, Piece, Pieces, read_json, write_json, write_whole
 from evaluation.harness.prompts import Row, read_rows, selection_captions
 from evaluation.harness.run import evaluate, plan
@@ -69,10 +69,8 @@ class Comparison:
         unknown = [m for m in config.methods if m not in TRAININGS]
         if unknown:
             raise ConfigError(f"--methods {unknown[0]}: choose of {', '.join(TRAININGS)}")
-        if config.select not in type(config.judges).model_fields:
-            raise ConfigError(
-                f"--select {config.select} is no judge: one of {', '.join(type(config.judges).model_fields)}"
-            )
+        if config.select not in TITLES:
+            raise ConfigError(f"--select {config.select} gives no score to a picture: one of {', '.join(TITLES)}")
         for method in config.methods:
             try:
                 TRAININGS[method](budget=config.budget)
@@ -196,22 +194,30 @@ class Comparison:
         return TRAININGS[piece.method](budget=self.config.budget, lr=piece.lr, seed=piece.seed)
 
     def train(self, piece: Piece) -> None:
-        """All runs of a piece, from where they stand; seconds add up over the times it is stopped."""
-        begun, before = time.perf_counter(), self.there.spent(piece)
-        seconds = lambda: before + time.perf_counter() - begun
+        """All runs of a piece, from where they stand; one that diverges is put down as that.
+
+        Raises:
+            RunError: a run cannot go on: a full disk, a dead node. That may be mended, and the piece go on.
+        """
         chain = self.chain(piece)
         configs, folders = [self._placed(chain.first)], []
+        seconds = lambda: sum(self.there.spent(config.run.name) for config in configs)
         try:
             for link in [*chain.then, None]:
-                with self.there.held(f"run-{configs[-1].run.name}"):  # chains that begin alike share it
+                name = configs[-1].run.name
+                # Chains that begin alike share a run: it is trained once, and counts in each.
+                with self.there.held(f"run-{name}", self.log), self.there.timed(name):
                     folders.append(run.train(configs[-1]).folder)
                 if link is not None:
                     above = configs[link.above]
                     lora = f"{folders[link.above]}/{KINDS[kind_of(above)].product(above, link.steps)}"
                     configs.append(self._placed(link.config(lora)))
-        except BaseException:
-            self.there.spend(piece, seconds())
-            raise
+        except RunError as error:
+            if DIVERGED not in str(error):
+                raise
+            self.there.finish(piece, runs=[], seconds=seconds(), teacher_passes=0, diverged=str(error))
+            self.log(f"{piece.name} diverged: {error}")
+            return
         serves = {str(n): folders[place] for n, place in chain.serves.items()}
         passes = sum(map(teacher_passes, configs))
         self.there.finish(piece, runs=folders, serves=serves, seconds=seconds(), teacher_passes=passes)
@@ -220,9 +226,8 @@ class Comparison:
         """In the comparison's folder, with one store of latents for all, on what it trains on."""
         gpus = self.config.gpus_per_worker
         placed = config.run.model_copy(update={"out": str(self.out / "runs"), "gpus_per_worker": gpus})
-        if gpus and isinstance(
-            config, FeedbackConfig
-        ):  # small judges: beside the model they take no place of their own
+        if gpus and isinstance(config, FeedbackConfig):
+            # The embedded judges are small: beside the model they take no place of their own.
             config = config.model_copy(update={"placement": config.placement.model_copy(update={"where": "local"})})
         own = {"shards": self.config.shards} if self.config.shards else {}
         data = config.data.model_copy(update={"cache_dir": str(self.out / "latents"), **own})
@@ -276,14 +281,8 @@ class Comparison:
         if self.done(piece):
             return 0
         self.log(f"training {piece.name} ({todo} to do now)")
-        try:
-            self._encode(piece)
-            self.train(piece)
-        except RunError as error:
-            if DIVERGED not in str(error):  # a full disk, a dead node: that may be mended, and the piece go on
-                raise
-            self.there.finish(piece, runs=[], seconds=self.there.spent(piece), teacher_passes=0, diverged=str(error))
-            self.log(f"{piece.name} diverged: {error}")
+        self._encode(piece)
+        self.train(piece)
         return 1
 
     def _encode(self, piece: Piece) -> None:

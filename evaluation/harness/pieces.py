@@ -1,8 +1,8 @@
 """The trainings of a comparison in its folder: what is done, and who is at what, so that several processes share one.
 
-{out}/pieces/{piece}.json      done: its runs' folders, seconds, who serves which number of steps
-{out}/pieces/{piece}.seconds   what was spent before it was stopped
-{out}/pieces/{piece}.claim     a process is at it: pid, host
+{out}/pieces/{piece}.json    done: its runs' folders, seconds, who serves which number of steps
+{out}/pieces/{run}.seconds   what a run has taken, over the times it was stopped
+{out}/pieces/{name}.claim    a process is at it: pid, host
 
 The claim of a process that ended is taken over on its own host; where that host is gone too, a person removes the file.
 """
@@ -15,7 +15,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,15 +90,19 @@ class Pieces:
     def finish(self, piece: Piece, **about: Any) -> None:
         """Put a piece down as done."""
         write_json(self.folder / f"{piece.name}.json", asdict(piece) | about)
-        (self.folder / f"{piece.name}.seconds").unlink(missing_ok=True)
 
-    def spent(self, piece: Piece) -> float:
-        """Seconds of a piece before it was stopped."""
-        return float(read_json(self.folder / f"{piece.name}.seconds", 0.0))
+    def spent(self, run: str) -> float:
+        """Seconds that a run has taken; chains that begin alike share one."""
+        return float(read_json(self.folder / f"{run}.seconds", 0.0))
 
-    def spend(self, piece: Piece, seconds: float) -> None:
-        """Keep them."""
-        write_json(self.folder / f"{piece.name}.seconds", seconds)
+    @contextmanager
+    def timed(self, run: str) -> Iterator[None]:
+        """Add what the block takes, whatever becomes of it."""
+        begun, before = time.perf_counter(), self.spent(run)
+        try:
+            yield
+        finally:
+            write_json(self.folder / f"{run}.seconds", before + time.perf_counter() - begun)
 
     # claims
 
@@ -141,9 +145,13 @@ class Pieces:
         self._claim_path(name).unlink(missing_ok=True)
 
     @contextmanager
-    def held(self, name: str) -> Iterator[None]:
-        """Have it for as long as the block lasts, after whoever has it now."""
+    def held(self, name: str, log: Callable[[str], None] = lambda _: None) -> Iterator[None]:
+        """Have it for as long as the block lasts, after whoever has it now; `log` hears once whom it waits for."""
+        waits = False
         while not self.claim(name):
+            if not waits and (holder := self.holder(name)):
+                log(f"waiting for {name}, which process {holder['pid']} of {holder['host']} has")
+                waits = True
             time.sleep(POLL_S)
         try:
             yield

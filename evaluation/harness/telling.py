@@ -10,7 +10,8 @@ from evaluation.harness.subjects import read_run
 from hypersd_ray.config.evaluate import JudgesConfig
 from hypersd_ray.config.feedback import FeedbackConfig
 from hypersd_ray.recipes.ablations import ABLATIONS
-from hypersd_ray.recipes.methods import HYPER_SD
+from hypersd_ray.recipes.compare import TRAININGS
+from hypersd_ray.recipes.methods import FEEDBACK_SHARE, HYPER_SD
 
 if TYPE_CHECKING:
     from evaluation.harness.comparison import Comparison
@@ -76,6 +77,12 @@ def diverged(comparison: Comparison) -> list[str]:
     ]
 
 
+def learns_from_feedback(method: str, budget: int) -> bool:
+    """Whether a chain has a run of feedback."""
+    chain = TRAININGS[method](budget=budget)
+    return any(isinstance(link.config(""), FeedbackConfig) for link in chain.then)
+
+
 def learned(comparison: Comparison) -> dict[str, list[str]]:
     """method -> measures whose judge it was trained by, or by a network that the judge shares."""
     judges, found = chosen_judges(comparison.evaluation()), {}
@@ -112,6 +119,10 @@ def remarks(comparison: Comparison, learned: dict[str, list[str]]) -> list[str]:
         f"method is made for; {len(config.seeds)} seeds at that rate. Each samples as its recipe has it, in as many steps as "
         "the column says."
     ]
+    if later := [method for method in config.methods if learns_from_feedback(method, config.budget)]:
+        found.append(
+            f"{', '.join(later)} learned from feedback beside that, for {FEEDBACK_SHARE:.0%} as many steps: it asks no teacher."
+        )
     if {"turbo", "dmd"} & set(config.methods) and max(config.steps) > 4:
         found.append("Turbo and DMD are made for 4 steps and fewer: their longer columns are beyond their training.")
     if learned:

@@ -63,4 +63,9 @@ class CompareConfig(Strict):
             values = getattr(self, field)
             if not values or len(set(values)) < len(values):
                 raise CombinationError(f"{field}={values}: at least one, and none twice")
+        if self.judges.lpips:
+            raise CombinationError(
+                f"judges.lpips={self.judges.lpips}: a comparison has one picture of a prompt and training; "
+                "jobs/evaluate.py --images-per-prompt 2 measures it"
+            )
         return self

@@ -27,8 +27,9 @@ def onestep_tiny(
     feedback: bool = False,
 ) -> OneStepConfig:
     """The embedded model, on a CPU, from the LoRA of `jobs/tscd.py tiny`: minutes, or "full" for the committed one;
-    `feedback` has the aesthetic predictor judge the single step too."""
+    `feedback` has the aesthetic predictor and the ImageReward judge the single step too."""
     base, steps = tiny(), 4000 if budget == "full" else 400
+    learnt = tuple(reward for reward in embedded_rewards() if reward.role == "train")
     lr, fake_lr = (1e-5, 5e-5) if full_unet else (2e-4, 1e-3)  # a step of Adam moves each weight by as much
     return OneStepConfig(
         teacher=base.teacher,
@@ -39,7 +40,7 @@ def onestep_tiny(
             k_list=(1,), n_list=(40,), steps_list=(steps,), omega_min=2, omega_max=4, perturbation=0.0
         ),
         dmd=DMDConfig(guidance=3.0, fake_updates=3, fake_lr=fake_lr),
-        feedback=RewardsConfig(rewards=embedded_rewards()[:2] if feedback else (), decode_batch=32),
+        feedback=RewardsConfig(rewards=learnt if feedback else (), decode_batch=32),
         full_unet=full_unet,
         lora=base.lora,
         optim=OptimConfig(lr=lr, schedule="cosine", warmup=20, batch=32),

@@ -123,7 +123,7 @@ def walk(roles: Roles, x: Tensor, times: Sequence[int], cond: Conditioning) -> T
 def denoise_from_noise(
     roles: Roles, config: FeedbackConfig, cond: Conditioning, shape: tuple[int, ...], generator: torch.Generator
 ) -> Denoised:
-    """ReFL: from x_T by the few-step sampler to a random step in [t_left, t_right], x'_0 there (Sec. 2.3)."""
+    """ReFL: from x_T by the few-step sampler to a random one of `ReFLConfig.candidates`, x'_0 there (Sec. 2.3)."""
     lengths = config.refl.steps
     steps = lengths[int(torch.randint(len(lengths), (), generator=generator))]
     candidates = config.refl.candidates(steps)

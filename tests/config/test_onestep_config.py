@@ -43,7 +43,7 @@ def test_every_path_that_workers_read_is_located(init):
 def test_feedback_is_a_flag_and_its_files_are_located(init):
     assert of(init).models == () and of(init).placement.where == "actors"
     config = of(init, "--feedback", "--feedback.weight", "0.5").located(lambda path: f"/there/{path}")
-    assert config.feedback.weight == 0.5 and [r.name for r in config.models] == ["aesthetic_v2"]
+    assert config.feedback.weight == 0.5 and [r.name for r in config.models] == ["aesthetic_v2", "image_reward"]
     assert config.models[0].tower.startswith("/there/") and config.models[0].tokenizer == ""
     alone = of(init, "--feedback", "--dmd.weight", "0")  # trains the single step by itself
     assert alone.dmd.weight == 0

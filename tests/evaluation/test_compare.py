@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,6 +25,7 @@ from hypersd_ray.config.evaluate import JudgesConfig
 from hypersd_ray.embedded import paths
 from hypersd_ray.recipes.compare import compare_tiny
 from hypersd_ray.recipes.methods import METHODS
+from hypersd_ray.trainer.kinds import KINDS, kind_of
 from tests.helpers.pipelines import build_pipeline
 
 ROOT = Path(__file__).parents[2]
@@ -98,14 +101,51 @@ def test_a_piece_is_one_process_at_a_time(make_config, tmp_path):
     assert not there.claim(name)
 
 
+def test_a_run_that_two_chains_begin_with_is_trained_once_and_counts_in_both(make_config, monkeypatch):
+    """With the runs' own training replaced by a clock: what is tested is who asks for which run, and what is put down."""
+    comparison = Comparison(make_config(methods=("tscd", "tscd-feedback"), rates=(1.0,), seeds=(0,)))
+    comparison.begin()
+    asked = []
+
+    def train(config):
+        begun = config.run.name not in asked
+        asked.append(config.run.name)
+        time.sleep(0.2 if begun else 0)  # one that is done returns at once
+        folder = comparison.out / "runs" / config.run.name
+        for k in (1, 2, 4, 8):
+            product = folder / KINDS[kind_of(config)].product(config, k)
+            product.parent.mkdir(parents=True, exist_ok=True)
+            product.touch()
+        return SimpleNamespace(folder=str(folder))
+
+    monkeypatch.setattr("evaluation.harness.comparison.run.train", train)
+    first, second = comparison.missing()
+    comparison.train(first)
+    comparison.train(second)
+    assert asked[:2] == [first.name, first.name] and len(set(asked)) == 1 + 4, (
+        "TSCD, then feedback for each of its LoRAs"
+    )
+    alone, both = (comparison.done(piece)["seconds"] for piece in (first, second))
+    assert 0.2 <= alone < 0.4 and both >= 5 * 0.2
+
+
+def test_a_training_is_placed_on_what_the_comparison_has(make_config):
+    """A share of a GPU for each worker; the small judges of a feedback then stay in its process."""
+    feedback = METHODS["tscd-feedback"]().then[0].config(str(paths.LORAS / "tscd-k8.safetensors"))
+    cpu, gpu = (Comparison(make_config(methods=("lcm",), gpus_per_worker=share)) for share in (0, 0.25))
+    assert cpu._placed(feedback).run.gpus_per_worker == 0 and cpu._placed(feedback).placement.where == "actors"
+    placed = gpu._placed(feedback)
+    assert placed.run.gpus_per_worker == 0.25 and placed.placement.where == "local"
+    assert Path(placed.run.out) == gpu.out / "runs" and placed.data.cache_dir == str(gpu.out / "latents")
+
+
 def test_what_cannot_be_kept_is_one_line(make_config):
     comparison = Comparison(make_config(methods=("lcm",)))
     comparison.begin()
-    piece = comparison.missing()[0]
-    os.symlink("/dev/full", comparison.there.folder / f"{piece.name}.seconds.{os.getpid()}.part")
-    with pytest.raises(RunError, match="no space is left; what was done is kept"):
-        comparison.there.spend(piece, 5.0)
-    assert comparison.there.spent(piece) == 0.0, "there whole or not at all"
+    os.symlink("/dev/full", comparison.there.folder / f"a-run.seconds.{os.getpid()}.part")
+    with pytest.raises(RunError, match="no space is left; what was done is kept"), comparison.there.timed("a-run"):
+        pass
+    assert comparison.there.spent("a-run") == 0.0, "there whole or not at all"
     (comparison.out / "selection.json").write_text('{"lcm": {"0.0')
     with pytest.raises(RunError, match=r"selection\.json cannot be read"):
         comparison.best("lcm")
@@ -126,6 +166,10 @@ def test_what_cannot_be_compared_is_one_line(make_config):
         Comparison(make_config(methods=("lcm", "pd"), budget=64))
     with pytest.raises(CombinationError, match="none twice"):
         make_config(methods=("lcm", "lcm"))
+    with pytest.raises(CombinationError, match="one picture of a prompt"):
+        make_config(judges=JudgesConfig(lpips="alexnet.pth"))
+    with pytest.raises(ConfigError, match="--select captions gives no score to a picture"):
+        Comparison(make_config(select="captions"))
     first = Comparison(make_config(methods=("lcm",), budget=64))
     first.begin()
     with pytest.raises(ConfigError, match="holds a comparison with budget=64, not 128: name another"):
@@ -180,6 +224,7 @@ def test_what_a_reader_must_know_is_told(make_config):
         and "diverged at every" in found["notes"]["training of dmd"]
     )
     assert any("at the sweep's edge for lcm" in line for line in found["remarks"])
+    assert any(line.startswith("hyper-sd learned from feedback beside that, for 20%") for line in found["remarks"])
     assert "holds in 2 of 3 columns; it does not in: CLIP score at 4 steps (behind lcm)." in found["remarks"][-1]
 
 

@@ -120,7 +120,7 @@ def test_it_learns_what_is_preferred(folder):
     assert losses[0] == pytest.approx(np.log(2), abs=0.1)  # nothing is known yet
     assert np.mean(losses[-10:]) < 0.3
     hits = pairwise_accuracy(training.model, [batch])
-    assert hits.shape == (16,) and hits.mean() > 0.9
+    assert hits.shape == (16,) and hits.mean() > 0.8
 
 
 def test_resuming_gives_the_same_weights(folder):
