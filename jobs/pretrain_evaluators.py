@@ -95,7 +95,7 @@ def banks(config: EvaluatorsConfig, train_set: Pictures, held_out: Pictures, see
 
 
 def clip(config: EvaluatorsConfig, train_set: Pictures, held_out: Pictures) -> dict[str, float]:
-    """CLIP score's model, and the tower of the aesthetic head."""
+    """CLIP score's model, and what HPS begins with."""
     from hypersd_ray.embedded.pretrain_clip import retrieval, train_clip, with_spoilt
 
     images, captions = with_spoilt(*train_set, config.teacher, config.clip_spoilt, seed=config.seed)
@@ -141,8 +141,9 @@ def hps(config: EvaluatorsConfig, train_set: Pictures, held_out: Pictures) -> di
     """A held-out judge of preference: of another class than ImageReward, and from other pairs."""
     from hypersd_ray.embedded.pretrain_preference import agreement, train_hps
 
-    if not (config.out / "clip").is_dir():
-        raise ValueError(f"{config.out}/clip does not exist: train it first (--what clip hps)")
+    report = config.out / "report.json"  # the folder of a CLIP is there before it is trained
+    if not report.exists() or "clip" not in json.loads(report.read_text()):
+        raise ValueError(f"{report} tells of no trained CLIP: train it first (--what clip hps)")
     learnt, measured = preferences(config, train_set, held_out, config.seed + 10)
     model = train_hps(
         learnt, config.out / "clip", config.out, config.out / "hps", config.hps_steps,

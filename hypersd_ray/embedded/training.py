@@ -108,6 +108,7 @@ def train(
         first = state["step"]
     begun, recent = time.monotonic(), torch.zeros(())
     for step in range(first, steps):
+        torch.manual_seed(seed * 1_000_003 + step)  # dropout's, which takes no generator
         value = loss(torch.Generator().manual_seed(seed * 1_000_003 + step))
         optimizer.zero_grad()
         value.backward()

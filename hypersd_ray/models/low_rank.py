@@ -7,8 +7,8 @@ Shapes: W (out, in[, kh, kw]); A (r, in[, kh, kw]); B (out, r[, 1, 1]); x of `nn
 (batch, in, h, w). "Positions" are the output's rows or pixels, over the batch.
 
 Beside a 16-bit layer the factors are multiplied in its number type. Who keeps such copies of all of a network's factors
-(`Low`) can make them with one operation for many layers; made here, layer by layer and pass by pass, they were two fifths
-of all operations of a training step.
+(`Low`) can make them with one operation for many layers; made here, layer by layer and pass by pass, they were a third of
+all operations of a training step.
 """
 
 from __future__ import annotations

@@ -11,10 +11,12 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
+from hypersd_ray.diffusion.schedule import scaled_linear
 from hypersd_ray.models import low_rank as module
 from hypersd_ray.models.lean import LeanFeedForward, LeanResnetBlock2D
 from hypersd_ray.models.lora import Adapters
 from hypersd_ray.models.low_rank import low_rank, takes_side_path
+from hypersd_ray.models.roles import LoRARoles
 from tests.helpers.pipelines import call, random_inputs, randomize, tiny_unet
 
 SCALE = 1.5
@@ -204,7 +206,7 @@ def test_a_block_that_computes_something_else_stays():
 
 
 def test_the_copies_of_a_16_bit_base_follow_its_factors():
-    """After an optimiser's step, which no version counter of a fused AdamW tells of, as after any other change."""
+    """After an optimiser's step, which no version counter of a fused AdamW tells of."""
     unet = tiny_unet("sd").bfloat16()
     x_t, t, cond = random_inputs("sd")
     x_t, cond = x_t.bfloat16(), cond.cast(torch.bfloat16)
@@ -229,3 +231,31 @@ def test_the_copies_of_a_16_bit_base_follow_its_factors():
     expected, expected_gradients = run()
     assert torch.equal(after, expected) and not torch.equal(after, before)
     assert all(torch.equal(a, b) for a, b in zip(gradients, expected_gradients, strict=True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda roles: roles.ema_update(0.5),
+        lambda roles: roles.copy("student", "ema"),
+        lambda roles: roles.load("ema", {n: t / 2 for n, t in roles.named_tensors("student").items()}),
+    ],
+    ids=["ema_update", "copy", "load"],
+)
+def test_the_copies_follow_what_changes_a_role_without_an_optimiser(change):
+    roles = LoRARoles(tiny_unet("sd").bfloat16(), scaled_linear(), "epsilon", rank=4, alpha=6.0)
+    roles.add("student", trainable=True)
+    roles.add("ema")
+    randomize(roles.adapters, "student")
+    x_t, t, cond = random_inputs("sd")
+
+    def run():
+        with torch.no_grad():
+            return roles.predict("ema", x_t.bfloat16(), t, cond.cast(torch.bfloat16)).x0
+
+    before = run()
+    change(roles)
+    after = run()
+    for layer in roles.adapters.layers.values():
+        layer.low.clear()
+    assert torch.equal(after, run()) and not torch.equal(after, before)
