@@ -40,7 +40,7 @@ def feedback_tiny(lora: str, learn: Literal["both", "reward", "structure"] = "bo
         rewards=embedded_rewards(),
         refl=ReFLConfig(weight=0.0 if learn == "structure" else 0.2, t_right=500),
         structure=StructureConfig(
-            weight=0.0 if learn == "reward" else 0.1,
+            weight=0.0 if learn == "reward" else 0.5,
             model=PerceptionConfig(checkpoint=str(judges / "solo")),
             annotations=str(paths.DATA / "instances_train.json"),
         ),
