@@ -232,8 +232,24 @@ def run_job(main: Callable[[], Any]) -> None:
         code = _complain(getattr(error, "cause", None) or error, 2)  # out of a Ray task it is wrapped
     except KeyboardInterrupt:
         code = _complain("interrupted; the same command goes on where it was", 130)
+    except Exception as error:
+        if not _ray_died(error):
+            raise
+        code = _complain(f"Ray itself failed; the same command goes on where it was. Ray says: {error}", 1)
     if code:
         sys.exit(code)
+
+
+def _ray_died(error: Exception) -> bool:
+    """Whether the cluster lost what every run stands on: its own processes, or the node of the driver's actors."""
+    ray = sys.modules.get("ray")  # this module is read before a cluster is needed
+    if ray is None:
+        return False
+    lost = ray.exceptions
+    return isinstance(
+        error,
+        (lost.ActorDiedError, lost.NodeDiedError, lost.OwnerDiedError, lost.LocalRayletDiedError, lost.RaySystemError),
+    )
 
 
 def _complain(what: object, code: int) -> int:

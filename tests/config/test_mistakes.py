@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray.exceptions import ActorDiedError
 
 from hypersd_ray.config.base import ConfigError, RunError
 from hypersd_ray.config.cli import parse, run_job
@@ -109,6 +110,27 @@ def test_exit_codes(raised, code, capsys):
         run_job(main)
     assert stopped.value.code == code
     assert capsys.readouterr().err == "error: a b\n"
+
+
+def test_a_cluster_that_dies_is_one_line(capsys):
+    def main():
+        raise ActorDiedError("the owner's node\nhas crashed")
+
+    with pytest.raises(SystemExit) as stopped:
+        run_job(main)
+    assert stopped.value.code == 1
+    said = capsys.readouterr().err
+    assert (
+        "the same command goes on" in said and said.endswith("the owner's node has crashed\n") and said.count("\n") == 1
+    )
+
+
+def test_a_bug_shows_where_it_is():
+    def main():
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_job(main)
 
 
 def test_a_job_that_ends_well_says_nothing(capsys):
