@@ -383,7 +383,8 @@ class Comparison:
 
 def chain_hash(method: str, budget: int) -> str:
     """Of all that a method's configurations say but rate, seed and where the checkout lies."""
-    chain, lora = TRAININGS[method](budget=budget), str(paths.LORAS / "tscd-k1.safetensors")
+    chain = TRAININGS[method](budget=budget, lr=1e-3)  # the same one whatever the method's own is
+    lora = str(paths.LORAS / "tscd-k1.safetensors")
     configs = [chain.first, *(link.config(lora) for link in chain.then)]
     links = [[link.above, link.steps] for link in chain.then]
     text = json.dumps([[c.model_dump(mode="json") for c in configs], links, chain.serves], sort_keys=True)
