@@ -12,7 +12,7 @@ from typing import Any
 from hypersd_ray.config.tscd import AdversarialConfig
 from hypersd_ray.recipes.methods import BATCH, BUDGET, Chain, run_name
 from hypersd_ray.recipes.trajectory import Settings
-from hypersd_ray.recipes.tscd import FULL_SHARES, embedded, embedded_tscd
+from hypersd_ray.recipes.tscd import embedded, short_tscd
 
 
 def changed(
@@ -23,8 +23,8 @@ def changed(
     lr: float = 1e-3,
     seed: int = 0,
 ) -> Chain:
-    """TSCD (MSE alone, no noise perturbation, the base as teacher) but for `distill` and `adversarial`."""
-    base = embedded_tscd(budget // BATCH, FULL_SHARES)
+    """TSCD (MSE alone, no noise perturbation, the stage before as teacher) but for `distill` and `adversarial`."""
+    base = short_tscd(budget // BATCH)
     settings = Settings(base.distill.model_copy(update=distill or {}), adversarial or base.adversarial)
     if settings.distill.k_list == (1,):
         settings = Settings(
@@ -36,7 +36,7 @@ def changed(
 
 CHANGES: dict[str, dict[str, Any]] = {
     "tscd-one-stage": {"distill": {"k_list": (1,)}},
-    "tscd-previous": {"distill": {"teacher": "previous"}},
+    "tscd-base": {"distill": {"teacher": "base"}},
     "tscd-perturbed": {"distill": {"perturbation": 0.1}},
     "tscd-adversarial": {"adversarial": AdversarialConfig()},
     "tscd-flat-weights": {"adversarial": AdversarialConfig(adv_start=0.05, adv_end=0.05, mse_start=0.75, mse_end=0.75)},

@@ -21,7 +21,7 @@ from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.recipes.feedback import feedback_tiny
 from hypersd_ray.recipes.onestep import Few, few_step, onestep_tiny
 from hypersd_ray.recipes.trajectory import TRAJECTORIES, shared
-from hypersd_ray.recipes.tscd import FULL_SHARES, TINY_OMEGA, embedded, embedded_tscd
+from hypersd_ray.recipes.tscd import TINY_OMEGA, embedded, short_tscd
 
 BUDGET = 9_600
 """Images: 300 steps of 32."""
@@ -80,7 +80,7 @@ def run_name(method: str, lr: float, seed: int) -> str:
 def trajectory(method: str, budget: int = BUDGET, lr: float = 1e-3, seed: int = 0) -> Chain:
     """A method of `hypersd_ray/recipes/trajectory.py`."""
     steps = budget // BATCH
-    settings = embedded_tscd(steps, FULL_SHARES) if method == "tscd" else TRAJECTORIES[method](steps, TINY_OMEGA)
+    settings = short_tscd(steps) if method == "tscd" else TRAJECTORIES[method](steps, TINY_OMEGA)
     return Chain(embedded(run_name(method, lr, seed), settings, lr, seed))
 
 
@@ -101,7 +101,7 @@ def hyper(name: str, budget: int = BUDGET, lr: float = 1e-3, seed: int = 0) -> C
     whole = budget // BATCH
     tscd_steps, dmd_steps = shared(whole, (4, 1)) if dmd else (whole, 0)
     begins = run_name("tscd-short" if dmd else "tscd", lr, seed)
-    first = embedded(begins, embedded_tscd(tscd_steps, FULL_SHARES), lr, seed)
+    first = embedded(begins, short_tscd(tscd_steps), lr, seed)
     if not feedback:
         return Chain(first, (Link(partial(_dmd, first, "dmd", dmd_steps, first.lora.rank), 0),))
     each = shared(max(len(LADDER), round(FEEDBACK_SHARE * whole)), [1] * len(LADDER))

@@ -18,6 +18,11 @@ TINY_OMEGA = (2.0, 4.0)
 FULL_SHARES = (8, 6, 6, 8)
 """The stages' shares of the steps in the committed LoRAs: longer where guidance is learnt, and where one step is."""
 
+SHORT_SHARES = (1, 1, 2, 6)
+"""... of a few hundred steps: most of them where the jumps are longest."""
+SHORT_N = 16
+"""Solver steps of such a stage: what an end of a segment says has fewer of them to pass through."""
+
 TINY_PROMPTS = (
     "a noto penguin on a yellow background",
     "a twemoji red apple on a sky background",
@@ -56,6 +61,15 @@ def embedded_tscd(steps: int, shares: Sequence[float] = (1, 1, 1, 1)) -> Setting
     """TSCD for the embedded model: without adversarial loss and noise perturbation."""
     distill = trajectory.tscd(steps, TINY_OMEGA, shares).distill
     return Settings(distill.model_copy(update={"perturbation": 0.0}))
+
+
+def short_tscd(steps: int) -> Settings:
+    """TSCD for the embedded model in a few hundred steps. Each stage's teacher is the student before (Fig. 2 reads so): what
+    is learnt already is not asked of the base again."""
+    settings = embedded_tscd(steps, SHORT_SHARES)
+    return Settings(
+        settings.distill.model_copy(update={"n_list": (SHORT_N,) * 4, "teacher": "previous"}), settings.adversarial
+    )
 
 
 def keeping_guidance(config: TSCDConfig) -> TSCDConfig:

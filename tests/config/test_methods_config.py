@@ -168,7 +168,7 @@ def test_an_ablation_changes_its_part_alone(name):
     allowed = {
         # A short stage warms up for a shorter time, one long stage as long as any training.
         "tscd-one-stage": {"distill.k_list", "distill.n_list", "distill.steps_list", "optim.warmup"},
-        "tscd-previous": {"distill.teacher"},
+        "tscd-base": {"distill.teacher"},
         "tscd-perturbed": {"distill.perturbation"},
     }
     found = {one for one in differ if not one.startswith("adversarial.")} if name not in allowed else differ
