@@ -29,7 +29,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "actors": ({"config", "diffusion", "losses", "models"}, set()),
     "trainer": ({"config", "diffusion", "losses", "models", "training", "data", "actors"}, set()),
     "tuning": ({"config", "diffusion", "losses", "models", "training", "data", "actors", "trainer"}, set()),
-    "embedded": ({"diffusion", "models"}, RAY),
+    "embedded": ({"diffusion", "losses", "models"}, RAY),
     "recipes": ({"config", "embedded"}, RAY | NETWORKS),
 }
 TORCH_ONLY = ("diffusion", "losses")

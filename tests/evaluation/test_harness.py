@@ -360,7 +360,7 @@ def test_the_papers_rows_need_all_its_prompts():
 
 def test_the_embedded_model_brings_its_judges():
     assert {spec.name for spec in judge_specs(chosen_judges(EvaluateConfig()))} == {
-        "clip_score", "aesthetic_v2", "clip_features", "objects",
+        "clip_score", "aesthetic_v2", "image_reward", "hps_v21", "clip_features", "objects",
     }  # fmt: skip
     other = EvaluateConfig(base="/elsewhere")
     assert chosen_judges(other) == chosen_judges(EvaluateConfig()), "another base model on the embedded prompts"
