@@ -9,9 +9,8 @@
     taskset -c 0 python jobs/compare.py tiny & taskset -c 1 python jobs/compare.py tiny
 
 Several processes share one folder: each takes a training that no other has, and takes over from one of this host that
-ended. Pinned to a core each, two take half the time of one, some 4 hours in place of 8: the steps of all trainings were measured
-at 6.7 hours of one core (a training of dmd 18 minutes, of perflow 11, of the others 4 to 9); starting runs, pictures and
-scores are estimated at another.
+ended. Pinned to a core each, two take half the time of one, some 4 hours in place of 7: a training of dmd takes 15 minutes of a
+core, of hyper-sd 11, of perflow 9, of the others 4 to 8 (measured; pictures and scores of the table are estimated).
 
 Each training is a run as jobs/tscd.py, jobs/onestep.py and jobs/feedback.py make it; the last thing is the report.
 """
