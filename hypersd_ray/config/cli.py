@@ -24,7 +24,7 @@ Config = TypeVar("Config", bound=pydantic.BaseModel)
 
 EXTRAS = {
     "webdataset": "data", "scipy": "mask2former", "optuna": "sweep", "s3fs": "cloud", "gcsfs": "cloud", "wandb": "wandb",
-    "mlflow": "mlflow", "cv2": "control", "deepspeed": "zero", "sqlalchemy": "study",
+    "mlflow": "mlflow", "cv2": "control", "deepspeed": "zero", "sqlalchemy": "study", "torchmetrics": "lpips",
 }  # fmt: skip
 """Packages that only some jobs need -> the extra of pyproject.toml that brings them."""
 
