@@ -285,7 +285,11 @@ def test_a_client_that_leaves_gives_up_its_turn(server):
     full = time.monotonic() - begun
     # Six of them would take six times `full`; at most the batch that ran when they left is finished, or not even that.
     assert leave_after(6) < 2.5 * full
-    assert server.log.read_text().count("images 499 client_gone") >= 6
+    # The first may have been answered before its client left; and a log takes its time.
+    until = time.monotonic() + 20
+    while (gone := server.log.read_text().count("images 499 client_gone")) < 5 and time.monotonic() < until:
+        time.sleep(0.5)
+    assert gone >= 5
 
 
 def test_health_and_description(server):
