@@ -30,7 +30,7 @@ from hypersd_ray.models.rewards.protocol import RewardModel
 
 INITIALIZER_RANGE = 0.02
 """Deviation of new vision weights. transformers' own, 1e-10, is for weights that are loaded over them (the committed
-ImageReward did begin with it: its accuracy is below HPS's, from as many pairs)."""
+ImageReward did begin with it; whether it would know more without is not measured)."""
 ALIGN = 96
 """Width of the embedding that the contrastive loss compares."""
 HPS_SCALE = 100.0
