@@ -29,8 +29,8 @@ from pydantic import Field
 
 from evaluation.harness.judges import judge_specs
 from evaluation.harness.making import make, tasks
+from evaluation.harness.plan import plan
 from evaluation.harness.prompts import Row, read_rows
-from evaluation.harness.run import plan
 from evaluation.harness.store import Store, shards_of
 from evaluation.harness.subjects import find_subject
 from hypersd_ray.config.base import Strict

@@ -32,8 +32,9 @@ def main() -> None:
             "no MODEL given: a LoRA, a folder of a run, a UNet or a pipeline, or teacher; before the options"
         )
     from evaluation.harness.pieces import write_json
+    from evaluation.harness.plan import plan
     from evaluation.harness.prompts import read_rows
-    from evaluation.harness.run import evaluate, plan
+    from evaluation.harness.run import evaluate
     from evaluation.harness.subjects import find_baseline, find_subject
     from evaluation.report.build import write_report
 

@@ -21,8 +21,9 @@ from typing import Any
 
 from evaluation.harness.judges import TITLES, chosen_judges
 from evaluation.harness.pieces import POLL_S, Piece, Pieces, read_json, write_json, write_whole
+from evaluation.harness.plan import plan
 from evaluation.harness.prompts import Row, read_rows, selection_captions
-from evaluation.harness.run import evaluate, plan
+from evaluation.harness.run import evaluate
 from evaluation.harness.subjects import Subject, base_sha256, find_baseline, read_run, run_subject, teacher
 from evaluation.harness.telling import told
 from hypersd_ray.config.base import ConfigError, RunError
@@ -226,8 +227,8 @@ class Comparison:
         """In the comparison's folder, with one store of latents for all, on what it trains on."""
         gpus = self.config.gpus_per_worker
         placed = config.run.model_copy(update={"out": str(self.out / "runs"), "gpus_per_worker": gpus})
-        if gpus and isinstance(config, FeedbackConfig):
-            # The embedded judges are small: beside the model they take no place of their own.
+        if isinstance(config, FeedbackConfig):
+            # The embedded judges are small: beside the model they need no place, and no start, of their own.
             config = config.model_copy(update={"placement": config.placement.model_copy(update={"where": "local"})})
         own = {"shards": self.config.shards} if self.config.shards else {}
         data = config.data.model_copy(update={"cache_dir": str(self.out / "latents"), **own})

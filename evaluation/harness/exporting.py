@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from evaluation.harness.pieces import write_whole
-from evaluation.harness.run import Plan
+from evaluation.harness.plan import Plan
 from evaluation.harness.store import Store, picture_name, shards_of
 
 

@@ -19,7 +19,7 @@ from evaluation.harness.judges import JudgeSpec, MetricCard
 from evaluation.harness.measures import Estimate, Measure, Read, mean_values
 from evaluation.harness.prompts import Row
 from evaluation.harness.store import Store, shard_name, shards_of
-from evaluation.harness.subjects import Cell
+from evaluation.harness.subjects import Cell, by_weights
 from hypersd_ray.models.rewards.weights import load_weights, read_tensors
 
 
@@ -44,10 +44,7 @@ def load_lpips(path: str | Path) -> nn.Module:
 
 def pairs_of(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     """Cells that differ in the noise alone, by the model's weights; those that have no other are left out."""
-    found: dict[str, list[Cell]] = {}
-    for cell in cells:
-        found.setdefault(cell.weights_sha256, []).append(cell)
-    return {weights: of for weights, of in found.items() if len(of) > 1}
+    return {weights: of for weights, of in by_weights(cells).items() if len(of) > 1}
 
 
 def file_of(spec: JudgeSpec, cells: Sequence[Cell]) -> str:

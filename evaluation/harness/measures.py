@@ -15,7 +15,7 @@ from torch import Tensor
 
 from evaluation.bootstrap import Interval, resampled_means
 from evaluation.harness.judges import FEATURES, OBJECTS, JudgeSpec, MetricCard, reward_card
-from evaluation.harness.subjects import Cell
+from evaluation.harness.subjects import Cell, by_weights
 from evaluation.objects import object_precision
 from hypersd_ray.models.perception.protocol import Instances
 from hypersd_ray.training.randomness import generator_of
@@ -191,9 +191,7 @@ def averaged(of_cell: Callable[[Cell, Read], Draws]) -> Callable[[Sequence[Cell]
         for cell in cells:
             if cell.key not in kept:
                 kept[cell.key] = of_cell(cell, read)
-        of_weights: dict[str, list[Draws]] = {}
-        for cell in cells:
-            of_weights.setdefault(cell.weights_sha256, []).append(kept[cell.key])
+        of_weights = {weights: [kept[cell.key] for cell in of] for weights, of in by_weights(cells).items()}
         each = torch.stack([torch.stack([e.draws for e in parts]).mean(0) for parts in of_weights.values()])
         if len(each) > 1:
             generator = generator_of(0, "trainings", *of_weights)  # of its own: models differ in them
@@ -250,17 +248,14 @@ def seed_measure(spec: JudgeSpec) -> Measure:
     )  # fmt: skip
 
     def estimate(cells: Sequence[Cell], read: Read) -> Estimate | None:
-        of_weights: dict[str, list[Tensor]] = {}
-        for cell in cells:
-            of_weights.setdefault(cell.weights_sha256, []).append(torch.from_numpy(read(cell, FEATURES)).double())
-        several = [torch.stack(parts) for parts in of_weights.values() if len(parts) > 1]
+        several = [torch.stack([_features(c, read) for c in of]) for of in by_weights(cells).values() if len(of) > 1]
         if not several:
             return None
         each = torch.stack([between_seeds(parts) for parts in several])
         return Values(each if len(each) > 1 else each[0])
 
     def cases(cells: Sequence[Cell], read: Read) -> np.ndarray | None:
-        found = estimate([cell for cell in cells if cell.weights_sha256 == cells[0].weights_sha256], read)
+        found = estimate(by_weights(cells)[cells[0].weights_sha256], read)
         return found.values.numpy() if isinstance(found, Values) else None
 
     return Measure(card, estimate, cases)

@@ -149,6 +149,12 @@ def shards_of(rows: Sequence[Row], per_shard: int) -> list[list[Row]]:
     return [list(rows[i : i + per_shard]) for i in range(0, len(rows), per_shard)]
 
 
+def shard_of(rows: Sequence[Row], per_shard: int, key: str) -> tuple[str, list[Row]]:
+    """The name of the file that holds a row, and its rows."""
+    part = next(p for p in shards_of(rows, per_shard) if any(row.key == key for row in p))
+    return shard_name(part), part
+
+
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     info = tarfile.TarInfo(name)
     info.size = len(data)

@@ -104,6 +104,14 @@ class Subject:
         ]
 
 
+def by_weights(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """The cells of each training, by the hash of its weights: what differs within one is the noise."""
+    found: dict[str, list[Cell]] = {}
+    for cell in cells:
+        found.setdefault(cell.weights_sha256, []).append(cell)
+    return found
+
+
 def _weights_sha256(weights: str) -> str:
     path = Path(weights)
     return "" if not weights else _sha256(str(path / UNET_FILE if path.is_dir() else path))

@@ -13,8 +13,7 @@ from PIL import Image
 
 from evaluation.harness.pieces import write_whole
 from evaluation.harness.prompts import Row
-from evaluation.harness.run import shard_of
-from evaluation.harness.store import Store, picture_name
+from evaluation.harness.store import Store, picture_name, shard_of
 from evaluation.report.paper import FID_REMARK, TABLE_2
 from evaluation.report.plots import quality_plots
 from evaluation.report.tables import as_csv, latency_rows, latex, markdown, paper_rows, tables

@@ -14,8 +14,8 @@ import pytest
 
 from evaluation.harness.judges import judge_specs
 from evaluation.harness.making import make, tasks
+from evaluation.harness.plan import plan
 from evaluation.harness.prompts import read_rows
-from evaluation.harness.run import plan
 from evaluation.harness.store import Store
 from evaluation.harness.subjects import find_subject
 from hypersd_ray.config.base import RunError

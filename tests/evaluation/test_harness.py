@@ -16,8 +16,9 @@ import torch
 from evaluation.harness.exporting import export_images
 from evaluation.harness.judges import chosen_judges, judge_specs
 from evaluation.harness.making import make, tasks
+from evaluation.harness.plan import plan
 from evaluation.harness.prompts import Row, coco_manifest, read_rows
-from evaluation.harness.run import evaluate, make_all, plan
+from evaluation.harness.run import evaluate, make_all
 from evaluation.harness.sampler import Sampler
 from evaluation.harness.store import Store, shard_name
 from evaluation.harness.subjects import How, Subject, find_baseline, find_subject, run_how, teacher

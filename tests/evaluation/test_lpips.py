@@ -8,8 +8,9 @@ import torch.nn.functional as F
 import torchvision
 
 from evaluation.harness.lpips import file_of, load_lpips, pairs_of
+from evaluation.harness.plan import plan
 from evaluation.harness.prompts import read_rows
-from evaluation.harness.run import evaluate, plan
+from evaluation.harness.run import evaluate
 from evaluation.harness.store import Store, shard_name, shards_of
 from evaluation.harness.subjects import find_subject
 from hypersd_ray.config.base import ConfigError
