@@ -94,7 +94,8 @@ def hyper(name: str, budget: int = BUDGET, lr: float = 1e-3, seed: int = 0) -> C
     """Hyper-SD and its parts: TSCD, then feedback above the LoRA of each k, each for its own number of steps, then
     distribution matching for the single step, for a fifth of the budget; later parts at a fifth of the rate.
 
-    "tscd-feedback" has the first alone, "hyper-sd" both (paper, Sec. 4.1); "tscd-dmd" is the unified LoRA of 1 to 8 steps
+    "tscd-feedback" has the first alone, "hyper-sd" both (paper, Sec. 4.1), its single step by the dedicated model (T = 800,
+    Sec. 3.3), which has no other steps to keep and its recipe's own rate; "tscd-dmd" is the unified LoRA of 1 to 8 steps
     above k = 1. Feedback asks no teacher, so its images are beside the budget. Chains that begin alike share the run.
     """
     feedback, dmd = name != "tscd-dmd", name != "tscd-feedback"
@@ -103,13 +104,12 @@ def hyper(name: str, budget: int = BUDGET, lr: float = 1e-3, seed: int = 0) -> C
     begins = run_name("tscd-short" if dmd else "tscd", lr, seed)
     first = embedded(begins, short_tscd(tscd_steps), lr, seed)
     if not feedback:
-        return Chain(first, (Link(partial(_dmd, first, "dmd", dmd_steps, first.lora.rank), 0),))
+        return Chain(first, (Link(partial(_unified, first, dmd_steps), 0),))
     each = shared(max(len(LADDER), round(FEEDBACK_SHARE * whole)), [1] * len(LADDER))
     then = [Link(partial(_feedback, first, n, k), 0, k) for k, n in zip(LADDER, each, strict=True)]
     serves = {k: 1 + i for i, k in enumerate(LADDER)}
     if dmd:
-        merged_rank = 2 * first.lora.rank  # TSCD's LoRA and the feedback's
-        then.append(Link(partial(_dmd, first, "feedback-dmd", dmd_steps, merged_rank), serves[1]))
+        then.append(Link(partial(_dedicated, first, dmd_steps), serves[1]))
         serves |= {1: len(then)}
     return Chain(first, tuple(then), serves)
 
@@ -129,13 +129,20 @@ def _feedback(first: TSCDConfig, steps: int, k: int, lora: str) -> FeedbackConfi
     return config.model_copy(update={"steps": steps, "refl": config.refl.model_copy(update={"steps": (k,)})} | later)
 
 
-def _dmd(first: TSCDConfig, part: str, steps: int, rank: int, lora: str) -> OneStepConfig:
-    config = onestep_tiny(lora)
-    changed = {
-        "distill": config.distill.model_copy(update={"steps_list": (steps,)}),
-        "lora": first.lora.model_copy(update={"rank": rank}),
-    }
-    return config.model_copy(update=changed | _goes_on(first, part))
+def _unified(first: TSCDConfig, steps: int, lora: str) -> OneStepConfig:
+    config = _one_step(onestep_tiny(lora), steps, first.lora.rank)
+    return config.model_copy(update=_goes_on(first, "dmd"))
+
+
+def _dedicated(first: TSCDConfig, steps: int, lora: str) -> OneStepConfig:
+    merged_rank = 2 * first.lora.rank  # TSCD's LoRA and the feedback's
+    config = _one_step(onestep_tiny(lora, "dedicated"), steps, merged_rank)
+    return config.model_copy(update={"run": _goes_on(first, "feedback-t800")["run"]})
+
+
+def _one_step(config: OneStepConfig, steps: int, rank: int) -> OneStepConfig:
+    distill = config.distill.model_copy(update={"steps_list": (steps,)})
+    return config.model_copy(update={"distill": distill, "lora": config.lora.model_copy(update={"rank": rank})})
 
 
 def teacher_passes(config: Config) -> int:
