@@ -16,6 +16,7 @@ from hypersd_ray.recipes import METHODS, ONESTEP_RECIPES, RECIPES
 from hypersd_ray.recipes.ablations import ABLATIONS
 from hypersd_ray.recipes.compare import COMPARE_RECIPES, TRAININGS
 from hypersd_ray.recipes.methods import BUDGET, FEEDBACK_SHARE, teacher_passes
+from hypersd_ray.recipes.onestep import onestep_tiny
 from hypersd_ray.recipes.trajectory import TRAJECTORIES, shared
 
 LORA = str(paths.LORAS / "tscd-k1.safetensors")
@@ -66,8 +67,11 @@ def test_a_chain_goes_on_from_what_was_made():
     assert chain.serves == {8: 1, 4: 2, 2: 3, 1: 5} and METHODS["tscd-feedback"]().serves == {8: 1, 4: 2, 2: 3, 1: 4}
     assert all(one.tscd == LORA for one in feedback) and dmd.init == LORA
     assert dmd.lora.rank == tscd.lora.rank + feedback[-1].lora.rank  # the merge of the two
-    assert parts("tscd-dmd")[1].lora.rank == tscd.lora.rank
-    assert feedback[0].optim.lr == dmd.optim.lr == pytest.approx(2e-4)
+    assert dmd.mode == "dedicated", "the single step has a model of its own"
+    unified = parts("tscd-dmd", lr=3e-3)[1]
+    assert unified.mode == "unified" and unified.lora.rank == tscd.lora.rank
+    assert feedback[0].optim.lr == pytest.approx(2e-4) and unified.optim.lr == pytest.approx(6e-4)
+    assert parts("hyper-sd", lr=3e-3)[-1].optim == dmd.optim == onestep_tiny(LORA, "dedicated").optim
     assert sum(one.steps for one in feedback) == pytest.approx(FEEDBACK_SHARE * BUDGET / 32, abs=1)
     assert images(dmd) == pytest.approx(BUDGET / 5, abs=32)
 
