@@ -127,7 +127,8 @@ def _measured(sweep: SweepConfig, trials: list[str], prompts: tuple[str, ...]) -
     side = float(config.data.resolution)
     time_ids = torch.tensor([[side, side, 0, 0, side, side]]) if encoders.is_sdxl else None
     yardstick = Yardstick(measure, roles, encoders, read_base(config.teacher).path, time_ids)
-    eta = samplings(config)[0].eta
+    known = {how.steps: how for how in samplings(config)}  # as the objective was measured
+    eta = next(iter(known.values())).eta
     found, folder = {}, sweep_folder(sweep)
     with tempfile.TemporaryDirectory() as temporary:
         for name in trials:
@@ -135,7 +136,7 @@ def _measured(sweep: SweepConfig, trials: list[str], prompts: tuple[str, ...]) -
             local = Path(temporary) / f"{name}.safetensors"
             storage.get(f"{place}/{product(config, config.distill.k_list[-1])}", local)
             roles.load(STUDENT, read_lora(local)[0])
-            found[name] = yardstick({n: Sampling(n, eta=eta) for n in measure.steps})
+            found[name] = yardstick({n: known.get(n, Sampling(n, eta=eta)) for n in measure.steps})
     return found
 
 

@@ -108,8 +108,9 @@ def pools(config: ThroughputConfig, rows: list[Row], workers: int) -> float:
         todo = tasks(Store(out), what.cells, rows, specs, generators.batch_size)
         ends: list[float] = []
         make(out, todo, specs, generators, config.scorers, lambda *_: ends.append(time.time()))
-        begun = min(path.stat().st_mtime for path in Path(out).rglob("*.tar"))  # when the first shard was made
-        return (len(rows) - len(todo[0].rows)) / (ends[-1] - begun)
+        made = sorted(path.stat().st_mtime for path in Path(out).rglob("*.tar"))
+        begun = made[workers - 1]  # each generator has made its first shard, about
+        return (len(rows) - workers * len(todo[0].rows)) / (ends[-1] - begun)
 
 
 def main() -> None:

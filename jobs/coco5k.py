@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 
 from pydantic import Field
 
-from hypersd_ray.config.base import Strict
+from hypersd_ray.config.base import ConfigError, Strict
 from hypersd_ray.config.cli import read_options, run_job
 
 
@@ -36,8 +36,11 @@ def main() -> None:
     from evaluation.harness.prompts import coco_manifest
 
     table = coco_manifest(config.annotations, config.images)
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, config.out)
+    try:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, config.out)
+    except OSError as error:
+        raise ConfigError(f"--out {config.out} cannot be written: {error.strerror or error}") from None
     print(f"{len(table)} captions in {config.out}, the first: {table['caption'][0].as_py()!r}")
 
 

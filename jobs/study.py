@@ -78,6 +78,7 @@ Command = (
 def main() -> None:
     """Do what the command says."""
     config = tyro.cli(Command, description=__doc__)
+    from evaluation.harness.pieces import write_whole
     from evaluation.study import analysis
     from evaluation.study.store import Store
 
@@ -88,7 +89,10 @@ def main() -> None:
         raise ConfigError(f"--database {config.database}: there is no such file; `study.py serve` makes it")
     votes = Store(config.database).votes()
     if isinstance(config, Export):
-        print(f"{analysis.write_csv(votes, config.out)} votes in {config.out}")
+        try:
+            print(f"{analysis.write_csv(votes, config.out)} votes in {config.out}")
+        except OSError as error:
+            raise ConfigError(f"--out {config.out} cannot be written: {error.strerror}") from None
         return
     try:
         results = analysis.analyse(votes, config.resamples)
@@ -98,7 +102,7 @@ def main() -> None:
     if config.json_:
         pairs = {f"{a} over {b}": asdict(rate) for (a, b), rate in results.win_rates.items()}
         counts = {f"{a} over {b}": count for (a, b), count in results.votes.items()}
-        config.json_.write_text(json.dumps(asdict(results) | {"win_rates": pairs, "votes": counts}, indent=1) + "\n")
+        write_whole(config.json_, json.dumps(asdict(results) | {"win_rates": pairs, "votes": counts}, indent=1) + "\n")
 
 
 def serve(config: Serve) -> None:

@@ -27,6 +27,7 @@ def main() -> None:
     from hypersd_ray.trainer import storage
     from hypersd_ray.tuning import sweep  # Ray and torch come after the configuration is known to be right
 
+    config = sweep.from_here(config)
     outcome = sweep.run_sweep(config)
     folder = outcome.folder
     storage.write_text(f"{folder}/best.yaml", sweep.best_text(config, outcome))

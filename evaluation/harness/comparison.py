@@ -72,6 +72,10 @@ class Comparison:
             raise ConfigError(f"--methods {unknown[0]}: choose of {', '.join(TRAININGS)}")
         if config.select not in TITLES:
             raise ConfigError(f"--select {config.select} gives no score to a picture: one of {', '.join(TITLES)}")
+        if not getattr(chosen_judges(self.evaluation()), config.select, ""):
+            raise ConfigError(
+                f"--select {config.select} has no weights here: give --judges.{config.select.replace('_', '-')}"
+            )
         for method in config.methods:
             try:
                 TRAININGS[method](budget=config.budget)
@@ -86,11 +90,14 @@ class Comparison:
 
     @functools.cached_property
     def about(self) -> dict[str, Any]:
-        """What decides the trainings and is in no file's name."""
+        """What decides trainings and choices and is in no file's name."""
         chains = {method: chain_hash(method, self.config.budget) for method in self.config.methods}
         return {
             "budget": self.config.budget, "teacher": Path(self.config.teacher).name,
             "base_sha256": base_sha256(self.config.teacher), "shards": self.config.shards, "chains": chains,
+            # ... and what its learning rates are chosen by
+            "select": self.config.select, "selection_prompts": self.config.selection_prompts,
+            "steps": list(self.config.steps), "first seed": self.config.seeds[0],
         }  # fmt: skip
 
     def _same(self) -> None:
@@ -137,7 +144,7 @@ class Comparison:
         """The learning rate that was chosen; None before that is known."""
         pieces = sweep(self.config, method)
         if len(pieces) == 1:
-            return pieces[0].lr
+            return None if self.over(method) else pieces[0].lr
         scores = self.chosen.get(method, {})
         if not all(f"{piece.lr:g}" in scores for piece in pieces):
             return None

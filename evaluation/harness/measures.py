@@ -137,7 +137,8 @@ def mean_values(cells: Sequence[Cell], arrays: Sequence[np.ndarray]) -> Values:
 def fidelity_measure(references: dict[int, Cell], steps: int, guidance: float) -> Measure:
     """Distance of the latents to where the teacher's ODE ends from the same noise."""
     card = MetricCard(
-        "distance", "distance to teacher", f"none: latents against the teacher's {steps} DDIM steps at guidance {guidance:g}", "",
+        "distance", "distance to teacher", f"none: latents against the teacher's {steps} DDIM steps at guidance {guidance:g}",
+        next((cell.base_sha256 for cell in references.values()), ""),
         "latents as they are, same noise", "mean squared difference / variance of the reference latents; 0 is the teacher", "lower",
     )  # fmt: skip
 
@@ -312,14 +313,16 @@ def objects_measure(spec: JudgeSpec, named: Sequence[Sequence[int]], resamples: 
 
     def of_cell(cell: Cell, read: Read) -> Draws:
         found = read(cell, OBJECTS)
-        interval, values = object_precision([_instances(f) for f in found], named, resamples, seed)
-        return Draws(interval.mean, values, False, int(np.isnan(found).any((1, 2)).sum()))
+        failed = np.asarray(np.isnan(found).any((1, 2)))
+        asked = [() if lost else labels for lost, labels in zip(failed, named, strict=True)]
+        interval, values = object_precision([_instances(f) for f in found], asked, resamples, seed)
+        return Draws(interval.mean, values, False, int(failed.sum()))
 
     def cases(cells: Sequence[Cell], read: Read) -> np.ndarray:
         found = read(cells[0], OBJECTS)
         surest = lambda f, label: max((float(score) for one, score in f if one == label), default=0.0)
         return np.array([
-            np.mean([surest(f, label) for label in labels]) if len(labels) else np.nan
+            np.mean([surest(f, label) for label in labels]) if len(labels) and not np.isnan(f).any() else np.nan
             for f, labels in zip(found, named, strict=True)
         ])  # fmt: skip
 

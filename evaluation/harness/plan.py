@@ -10,6 +10,7 @@ from evaluation.harness.prompts import Row
 from evaluation.harness.subjects import Cell, Subject, teacher
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.evaluate import EvaluateConfig
+from hypersd_ray.data.sources import find_shards
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,15 @@ def plan(
     """Which cells there are. Subjects of one name are one model, trained from several seeds. `only` these judges; none: all.
 
     Raises:
-        ConfigError: judges' files are missing; two models that are not one have a name.
+        ConfigError: judges' files or real pictures are missing; the baseline has the name of a model that it is not.
     """
+    for subject in subjects:
+        if baseline is not None and subject.name == baseline.name and not _one_model(subject, baseline):
+            raise ConfigError(
+                f"--baseline {config.baseline} and another model are both called {subject.name}: give one a name, NAME=MODEL"
+            )
+    if config.reference_pictures:
+        find_shards((config.reference_pictures,), "webdataset")
     seeds = range(config.seed, config.seed + config.images_per_prompt)
     dtype = config.generators.dtype
     groups: dict[tuple[str, int], list[Cell]] = {}
@@ -65,3 +73,8 @@ def plan(
     names = list({subject.name: subject for subject in subjects}.values())
     single = [spec for spec in specs if spec is not between]
     return Plan(config, rows, names, baseline.name if baseline else "", single, groups, references, between)
+
+
+def _one_model(one: Subject, other: Subject) -> bool:
+    """The same wherever both are asked."""
+    return one.base == other.base and all(one.parts[n] == other.parts[n] for n in one.parts.keys() & other.parts.keys())

@@ -59,7 +59,7 @@ def _read_file(config: EvaluateConfig, log: Callable[[str], None]) -> list[Row]:
     try:
         with fsspec.open(path, "rb") as file:
             data = file.read()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"--prompts-file {path} cannot be read: {' '.join(str(error).split())}") from None
     if config.prompts == "coco5k":
         table = _parquet(data, path, ("caption", "seed"))

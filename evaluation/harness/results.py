@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import torch
 from PIL import Image
@@ -39,7 +40,7 @@ from evaluation.harness.plan import Plan
 from evaluation.harness.prompts import Row
 from evaluation.harness.sampler import PARTS
 from evaluation.harness.store import Store, shards_of
-from evaluation.harness.subjects import Cell, by_weights
+from evaluation.harness.subjects import Cell, base_sha256, by_weights
 from evaluation.rewards import named_objects
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.evaluate import EvaluateConfig
@@ -108,7 +109,7 @@ def real_features(config: EvaluateConfig, spec: JudgeSpec) -> torch.Tensor:
         return torch.from_numpy(np.load(io.BytesIO(store.read(where, name)))["values"])
     judge, parts = load_judge(spec), []
     for url in urls:
-        with store.fs.open(url, "rb") as file, tarfile.open(fileobj=file) as tar:
+        with fsspec.open(url, "rb") as file, tarfile.open(fileobj=file) as tar:
             for member in tar:
                 if member.name.endswith((".png", ".jpg", ".jpeg", ".webp")):
                     picture = np.asarray(Image.open(tar.extractfile(member)).convert("RGB"))  # type: ignore[arg-type]
@@ -248,7 +249,10 @@ def provenance(config: EvaluateConfig) -> dict[str, Any]:
     """Which code, on what."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+        except OSError:  # no git here
+            return ""
         return done.stdout.strip()
 
     packages = ("torch", "diffusers", "transformers", "ray", "numpy")
@@ -256,5 +260,5 @@ def provenance(config: EvaluateConfig) -> dict[str, Any]:
         "commit": git("rev-parse", "HEAD") or "unknown", "changed": bool(git("status", "--porcelain")),
         "packages": {name: version(name) for name in packages}, "python": platform.python_version(),
         "device": "GPU" if config.generators.num_gpus else f"CPU {platform.machine()}", "cores": os.cpu_count(),
-        "base": Path(config.base).name,
+        "base": Path(config.base).name, "base_sha256": base_sha256(config.base),
     }  # fmt: skip

@@ -81,7 +81,7 @@ def latencies(what: Plan, log: Log = lambda _: None) -> dict[str, latency.Latenc
     pool = config.generators
     device = "cuda" if pool.num_gpus else "cpu"
     firsts = [cells[0] for cells in what.groups.values()]
-    name = f"latency-{device}.json"
+    name = f"latency-{device}-{config.latency_repeats}.json"
     todo = [cell for cell in firsts if name not in store.names(cell.key)]
     if todo:
         log(f"latency of {len(todo)} models and numbers of steps")

@@ -4,7 +4,7 @@
     {out}/cells/{cell key}/{shard}.tar                     pictures (webdataset: png, txt, json) and latents.npz
     {out}/cells/{cell key}/{shard}.{judge}.npz             one judge's values
     {out}/cells/{cell key}/{shard}.{judge}.failed          on which pictures it failed: it is asked again the next time
-    {out}/cells/{cell key}/latency-{device}.json           of the parts
+    {out}/cells/{cell key}/latency-{device}-{repeats}.json of the parts
 
 A shard's name is a hash of its rows' keys, so that a longer list of prompts finds the pictures of a shorter one.
 """
@@ -15,6 +15,8 @@ import errno
 import hashlib
 import io
 import json
+import os
+import socket
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,9 +74,9 @@ class Store:
         path = f"{self.folder(cell)}/{name}"
         try:
             self.fs.makedirs(self.folder(cell), exist_ok=True)
-            with self.fs.open(f"{path}.part", "wb") as file:
+            with self.fs.open(part_of(path), "wb") as file:
                 file.write(data)
-            self.fs.mv(f"{path}.part", path)
+            self.fs.mv(part_of(path), path)
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             why = "no space is left" if full else f"cannot be written ({error.strerror or error})"
@@ -142,6 +144,11 @@ class Store:
         """The inverse."""
         array = np.load(io.BytesIO(self.read(cell, f"{shard_name(rows)}.{judge}.npz")))
         return array["values"], json.loads(str(array["failures"]))
+
+
+def part_of(path: str) -> str:
+    """What a file is called while this process writes it: evaluations may share a store."""
+    return f"{path}.{socket.gethostname()}-{os.getpid()}.part"
 
 
 def shards_of(rows: Sequence[Row], per_shard: int) -> list[list[Row]]:

@@ -105,7 +105,10 @@ def provenance_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
         ("code", about["commit"][:12] + changed),
         ("packages", ", ".join(f"{name} {version}" for name, version in about["packages"].items())),
         ("machine", f"{about['device']}, {about['cores']} cores"),
-        ("base model", f"{about['base']}, teacher's guidance {settings['teacher_guidance']:g}"),
+        (
+            "base model",
+            f"{about['base']}, sha256 {about['base_sha256'][:16]}, teacher's guidance {settings['teacher_guidance']:g}",
+        ),
         (
             "prompts",
             f"{results['prompts']['name']}, {results['prompts']['count']}, sha256 {results['prompts']['sha256'][:16]}",

@@ -52,7 +52,7 @@ class Entries:
         self.names = sorted(names)
         self.left_out = {model: len(found) - len(names) for model, found in self.pictures.items()}
         self.captions = {name: _caption(name, folders.values()) for name in self.names}
-        self.comparisons = [Comparison(name, a, b) for a, b in combinations(folders, 2) for name in self.names]
+        self.comparisons = [Comparison(name, a, b) for a, b in combinations(sorted(folders), 2) for name in self.names]
         self._known = set(self.comparisons)
 
     def __contains__(self, comparison: Comparison) -> bool:

@@ -220,7 +220,7 @@ def run_job(main: Callable[[], Any]) -> None:
     try:
         code = main()
     except RunError as error:
-        code = _complain(error, 1)
+        code = _complain(getattr(error, "cause", None) or error, 1)  # out of a Ray task it is wrapped
     except pydantic.ValidationError as error:
         code = _complain(one_line(error), 2)
     except ModuleNotFoundError as error:
@@ -228,8 +228,12 @@ def run_job(main: Callable[[], Any]) -> None:
         if extra is None:
             raise
         code = _complain(f"{error.name} is not installed: pip install 'hypersd-ray[{extra}]'", 2)
+    except ImportError as error:
+        if not str(error).startswith("Install "):  # fsspec's words for a store whose package is missing
+            raise
+        code = _complain(f"{error}: pip install 'hypersd-ray[cloud]'", 2)
     except (ValueError, CombinationError) as error:
-        code = _complain(getattr(error, "cause", None) or error, 2)  # out of a Ray task it is wrapped
+        code = _complain(getattr(error, "cause", None) or error, 2)
     except KeyboardInterrupt:
         code = _complain("interrupted; the same command goes on where it was", 130)
     except Exception as error:

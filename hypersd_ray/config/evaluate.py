@@ -96,7 +96,7 @@ class EvaluateConfig(Strict):
     scorers: EncoderPool = EncoderPool(batch_size=64)
     """Actors that judge them."""
     where: Literal["ray", "local"] = "ray"
-    """"ray": pools of actors, on as many nodes as there are; "local": in this process, for a few pictures."""
+    """"ray": pools of actors, on as many nodes as their max_size fills (1 each unless told); "local": in this process, for a few pictures."""
     out: str = "runs/evaluation"
     """Folder of pictures, scores and results, or an fsspec URL every node reaches. It may be shared by evaluations."""
     export_images: str = ""

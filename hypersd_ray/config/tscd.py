@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -257,7 +257,10 @@ class TSCDConfig(Strict):
 
     def located(self, locate: Callable[[str], str]) -> Self:
         """The same with `locate` applied to each path that workers read."""
-        update = {"teacher": locate(self.teacher)}
+        update: dict[str, Any] = {"teacher": locate(self.teacher)}
+        places = {name: locate(path) for name in ("clip", "cache") if (path := getattr(self.measure, name)) is not None}
+        if places:
+            update["measure"] = self.measure.model_copy(update=places)
         if self.first_stage is not None:
             update["first_stage"] = locate(self.first_stage)
         return self.model_copy(update=update)

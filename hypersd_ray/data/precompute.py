@@ -71,10 +71,10 @@ def precompute(
     done = {url: footer for url in sources.urls if (footer := folder.footer(url))}
     todo = [url for url in sources.urls if url not in done]
     skipped = len(done)
-    folder.write_marker({"complete": not todo, "model": model_path, **belongs, **_totals(sources.urls, done)})
     started, written = time.perf_counter(), 0
     if todo:
-        log = rejects.start_reject_log(config, f"{out.rstrip('/')}/rejects.jsonl")
+        folder.write_marker({"complete": False, "model": model_path, **belongs, **_totals(sources.urls, done)})
+        log = rejects.start_reject_log(config, f"{out.rstrip('/')}/rejects.jsonl", out.rstrip("/").rpartition("/")[2])
         for url, footer in done.items():
             ray.get(log.count.remote(url, footer["seen"], footer["rejects"]))
         for url, pieces in _shards_in_order(todo, sources.format, config, model_path, log):
@@ -85,7 +85,12 @@ def precompute(
                 progress(len(done), len(sources.urls), written)
     elapsed = time.perf_counter() - started
     totals = _totals(sources.urls, done)
-    folder.write_marker({"complete": True, "model": model_path, **belongs, **totals})
+    complete = {"complete": True, **belongs, **totals}
+    # Runs that share latents come by at once with nothing to do: one that wrote would pull the file from under another.
+    if todo or any(
+        value != check_marker(out, {}).get(name) for name, value in json.loads(json.dumps(complete)).items()
+    ):
+        folder.write_marker(complete | {"model": model_path})
     return Summary(
         out,
         len(done),

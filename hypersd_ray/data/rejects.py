@@ -11,6 +11,7 @@ import fsspec
 import ray
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hypersd_ray.config.data import DataConfig
@@ -95,18 +96,34 @@ class RejectCounter:
         )
 
 
-RejectLog = ray.remote(num_cpus=0)(RejectCounter)
+class GaugedCounter(RejectCounter):
+    """... which Ray's metrics agent exports too, as `ray_hypersd_rejected` by run and reason."""
+
+    def __init__(self, path: str | None, max_share: float, grace: int, run: str) -> None:
+        super().__init__(path, max_share, grace)
+        self.run = run
+        self.gauge = Gauge("hypersd_rejected", description="Rows rejected so far.", tag_keys=("run", "reason"))
+
+    def count(self, shard: str, seen: int, reasons: Mapping[str, int]) -> bool:
+        is_new = super().count(shard, seen, reasons)
+        for reason in reasons:
+            self.gauge.set(self.reasons[reason], tags={"run": self.run, "reason": reason})
+        return is_new
+
+
+RejectLog = ray.remote(num_cpus=0)(GaugedCounter)
 """The counter as an actor, shared by the readers of all training workers; it gets one report a shard."""
 
 
-def start_reject_log(config: DataConfig, path: str | None) -> ray.actor.ActorHandle:
-    """Start the log on this node, so that a local `path` is where the user looks; pass the handle to every stream."""
+def start_reject_log(config: DataConfig, path: str | None, run: str = "") -> ray.actor.ActorHandle:
+    """Start the log on this node, so that a local `path` is where the user looks; pass the handle to every stream. `run`
+    is the name that its gauge has."""
     if path is not None:
         filesystem, name = fsspec.core.url_to_fs(path)
         filesystem.makedirs(name.rpartition("/")[0] or ".", exist_ok=True)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options: Any = RejectLog.options(scheduling_strategy=here)
-    return options.remote(path, config.max_reject_share, config.reject_grace)
+    return options.remote(path, config.max_reject_share, config.reject_grace, run)
 
 
 def check(log: ray.actor.ActorHandle) -> None:

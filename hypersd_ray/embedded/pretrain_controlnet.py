@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -60,6 +61,15 @@ def train_controlnet(
         ).sample
         return F.mse_loss(predicted, eps)
 
-    train(kind, net, loss, steps, lr, out, seed)
+    train(kind, net, loss, steps, lr, out, seed, of=_belongs(info.path, images, captions, seed))
     net.eval().save_pretrained(out / kind, safe_serialization=True)
     return net
+
+
+def _belongs(teacher: Path, images: Tensor, captions: list[str], seed: int) -> str:
+    """A hash of what the training is a function of, beside its kind and length."""
+    digest = hashlib.sha256("\n".join([str(seed), *captions]).encode())
+    digest.update(images.numpy().tobytes())
+    for file in sorted(teacher.glob("*/*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

@@ -80,6 +80,7 @@ def train(
     seed: int = 0,
     weight_decay: float = 1e-3,
     device: torch.device | str = "cpu",
+    of: str = "",
 ) -> nn.Module:
     """AdamW under one or several one-cycle schedules; state in `out/{name}_state.pt`, removed by nobody.
 
@@ -87,9 +88,10 @@ def train(
         steps: of each cycle. A finished training goes on where a cycle is added.
         loss: draws its batch from the generator it is given, a CPU's, a function of (seed, step).
         device: where the module learns; that is where it is then.
+        of: a hash of what else decides it; a state that is there must have the same.
 
     Raises:
-        ValueError: the state is of a training of another length.
+        ValueError: the state is of a training of another length, or of something else.
     """
     module.to(device)
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay)
@@ -99,6 +101,8 @@ def train(
     first, path = 0, out / f"{name}_state.pt"
     if path.exists():
         state = torch.load(path, map_location=device, weights_only=True)
+        if state.get("of", of) != of:
+            raise ValueError(f"{path} is of other data, another base or another seed; use another --out")
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
         try:
@@ -121,7 +125,7 @@ def train(
                   f"{(time.monotonic() - begun) / (step + 1 - first):.3f} s/step", flush=True)  # fmt: skip
             kept = {"module": module.state_dict(), "optimizer": optimizer.state_dict()}
             part = path.with_suffix(".part")
-            torch.save(kept | {"schedule": schedule.state_dict(), "step": step + 1}, part)
+            torch.save(kept | {"schedule": schedule.state_dict(), "step": step + 1, "of": of}, part)
             part.replace(path)
     return module
 

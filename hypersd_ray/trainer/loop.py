@@ -62,6 +62,7 @@ class LoopArguments:
     reject_log: ray.actor.ActorHandle | None = None
     pairs: PairSource | None = None
     evaluators: Handles | None = None
+    runs_per_node: int = 1
 
 
 def train_loop(arguments: dict[str, Any]) -> None:
@@ -93,8 +94,9 @@ def _train(given: LoopArguments) -> None:
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
-        # Ray gives a worker one OpenMP thread per reserved CPU; nobody else computes while it steps.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
+        # Ray gives a worker one OpenMP thread per reserved CPU; nobody but other runs computes while it steps.
+        computing = context.get_local_world_size() * given.runs_per_node
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // computing))
     place = Place(device, context.get_world_rank(), given.evaluators, lambda line: given.board.tell.remote(line))
     Worker(config, given, kind.build(config, place), device).run()
 

@@ -42,6 +42,8 @@ from hypersd_ray.trainer.room import most_there_will_be as _most_there_will_be
 from hypersd_ray.trainer.stopping import Trainer, stopping
 
 ROOT = Path(__file__).parents[2]
+UPLOADED = "_ray_pkg_"
+"""How Ray names the folder of a job's uploaded working directory."""
 OLDEST_DEEPSPEED = "0.19.8"
 """With which gradient accumulation can be left to the caller."""
 
@@ -221,7 +223,7 @@ def in_checkout(value: Any) -> Any:
         return {name: in_checkout(inner) for name, inner in value.items()}
     if isinstance(value, tuple | list):
         return type(value)(map(in_checkout, value))
-    return re.sub(r"^.*/_ray_pkg_\w+/", "", value).removeprefix(f"{ROOT}/") if isinstance(value, str) else value
+    return re.sub(rf"^.*/{UPLOADED}\w+/", "", value).removeprefix(f"{ROOT}/") if isinstance(value, str) else value
 
 
 def _difference(ours: Any, theirs: Any) -> str:
@@ -320,8 +322,9 @@ def shared_models(config: AnyConfig) -> Iterator[Handles | None]:
         stop_evaluators(handles)
 
 
-def train(config: AnyConfig, callbacks: Sequence[UserCallback] = ()) -> Result:
-    """Run `config` from its beginning or from where the run of that name stands. `callbacks` are Ray Train's.
+def train(config: AnyConfig, callbacks: Sequence[UserCallback] = (), runs_per_node: int = 1) -> Result:
+    """Run `config` from its beginning or from where the run of that name stands. `callbacks` are Ray Train's;
+    `runs_per_node` runs at a time share a node's cores.
 
     Raises:
         ConfigError, ValueError: something a user can mend, before anything started.
@@ -341,11 +344,13 @@ def train(config: AnyConfig, callbacks: Sequence[UserCallback] = ()) -> Result:
             update={"reader_cpus": 0.0}
         )  # a worker's own place has room for them: see elastic.place_of
     pairs = find_pairs(config)
-    reject_log = None if sources.format == "latents" else start_reject_log(data, f"{folder}/rejects.jsonl")
+    reject_log = (
+        None if sources.format == "latents" else start_reject_log(data, f"{folder}/rejects.jsonl", config.run.name)
+    )
     with shared_models(config) as evaluators, watching() as board:
         arguments = LoopArguments(
             kind_of(config), config.model_copy(update={"data": data}).model_dump(), tuple(sources.urls), board,
-            reject_log, pairs, evaluators,
+            reject_log, pairs, evaluators, runs_per_node,
         )  # fmt: skip
         keeping.mend_record(folder)
         try:

@@ -7,6 +7,7 @@ for the other's for ever.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from hypersd_ray.config.base import ConfigError, RunError
+from hypersd_ray.config.base import CombinationError, ConfigError, RunError
 from hypersd_ray.config.sweep import SweepConfig
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.trainer import keeping, run, storage
@@ -29,6 +30,8 @@ from hypersd_ray.trainer.kinds.tscd import product
 from hypersd_ray.tuning.space import Point, applied, held, readable, searched
 
 METRIC = "objective"
+RUNG = "rung"
+"""What ASHA counts in: a power of `reduction` for each stage that trials go through, so that it judges after every one."""
 ALMOST_NOTHING = {"CPU": 0, "memory": 1}
 """What a trial's own actor reserves, a byte: Ray Tune refuses nothing at all."""
 STATED = ("base", "space", "search", "scheduler", "reduction", "warm_start", "seed")
@@ -77,6 +80,16 @@ def _of_sweep(sweep: SweepConfig, config: TSCDConfig, part: str, name: str) -> T
     return config.model_copy(update=update)
 
 
+def from_here(sweep: SweepConfig) -> SweepConfig:
+    """With local paths as they are from this directory: trials, workers and the final comparison run in others."""
+    base, data = run.absolute_paths(sweep.base), sweep.base.data
+    shards = tuple(map(storage.absolute, data.patterns))
+    places: dict[str, Any] = {"shards": shards[0] if isinstance(data.shards, str) else shards}
+    if data.cache_dir is not None:
+        places["cache_dir"] = storage.absolute(data.cache_dir)
+    return sweep.model_copy(update={"base": base.model_copy(update={"data": data.model_copy(update=places)})})
+
+
 def base_run(sweep: SweepConfig) -> TSCDConfig:
     """The base, to its end."""
     return _of_sweep(sweep, sweep.base, "base", sweep.base.run.name)
@@ -89,8 +102,11 @@ def trial_run(sweep: SweepConfig, point: Point, name: str) -> TSCDConfig:
 
 
 def first_stage(sweep: SweepConfig) -> str:
-    """The base's first LoRA."""
-    return f"{storage.run_folder(base_run(sweep).run)}/{product(sweep.base, sweep.base.distill.k_list[0])}"
+    """The LoRA that trials begin from: the base's first, or the one that the base itself begins from."""
+    return (
+        sweep.base.first_stage
+        or f"{storage.run_folder(base_run(sweep).run)}/{product(sweep.base, sweep.base.distill.k_list[0])}"
+    )
 
 
 class TrialLines(tune.Callback):
@@ -100,11 +116,14 @@ class TrialLines(tune.Callback):
         self.values = values
 
     def _tell(self, trial: Any, state: str) -> None:
-        sweep = SweepConfig.model_validate(self.values)
         last = trial.last_result or {}
-        numbers = readable(sweep.base, {**held(sweep.space), **trial.config})
+        try:
+            sweep = SweepConfig.model_validate(self.values)
+            numbers = readable(sweep.base, {**held(sweep.space), **trial.config})
+        except CombinationError:  # kept from another upload of the checkout, which Ray has deleted: its paths are gone
+            numbers = trial.config
         found = (
-            f"objective {last[METRIC]:.4f} after stage {last['stage']}/{sweep.base.stages}"
+            f"objective {last[METRIC]:.4f} after stage {last['stage']}/{len(self.values['base']['distill']['k_list'])}"
             if METRIC in last
             else "no result"
         )
@@ -120,21 +139,35 @@ class TrialLines(tune.Callback):
         self._tell(trial, "failed")
 
 
+def rung(sweep: SweepConfig, stage: int) -> float:
+    """Of the end of a stage, counted from 1: that of the first which trials train is 1."""
+    return sweep.reduction ** (stage - _first_stage_trained(sweep))
+
+
+def _first_stage_trained(sweep: SweepConfig) -> int:
+    return 2 if sweep.warm_start or sweep.base.first_stage else 1
+
+
 class _StageEnds(TuneReportCallback):
     """Ray Tune hears of the ends of stages alone: between them there is no quality to judge a trial by."""
 
+    def __init__(self, sweep: SweepConfig):
+        super().__init__()
+        self.sweep = sweep
+
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         if METRIC in metrics[0]:
-            super().after_report(run_context, metrics, checkpoint)
+            stage = metrics[0]["stage"]
+            super().after_report(run_context, [metrics[0] | {RUNG: rung(self.sweep, stage)}], checkpoint)
 
 
-def run_trial(point: dict[str, float], values: dict[str, Any]) -> None:
+def run_trial(point: dict[str, float], values: dict[str, Any], runs_per_node: int) -> None:
     """Ray Tune's function trainable; `values` are the sweep's. A trial that was killed goes on where its run stands."""
     sweep = SweepConfig.model_validate(values)
     config = trial_run(sweep, point, f"trial-{tune.get_context().get_trial_id()}")
     for record in keeping.read_quality(storage.run_folder(config.run)):
-        tune.report({METRIC: record[METRIC], "stage": record["stage"]})
-    result = run.train(config, callbacks=[_StageEnds()])
+        tune.report({METRIC: record[METRIC], "stage": record["stage"], RUNG: rung(sweep, record["stage"])})
+    result = run.train(config, callbacks=[_StageEnds(sweep)], runs_per_node=runs_per_node)
     if result.was_finished and not keeping.read_quality(result.folder):
         raise RunError(
             f"{result.folder} is finished and has no {keeping.QUALITY}: delete it, or set name to start another"
@@ -213,23 +246,22 @@ def _settled(folder: str, concurrent: int) -> int:
 def _search(sweep: SweepConfig, concurrent: int) -> Any:
     if sweep.search == "random":
         return BasicVariantGenerator(random_state=sweep.seed, max_concurrent=concurrent)
-    try:
-        from ray.tune.search.optuna import OptunaSearch
+    from ray.tune.search.optuna import OptunaSearch
 
-        return ConcurrencyLimiter(OptunaSearch(seed=sweep.seed), max_concurrent=concurrent)
-    except ImportError:
-        raise ConfigError("search=optuna needs it: pip install 'hypersd-ray[sweep]', or set search=random") from None
+    return ConcurrencyLimiter(OptunaSearch(seed=sweep.seed), max_concurrent=concurrent)
 
 
 def _tuner(sweep: SweepConfig, folder: str, concurrent: int) -> tune.Tuner:
+    computing = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
+    runs_per_node = math.ceil(concurrent / max(1, computing))
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, values=sweep.model_dump(mode="json")), ALMOST_NOTHING
+        tune.with_parameters(run_trial, values=sweep.model_dump(mode="json"), runs_per_node=runs_per_node),
+        ALMOST_NOTHING,
     )
     if _restorable(folder):
         return tune.Tuner.restore(folder, trainable=trainable, resume_unfinished=True, resume_errored=True)
-    first = 2 if sweep.warm_start else 1
     asha = AsyncHyperBandScheduler(
-        time_attr="stage", grace_period=first, max_t=max(first, sweep.base.stages), reduction_factor=sweep.reduction
+        time_attr=RUNG, grace_period=1, max_t=rung(sweep, sweep.base.stages), reduction_factor=sweep.reduction
     )
     search = _search(sweep, concurrent)
     return tune.Tuner(
@@ -242,6 +274,7 @@ def _tuner(sweep: SweepConfig, folder: str, concurrent: int) -> tune.Tuner:
             trial_dirname_creator=lambda trial: f"trial-{trial.trial_id}",
         ),
         run_config=tune.RunConfig(name=Path(folder).name, storage_path=folder.rsplit("/", 1)[0], verbose=0,
+                                  failure_config=tune.FailureConfig(max_failures=sweep.base.run.max_failures),
                                   callbacks=[TrialLines(sweep.model_dump(mode="json"))]),
     )  # fmt: skip
 
@@ -253,7 +286,9 @@ def run_sweep(sweep: SweepConfig) -> Outcome:
         ConfigError, ValueError: something a user can mend.
         RunError: no trial came to its end.
     """
-    sweep = sweep.model_copy(update={"base": run.absolute_paths(sweep.base)})
+    if sweep.search == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise ConfigError("search=optuna needs it: pip install 'hypersd-ray[sweep]', or set search=random")
+    sweep = from_here(sweep)
     run.check(base_run(sweep))
     run.connect()
     concurrent = fitting_trials(sweep, ray.cluster_resources())
@@ -263,6 +298,8 @@ def run_sweep(sweep: SweepConfig) -> Outcome:
     base = base_run(sweep)
     run.train(base)
     print(f"base done; {sweep.trials} trials, {concurrent} at a time, {sweep.search}, {sweep.scheduler}", flush=True)
+    # Ray Tune's own handler would end an interrupted sweep as if all of it were done.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     results = _tuner(sweep, f"{folder}/tune", concurrent).fit()
     trials = [Trial("base", {}, keeping.read_quality(storage.run_folder(base.run)), "finished")]
     for result in results:
@@ -284,7 +321,8 @@ def best_config(sweep: SweepConfig, outcome: Outcome) -> TSCDConfig:
     config = sweep.base
     if outcome.best.name != "base":
         config = applied(config, {**held(sweep.space), **outcome.best.point})
-        config = config.model_copy(update={"first_stage": first_stage(sweep) if sweep.warm_start else None})
+        if sweep.warm_start:
+            config = config.model_copy(update={"first_stage": first_stage(sweep)})
     return config.model_copy(update={"run": config.run.model_copy(update={"name": f"{sweep.name}-best"})})
 
 
@@ -297,4 +335,7 @@ def best_text(sweep: SweepConfig, outcome: Outcome) -> str:
             "# Trained from the base's first stage, as measured. Delete first_stage to train that stage with these numbers "
             "too:\n# that was not measured.\n"
         )
-    return head + yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    values = config.model_dump(mode="json")
+    if run.UPLOADED in str(run.ROOT):  # Ray deletes it after the job: paths from the checkout's root on outlast that
+        values = run.in_checkout(values)
+    return head + yaml.safe_dump(values, sort_keys=False)

@@ -100,3 +100,6 @@ def test_resumes_behind_the_last_whole_file(raw_config, latents, tiny_model, tmp
     assert again.shards_skipped == 4
     assert (again.rows, again.seen, again.rejects) == (whole.rows, whole.seen, whole.rejects)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    marker = (out / "latents.json").stat()
+    assert precompute(raw_config, tiny_model, str(out)).shards_skipped == 6
+    assert (out / "latents.json").stat() == marker, "runs that share latents do not write it under each other"

@@ -18,7 +18,7 @@ from evaluation.harness.comparison import Comparison, _serving, default_lr, swee
 from evaluation.harness.judges import embedded_judges
 from evaluation.harness.pieces import Piece, Pieces
 from evaluation.harness.prompts import selection_captions
-from evaluation.harness.telling import _learned, told
+from evaluation.harness.telling import _learned, diverged, told
 from hypersd_ray.config.base import CombinationError, ConfigError, RunError
 from hypersd_ray.config.compare import CompareConfig
 from hypersd_ray.config.evaluate import JudgesConfig
@@ -78,6 +78,11 @@ def test_a_rate_that_diverges_is_out(make_config):
     assert comparison.best("lcm") == 0.001
     (comparison.out / "selection.json").write_text(json.dumps({"lcm": {"0.001": None, "0.003": None}}))
     assert comparison.best("lcm") is None
+    one = Comparison(make_config(methods=("lcm", "dmd"), rates=(1.0,), seeds=(0, 1), out=str(comparison.out / "one")))
+    one.begin()
+    one.there.finish(sweep(one.config, "lcm")[0], runs=[], seconds=0.0, teacher_passes=0, diverged="NaN or inf")
+    assert one.best("lcm") is None and diverged(one) == ["lcm"] and one.left == 2, "told, where it has one rate too"
+    assert [piece.method for piece in one.missing()] == ["dmd", "dmd"]
 
 
 def test_a_piece_is_one_process_at_a_time(make_config, tmp_path):
@@ -130,10 +135,11 @@ def test_a_run_that_two_chains_begin_with_is_trained_once_and_counts_in_both(mak
 
 
 def test_a_training_is_placed_on_what_the_comparison_has(make_config):
-    """A share of a GPU for each worker; the small judges of a feedback then stay in its process."""
+    """A share of a GPU for each worker; the small judges of a feedback stay in its process."""
     feedback = METHODS["tscd-feedback"]().then[0].config(str(paths.LORAS / "tscd-k8.safetensors"))
     cpu, gpu = (Comparison(make_config(methods=("lcm",), gpus_per_worker=share)) for share in (0, 0.25))
-    assert cpu._placed(feedback).run.gpus_per_worker == 0 and cpu._placed(feedback).placement.where == "actors"
+    assert feedback.placement.where == "actors"
+    assert cpu._placed(feedback).run.gpus_per_worker == 0 and cpu._placed(feedback).placement.where == "local"
     placed = gpu._placed(feedback)
     assert placed.run.gpus_per_worker == 0.25 and placed.placement.where == "local"
     assert Path(placed.run.out) == gpu.out / "runs" and placed.data.cache_dir == str(gpu.out / "latents")
@@ -170,12 +176,18 @@ def test_what_cannot_be_compared_is_one_line(make_config):
         make_config(judges=JudgesConfig(lpips="alexnet.pth"))
     with pytest.raises(ConfigError, match="--select captions gives no score to a picture"):
         Comparison(make_config(select="captions"))
+    with pytest.raises(ConfigError, match=r"--select pick_score has no weights here: give --judges\.pick-score"):
+        Comparison(make_config(select="pick_score"))
     first = Comparison(make_config(methods=("lcm",), budget=64))
     first.begin()
+    for changes, said in (({"select": "hps_v21"}, "select=clip_score"), ({"seeds": (1, 0)}, "first seed=0")):
+        with pytest.raises(ConfigError, match=f"holds a comparison with {said}, not .*: name another"):
+            Comparison(make_config(methods=("lcm",), budget=64, **changes))
     with pytest.raises(ConfigError, match="holds a comparison with budget=64, not 128: name another"):
         Comparison(make_config(methods=("lcm",), budget=128))
     about = json.loads((first.out / "comparison.json").read_text())
-    assert set(about) == {"budget", "teacher", "base_sha256", "shards", "chains"}
+    choice = {"select", "selection_prompts", "steps", "first seed"}
+    assert set(about) == {"budget", "teacher", "base_sha256", "shards", "chains"} | choice
     for changed, said in (({"base_sha256": "x"}, "base_sha256=x"), ({"chains": {"lcm": "x"}}, "chain of lcm=x")):
         (first.out / "comparison.json").write_text(json.dumps(about | changed))
         with pytest.raises(ConfigError, match=f"holds a comparison with {said}, not"):

@@ -140,12 +140,10 @@ def test_pools_of_actors_make_the_same_pictures(ray_here, folders, make_lora, pr
 
     blocked = tmp_path / "full"
     folder = Path(Store(str(blocked)).folder(what.cells[0].key))
-    folder.mkdir(parents=True)
+    folder.parent.mkdir(parents=True)
+    folder.write_text("a file where a folder should be")
     todo = tasks(Store(str(blocked)), what.cells[:1], rows[:2], [], 2)
-    from evaluation.harness.store import shard_name
-
-    os.symlink("/dev/full", folder / f"{shard_name(rows[:2])}.tar.part")
-    with pytest.raises(RunError, match="no space is left; what was done is kept") as caught:
+    with pytest.raises(RunError, match=r"cannot be written \(.*\); what was done is kept") as caught:
         make(str(blocked), todo, [], pool, pool)
     assert "\n" not in str(caught.value)
     broken = judge_specs(JudgesConfig(clip_score=str(folders["sd"])))[:1]

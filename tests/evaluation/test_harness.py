@@ -20,7 +20,7 @@ from evaluation.harness.plan import plan
 from evaluation.harness.prompts import Row, coco_manifest, read_rows
 from evaluation.harness.run import evaluate, make_all
 from evaluation.harness.sampler import Sampler
-from evaluation.harness.store import Store, shard_name
+from evaluation.harness.store import Store, part_of, shard_name
 from evaluation.harness.subjects import How, Subject, find_baseline, find_subject, run_how, teacher
 from evaluation.quality import QualityConfig
 from evaluation.quality import Subject as Pipeline
@@ -271,7 +271,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_done(config, make_lora):
     rows = read_rows(config)
     what = plan(config, rows, [find_subject(str(make_lora()), config)])
     todo = tasks(Store(config.out), what.cells, rows, what.specs, config.per_shard)
-    blocked = Path(Store(config.out).folder(what.cells[0].key)) / f"{shard_name(rows[4:])}.tar.part"
+    blocked = Path(part_of(f"{Store(config.out).folder(what.cells[0].key)}/{shard_name(rows[4:])}.tar"))
     blocked.parent.mkdir(parents=True)
     os.symlink("/dev/full", blocked)
     with pytest.raises(RunError, match=r"no space is left; what was done is kept") as caught:
@@ -282,6 +282,14 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_done(config, make_lora):
     blocked.unlink()
     left = tasks(Store(config.out), what.cells, rows, what.specs, config.per_shard)
     assert len(left) == len(todo) - 1
+
+
+def test_a_baseline_is_no_seed_of_another_model(config, make_lora):
+    rows = read_rows(config)
+    one, other = (find_subject(f"lora={make_lora(size=size)}", config) for size in (0.02, 0.2))
+    assert plan(config, rows, [one], one).groups.keys() == {("lora", 1), ("lora", 2)}
+    with pytest.raises(ConfigError, match="another model are both called lora: give one a name, NAME=MODEL"):
+        plan(config, rows, [one], other)
 
 
 def test_results_hold_what_a_report_needs(config, make_lora, tmp_path):

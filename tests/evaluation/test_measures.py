@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from evaluation.harness.judges import JudgeSpec, try_judge
+from evaluation.harness.judges import OBJECTS, JudgeSpec, try_judge
 from evaluation.harness.measures import (
     LATENTS,
     Draws,
@@ -19,6 +19,7 @@ from evaluation.harness.measures import (
     cmmd,
     counts,
     fidelity_measure,
+    objects_measure,
     seed_measure,
     vendi,
 )
@@ -156,6 +157,23 @@ def test_a_judge_that_fails_on_one_picture_loses_that_one():
     images[4, 0, 0, 0] = math.nan
     values, failures = try_judge(brightness, images, [f"p{i}" for i in range(5)], batch=5)
     assert np.isnan(values[3:]).all() and len(failures) == 2
+
+
+def test_a_picture_that_the_perception_model_failed_on_is_left_out():
+    found = np.full((4, 3, 2), -1.0)  # per picture up to 3 of (class, score)
+    found[0, 0], found[1, 0], found[2, 0] = (5, 0.9), (6, 0.8), (5, 0.7)
+    named, one = [(5,), (6,), (6,), (5,)], cell()
+    spec = JudgeSpec(OBJECTS, "objects", "{}", "")
+    whole = objects_measure(spec, named[:2], 50, 0).estimate([one], lambda *_: found[:2])
+    lost = found.copy()
+    lost[2:] = np.nan
+    measure = objects_measure(spec, named, 50, 0)
+    part = measure.estimate([one], lambda *_: lost)
+    assert (part.point, part.missing) == (whole.point, 2)
+    empty = np.where(np.isnan(lost), -1.0, lost)
+    missed = objects_measure(spec, named, 50, 0).estimate([one], lambda *_: empty)
+    assert missed.point < part.point, "they would have counted as not found"
+    assert np.isnan(measure.cases([one], lambda *_: lost)[2:]).all()
 
 
 def test_a_judge_that_fails_on_all_is_broken():

@@ -150,8 +150,10 @@ def test_votes_survive_a_restart_and_waiting_pairs_are_shown_again(folders, tmp_
         ]
     again = TestClient(make_app(study_of(folders, tmp_path / "s.db")), cookies={COOKIE: client.cookies[COOKIE]})
     assert again.get("/api/next").json()["pair"]["ticket"] == pair["ticket"]
+    turned = dict(reversed(folders.items()))
+    assert Entries(turned).comparisons == Entries(folders).comparisons, "in whatever order the folders are named"
     votes = Store(str(tmp_path / "s.db")).votes()
-    assert [(vote.choice, vote.model_a) for vote in votes] == [("a", "red")] * 5
+    assert [(vote.choice, vote.model_b) for vote in votes] == [("b", "red")] * 5
     assert write_csv(votes, tmp_path / "votes.csv") == 5
     with (tmp_path / "votes.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -320,3 +322,27 @@ def test_in_chromium_by_keyboard_and_by_touch(url, tmp_path, size):
     assert wrong == []
     votes = Store(str(tmp_path / "s.db")).votes()
     assert len(votes) == 8 and all(vote.seconds < 60 for vote in votes)
+
+
+def test_a_pair_that_was_not_seen_gets_no_vote(url, tmp_path):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.route("**/image/**", lambda route: route.abort())
+        page.goto(url)
+        wrong = page.locator("#wrong")
+        sync_api.expect(wrong).to_contain_text("a picture could not be loaded", timeout=20_000)
+        page.unroute("**/image/**")
+        page.keyboard.press("ArrowLeft")  # tries again, and is no vote
+        sync_api.expect(wrong).to_be_hidden(timeout=20_000)
+        sync_api.expect(page.locator("#count")).to_have_text("1 of 8")
+        sync_api.expect(page.locator(".answer").first).to_be_enabled(timeout=20_000)
+        assert Store(str(tmp_path / "s.db")).votes() == []
+        page.keyboard.press("ArrowLeft")
+        sync_api.expect(page.locator("#count")).to_have_text("2 of 8", timeout=20_000)
+        browser.close()
+    assert len(Store(str(tmp_path / "s.db")).votes()) == 1

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -136,6 +137,7 @@ def test_a_run_whose_reward_actor_is_killed(make, kept):
         kept |= products(make("whole"))
     killed = make("killed")
     seen: list[int] = []
+    took: list[float] = []
 
     def assassin():
         wait_for(lambda: len(metrics(killed)) >= 3)
@@ -143,6 +145,9 @@ def test_a_run_whose_reward_actor_is_killed(make, kept):
         seen.append(ray.get(actor.counts.remote())["pid"])
         os.kill(seen[0], signal.SIGKILL)
         seen.append(len(metrics(killed)))
+        begun = time.monotonic()
+        wait_for(lambda: len(metrics(killed)) > seen[1] + 1)  # the step at hand may have had its answer
+        took.append(time.monotonic() - begun)
 
     thread = threading.Thread(target=assassin)
     thread.start()
@@ -155,7 +160,7 @@ def test_a_run_whose_reward_actor_is_killed(make, kept):
         assert all(torch.equal(tensor, kept[name][key]) for key, tensor in tensors.items())
     with pytest.raises(ValueError):
         ray.get_actor("killed/aesthetic_v2/0")  # the run leaves no actor behind
-    record("reward actor SIGKILLed", "started again by Ray, no step made twice, same weights")
+    record("reward actor SIGKILLed", "started again by Ray, no step made twice, same weights", None, took[0])
 
 
 DRIVE = """
@@ -179,11 +184,13 @@ def test_a_stopped_job_leaves_no_reward_actor(make, cluster, tmp_path):
     )  # fmt: skip
     wait_for(lambda: len(metrics(config)) >= 3, process=process)
     assert alive_actors("EvaluatorActor") == 3
+    begun = time.monotonic()
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=300)
+    took = time.monotonic() - begun
     assert process.returncode == 1 and "error: run stopped was told to stop" in said and "Traceback" not in said, said
     wait_for(lambda: alive_actors("EvaluatorActor") == 0, 30)
-    record("feedback job told to stop (SIGTERM)", "checkpoint of the last step, no reward actor left")
+    record("feedback job told to stop (SIGTERM)", "checkpoint of the last step, no reward actor left", None, took)
 
 
 def test_what_cannot_work_is_one_line_before_ray(make, tmp_path, monkeypatch):

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
+from pathlib import Path
 
 import pytest
+import yaml
+from ray.tune.schedulers import AsyncHyperBandScheduler
 
 from hypersd_ray.config.base import CombinationError, ConfigError
 from hypersd_ray.config.cli import parse
 from hypersd_ray.config.sweep import SpaceConfig, SweepConfig
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.recipes import RECIPES, SWEEP_RECIPES
+from hypersd_ray.trainer.kinds.tscd import check
+from hypersd_ray.tuning import sweep as sweeps
 from hypersd_ray.tuning.space import applied, held, point_of, readable, searched
-from hypersd_ray.tuning.sweep import fitting_trials, sweep_folder, trial_run
+from hypersd_ray.tuning.sweep import Outcome, Trial, fitting_trials, sweep_folder, trial_run
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +108,52 @@ def test_trials_have_names_of_their_own_and_share_what_is_made_once(sweep):
     cold = trial_run(sweep.model_copy(update={"warm_start": False}), {"lr": 1.5}, "trial-c")
     assert cold.first_stage is None
     assert TSCDConfig.model_validate(cold.model_dump()) == cold
+
+
+def test_asha_judges_after_every_stage_that_trials_train(sweep):
+    for changes, trained in (({}, (2, 3, 4)), ({"reduction": 3.0}, (2, 3, 4)), ({"warm_start": False}, (1, 2, 3, 4))):
+        changed = sweep.model_copy(update=changes)
+        ends = [sweeps.rung(changed, stage) for stage in trained]
+        asha = AsyncHyperBandScheduler(
+            time_attr=sweeps.RUNG, metric="objective", mode="min", max_t=ends[-1], reduction_factor=changed.reduction
+        )
+        milestones = [milestone for milestone, _ in asha._brackets[0]._rungs]
+        assert sorted(milestones) == pytest.approx(ends), "each end is a rung of its own"
+
+
+def test_paths_are_as_they_are_from_here(sweep, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = sweep.base.data.model_copy(update={"shards": ("data/*.tar", "s3://b/{0..3}.tar"), "cache_dir": "latents"})
+    measure = sweep.base.measure.model_copy(update={"clip": "clip"})
+    base = sweep.base.model_copy(update={"data": data, "measure": measure, "first_stage": "k8.safetensors"})
+    found = sweeps.from_here(sweep.model_copy(update={"base": base})).base
+    assert found.data.shards == (f"{tmp_path}/data/*.tar", "s3://b/{0..3}.tar")
+    assert found.data.cache_dir == f"{tmp_path}/latents" and found.measure.clip == f"{tmp_path}/clip"
+    assert found.first_stage == f"{tmp_path}/k8.safetensors"
+    with pytest.raises(ConfigError, match=r"measure.clip=.*/clip does not exist"):
+        check(found.model_copy(update={"first_stage": None}))
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_first_stage_of_ones_own_is_every_trials(sweep, warm):
+    base = sweep.base.model_copy(update={"first_stage": "/loras/k8.safetensors"})
+    given = sweep.model_copy(update={"base": base, "warm_start": warm})
+    assert trial_run(given, {"lr": 1.5}, "trial-a").first_stage == "/loras/k8.safetensors"
+    best = Trial("trial-a", {"lr": 1.5}, [], "finished")
+    assert sweeps.best_config(given, Outcome("", [best], best)).first_stage == "/loras/k8.safetensors"
+    assert sweeps.rung(given, 2) == 1, "stage 2 is the first that anyone trains"
+
+
+def test_the_best_of_an_uploaded_job_outlasts_the_upload(sweep, monkeypatch):
+    root = "/tmp/ray/s/runtime_resources/working_dir_files/_ray_pkg_0a1b"
+    there = sweep.base.model_copy(update={"teacher": f"{root}/hypersd_ray/embedded/teacher"})
+    base = Trial("base", {}, [], "finished")
+    monkeypatch.setattr(sweeps.run, "ROOT", Path(root))
+    text = sweeps.best_text(sweep.model_copy(update={"base": there}), Outcome("", [base], base))
+    assert "_ray_pkg_" not in text and yaml.safe_load(text)["teacher"] == "hypersd_ray/embedded/teacher"
+
+
+def test_optuna_that_is_not_there_is_one_line(sweep, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"search=optuna needs it: pip install"):
+        sweeps.run_sweep(sweep.model_copy(update={"search": "optuna"}))

@@ -2,7 +2,7 @@
 
 const $ = (id) => document.getElementById(id);
 const keys = { ArrowLeft: "left", ArrowRight: "right", ArrowDown: "tie", " ": "tie" };
-let pair = null, since = 0, busy = false;
+let pair = null, lost = false, since = 0, busy = false;
 
 async function ask(path, body) {
   const options = body === undefined ? {} : {
@@ -24,19 +24,21 @@ function load(image, source) {
 
 async function show(state) {
   $("question").textContent = document.title = state.question;
-  pair = state.pair;
-  $("thanks").hidden = pair !== null;
-  $("back").hidden = !(pair ? pair.can_go_back : state.answered > 0);
-  $("pair").hidden = pair === null;
-  $("prompt").textContent = pair ? pair.prompt : "";
+  const next = state.pair;
+  pair = null;  // no vote on what is not there to be seen
+  $("thanks").hidden = next !== null;
+  $("back").hidden = !(next ? next.can_go_back : state.answered > 0);
+  $("pair").hidden = next === null;
+  $("prompt").textContent = next ? next.prompt : "";
   const progress = document.querySelector(".progress");
-  const of = pair ? pair.of : Math.max(1, state.answered);
+  const of = next ? next.of : Math.max(1, state.answered);
   progress.setAttribute("aria-valuemax", of);
   progress.setAttribute("aria-valuenow", state.answered);
   $("bar").style.width = `${100 * Math.min(1, state.answered / of)}%`;
-  $("count").textContent = pair ? `${pair.number} of ${pair.of}` : "";
-  if (!pair) return;
-  await Promise.all([load($("left"), pair.left), load($("right"), pair.right)]);
+  $("count").textContent = next ? `${next.number} of ${next.of}` : "";
+  if (!next) return;
+  await Promise.all([load($("left"), next.left), load($("right"), next.right)]);
+  pair = next;
   since = performance.now();  // the time to think begins when both are there to be seen
 }
 
@@ -46,8 +48,10 @@ async function run(work) {
   $("wrong").hidden = true;
   for (const button of document.querySelectorAll("button")) button.disabled = true;
   try {
+    lost = false;
     await show(await work());
   } catch (error) {
+    lost = pair === null;
     $("wrong").textContent = `${error.message}. Your earlier answers are kept; try again.`;
     $("wrong").hidden = false;
   } finally {
@@ -57,7 +61,7 @@ async function run(work) {
 }
 
 function vote(choice) {
-  if (!pair) return;
+  if (!pair) { if (lost) run(() => ask("/api/next")); return; }
   const seconds = Math.min(86400, (performance.now() - since) / 1000);
   run(() => ask("/api/vote", { ticket: pair.ticket, choice, seconds }));
 }

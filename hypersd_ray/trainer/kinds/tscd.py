@@ -101,6 +101,9 @@ def check(config: TSCDConfig) -> None:
             f"distill.path='straight' with teacher={config.teacher}: its schedule ends at alpha = 0, where no noise names "
             "a straight line; use distill.path='ode'"
         )
+    clip = config.measure.clip if config.measure.prompts else None
+    if clip is not None and not storage.exists(clip):
+        raise ConfigError(f"measure.clip={clip} does not exist: name CLIP's folder or file, or leave it out")
     first_stage_lora(config)
 
 
