@@ -106,7 +106,7 @@ class GaugedCounter(RejectCounter):
 
     def count(self, shard: str, seen: int, reasons: Mapping[str, int]) -> bool:
         is_new = super().count(shard, seen, reasons)
-        for reason in reasons:
+        for reason in reasons if is_new else ():
             self.gauge.set(self.reasons[reason], tags={"run": self.run, "reason": reason})
         return is_new
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import ray.dashboard.modules.metrics.dashboards as rays_dashboards
 
+from hypersd_ray.data.rejects import GaugedCounter
 from hypersd_ray.trainer.logs import Prometheus
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +28,7 @@ def names(text: str) -> set[str]:
 def exported() -> dict[str, set[str]]:
     """Name -> labels of each gauge of a run, as Ray's agent exports it."""
     ours = Prometheus("name")
-    gauges = [*ours.gauges.values(), ours.step, ours.part, ours.reward]
+    gauges = [*ours.gauges.values(), ours.step, ours.part, ours.reward, GaugedCounter(None, 0.5, 1, "name").gauge]
     return {f"ray_{g.info['name']}": set(g.info["tag_keys"]) for g in gauges}
 
 
@@ -74,6 +75,16 @@ def test_what_the_loop_logs_reaches_the_gauges(exported):
         ("hypersd_reward", {"run": "name", "model": "image_reward", "role": "train", "value": 4.0}),
         ("hypersd_reward", {"run": "name", "model": "clip_score", "role": "watch", "value": 5.0}),
     ]
+
+
+def test_rejected_rows_reach_their_gauge():
+    counter, sets = GaugedCounter(None, 0.5, 1, "name"), []
+    counter.gauge.set = lambda value, tags: sets.append((tags, value))
+    counter.report("a.tar", 10, [("small", "1"), ("small", "2"), ("nsfw", "3")])
+    counter.report("b.tar", 10, [("small", "4")])
+    counter.report("b.tar", 10, [("small", "4")])  # read again in the next epoch
+    told = [({"run": "name", "reason": reason}, value) for reason, value in (("small", 2), ("nsfw", 1), ("small", 3))]
+    assert sets == told
 
 
 def test_panels_are_whole_and_do_not_overlap():
