@@ -9,6 +9,7 @@ from evaluation.harness.judges import OBJECTS, chosen_judges
 from evaluation.harness.subjects import read_run
 from hypersd_ray.config.evaluate import JudgesConfig
 from hypersd_ray.config.feedback import FeedbackConfig
+from hypersd_ray.embedded import paths
 from hypersd_ray.recipes.ablations import ABLATIONS
 from hypersd_ray.recipes.compare import TRAININGS
 from hypersd_ray.recipes.methods import FEEDBACK_SHARE, HYPER_SD
@@ -79,8 +80,8 @@ def diverged(comparison: Comparison) -> list[str]:
 
 def learns_from_feedback(method: str, budget: int) -> bool:
     """Whether a chain has a run of feedback."""
-    chain = TRAININGS[method](budget=budget)
-    return any(isinstance(link.config(""), FeedbackConfig) for link in chain.then)
+    chain, lora = TRAININGS[method](budget=budget), str(paths.LORAS / "tscd-k1.safetensors")  # any that is there
+    return any(isinstance(link.config(lora), FeedbackConfig) for link in chain.then)
 
 
 def learned(comparison: Comparison) -> dict[str, list[str]]:

@@ -18,13 +18,13 @@ from evaluation.harness.comparison import Comparison, _serving, default_lr, swee
 from evaluation.harness.judges import embedded_judges
 from evaluation.harness.pieces import Piece, Pieces
 from evaluation.harness.prompts import selection_captions
-from evaluation.harness.telling import _learned, diverged, told
+from evaluation.harness.telling import _learned, diverged, learns_from_feedback, told
 from hypersd_ray.config.base import CombinationError, ConfigError, RunError
 from hypersd_ray.config.compare import CompareConfig
 from hypersd_ray.config.evaluate import JudgesConfig
 from hypersd_ray.embedded import paths
 from hypersd_ray.recipes.compare import compare_tiny
-from hypersd_ray.recipes.methods import METHODS
+from hypersd_ray.recipes.methods import BUDGET, METHODS
 from hypersd_ray.trainer.kinds import KINDS, kind_of
 from tests.helpers.pipelines import build_pipeline
 
@@ -238,6 +238,10 @@ def test_what_a_reader_must_know_is_told(make_config):
     assert any("at the sweep's edge for lcm" in line for line in found["remarks"])
     assert any(line.startswith("hyper-sd learned from feedback beside that, for 20%") for line in found["remarks"])
     assert "holds in 2 of 3 columns; it does not in: CLIP score at 4 steps (behind lcm)." in found["remarks"][-1]
+
+
+def test_who_learns_from_feedback_is_known_before_anything_is_trained():
+    assert [m for m in METHODS if learns_from_feedback(m, BUDGET)] == ["tscd-feedback", "hyper-sd"]
 
 
 def test_feedback_is_told_where_it_is_judged_by_its_own_reward():
