@@ -9,8 +9,8 @@
     taskset -c 0 python jobs/compare.py tiny & taskset -c 1 python jobs/compare.py tiny
 
 Several processes share one folder: each takes a training that no other has, and takes over from one of this host that
-ended. Pinned to a core each, two take half the time of one, some 4 hours in place of 7: a training of dmd took 15 minutes of a
-core, of perflow 9, of tscd-feedback 8, of the others 3 to 6; hyper-sd (11), tscd-dmd (6) and the table's pictures are estimated.
+ended. Pinned to a core each, two take half the time of one, some 3.5 hours in place of 7: a training of dmd or hyper-sd took 15
+minutes of a core, of perflow and tscd-feedback 10, of pd and tscd-dmd 8, of the others 4 to 6; the table 20 minutes of two cores.
 
 Each training is a run as jobs/tscd.py, jobs/onestep.py and jobs/feedback.py make it; the last thing is the report.
 """
