@@ -161,14 +161,15 @@ def _hash(name: str, files: Sequence[str]) -> str:
         if not Path(file).exists():
             raise ConfigError(f"--judges.{_flag(name)}: {file} does not exist")
     return (
-        hashlib.sha256("".join(_hash_of(file) for file in files).encode()).hexdigest()
+        hashlib.sha256("".join(hash_of(file) for file in files).encode()).hexdigest()
         if len(files) > 1
-        else _hash_of(files[0])
+        else hash_of(files[0])
     )
 
 
 @lru_cache(maxsize=64)
-def _hash_of(path: str) -> str:
+def hash_of(path: str) -> str:
+    """sha256 of a file, or of all files of a folder."""
     if Path(path).is_file():
         return sha256_of(path)
     digest = hashlib.sha256()

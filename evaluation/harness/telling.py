@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluation.harness.judges import OBJECTS, chosen_judges
+from evaluation.harness.judges import OBJECTS, chosen_judges, hash_of
 from evaluation.harness.subjects import read_run
 from hypersd_ray.config.evaluate import JudgesConfig
 from hypersd_ray.config.feedback import FeedbackConfig
@@ -100,7 +100,8 @@ def learned(comparison: Comparison) -> dict[str, list[str]]:
 
 
 def _learned(config: FeedbackConfig, judges: JudgesConfig) -> set[str]:
-    same = lambda a, b: bool(a and b) and Path(a).resolve() == Path(b).resolve()
+    # By content: a comparison may be told from another checkout than it was trained from.
+    same = lambda a, b: all(x and Path(x).exists() for x in (a, b)) and hash_of(a) == hash_of(b)
     found: set[str] = set()
     for reward in config.trained if config.refl.weight else ():
         found.add(reward.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -244,10 +245,12 @@ def test_who_learns_from_feedback_is_known_before_anything_is_trained():
     assert [m for m in METHODS if learns_from_feedback(m, BUDGET)] == ["tscd-feedback", "hyper-sd"]
 
 
-def test_feedback_is_told_where_it_is_judged_by_its_own_reward():
+def test_feedback_is_told_where_it_is_judged_by_its_own_reward(tmp_path):
     config = METHODS["hyper-sd"]().then[0].config(str(paths.LORAS / "tscd-k8.safetensors"))
     judges = embedded_judges()
     assert _learned(config, judges) == {"aesthetic_v2", "image_reward", "objects"}, "CLIP score and HPS are held out"
+    elsewhere = shutil.copytree(judges.solo, tmp_path / "solo")
+    assert "objects" in _learned(config, judges.model_copy(update={"solo": str(elsewhere)})), "in another checkout too"
     shared = judges.model_copy(update={"clip_score": judges.clip_large})
     assert _learned(config, shared) >= {"clip_score", "vendi"}, "the network below the aesthetic head"
     assert "objects" not in _learned(config, JudgesConfig(clip_score="/another"))
