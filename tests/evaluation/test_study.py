@@ -275,14 +275,19 @@ def url(folders, tmp_path):
     thread.join()
 
 
-@pytest.mark.parametrize("size", [(390, 844), (1280, 800)], ids=["phone", "desktop"])
-def test_in_chromium_by_keyboard_and_by_touch(url, tmp_path, size):
-    sync_api = pytest.importorskip("playwright.sync_api")
+def launched(playwright):
+    """Debian's Chromium."""
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if path is None:
         pytest.skip("no Chromium: apt-get install chromium")
+    return playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+
+
+@pytest.mark.parametrize("size", [(390, 844), (1280, 800)], ids=["phone", "desktop"])
+def test_in_chromium_by_keyboard_and_by_touch(url, tmp_path, size):
+    sync_api = pytest.importorskip("playwright.sync_api")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        browser = launched(playwright)
         page, wrong = browser.new_page(viewport={"width": size[0], "height": size[1]}), []
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on(
@@ -326,11 +331,8 @@ def test_in_chromium_by_keyboard_and_by_touch(url, tmp_path, size):
 
 def test_a_pair_that_was_not_seen_gets_no_vote(url, tmp_path):
     sync_api = pytest.importorskip("playwright.sync_api")
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("no Chromium: apt-get install chromium")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        browser = launched(playwright)
         page = browser.new_page()
         page.route("**/image/**", lambda route: route.abort())
         page.goto(url)
