@@ -25,6 +25,7 @@ from evaluation.harness.store import Store, shard_name, shards_of
 from evaluation.harness.subjects import Cell
 from hypersd_ray.config.base import ConfigError, RunError
 from hypersd_ray.config.data import EncoderPool
+from hypersd_ray.data.pools import actors
 from hypersd_ray.trainer.run import connect
 
 IMAGES_IN_FLIGHT = 2
@@ -136,26 +137,18 @@ def _on_ray(
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
     made = dataset.map_batches(
-        Generator, fn_constructor_kwargs={"out": out, "pool": generators.model_dump()}, **_pool(generators)
+        Generator,
+        fn_constructor_kwargs={"out": out, "pool": generators.model_dump()},
+        batch_size=1,
+        **actors(generators, IMAGES_IN_FLIGHT),
     )
     judged = made.map_batches(
         Scorer,
         fn_constructor_kwargs={"out": out, "pool": scorers.model_dump(), "specs": specs_to_json(specs)},
-        **_pool(scorers),
+        batch_size=1,
+        **actors(scorers, IMAGES_IN_FLIGHT),
     )
     yield from judged.iter_rows()
-
-
-def _pool(pool: EncoderPool) -> dict[str, Any]:
-    return {
-        "batch_size": 1,
-        "compute": ray.data.ActorPoolStrategy(
-            min_size=pool.min_size, max_size=pool.max_size, max_tasks_in_flight_per_actor=IMAGES_IN_FLIGHT
-        ),
-        "num_cpus": pool.num_cpus,
-        "num_gpus": pool.num_gpus or None,
-        "label_selector": pool.label_selector or None,
-    }
 
 
 KINDS = {kind.__name__: kind for kind in (RunError, ConfigError, ValueError)}

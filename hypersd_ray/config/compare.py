@@ -40,9 +40,9 @@ class CompareConfig(Strict):
     gpus_per_worker: float = Field(default=0, ge=0)
     """GPUs of each training; with a share, several processes train beside each other on one. 0 trains on the CPU. The
     pools below have settings of their own."""
-    generators: EncoderPool = EncoderPool(batch_size=64)
+    generators: EncoderPool = EncoderPool(batch_size=64, max_size=None)
     """Actors that make pictures."""
-    scorers: EncoderPool = EncoderPool(batch_size=64)
+    scorers: EncoderPool = EncoderPool(batch_size=64, max_size=None)
     """Actors that judge them."""
     per_shard: int = Field(default=64, ge=1)
     """Pictures of one file."""

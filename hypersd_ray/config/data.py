@@ -33,8 +33,8 @@ class EncoderPool(Strict):
 
     min_size: int = Field(default=1, ge=1)
     """Actors at the start."""
-    max_size: int = Field(default=1, ge=1)
-    """Actors at most, when the pipeline is busy."""
+    max_size: int | None = Field(default=1, ge=1)
+    """Actors at most, when the pipeline is busy. None: as many as nodes can hold one, or as there is room on GPUs, when it begins."""
     num_cpus: float = Field(default=1, ge=0)
     """CPU cores reserved for each actor."""
     num_gpus: float = Field(default=0, ge=0)
@@ -48,7 +48,7 @@ class EncoderPool(Strict):
 
     @model_validator(mode="after")
     def _sizes_in_order(self) -> EncoderPool:
-        if self.max_size < self.min_size:
+        if self.max_size is not None and self.max_size < self.min_size:
             raise ValueError(f"max_size={self.max_size} is below min_size={self.min_size}: raise max_size")
         return self
 

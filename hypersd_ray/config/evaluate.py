@@ -91,12 +91,12 @@ class EvaluateConfig(Strict):
     """Pictures, one at a time, over which latency and memory are measured; 0 leaves them out."""
     per_shard: int = Field(default=64, ge=1)
     """Pictures of one file: what is lost when the job is killed."""
-    generators: EncoderPool = EncoderPool(batch_size=64)
+    generators: EncoderPool = EncoderPool(batch_size=64, max_size=None)
     """Actors that make pictures."""
-    scorers: EncoderPool = EncoderPool(batch_size=64)
+    scorers: EncoderPool = EncoderPool(batch_size=64, max_size=None)
     """Actors that judge them."""
     where: Literal["ray", "local"] = "ray"
-    """"ray": pools of actors, on as many nodes as their max_size fills (1 each unless told); "local": in this process, for a few pictures."""
+    """"ray": pools of actors, on as many nodes as there are; "local": in this process, for a few pictures."""
     out: str = "runs/evaluation"
     """Folder of pictures, scores and results, or an fsspec URL every node reaches. It may be shared by evaluations."""
     export_images: str = ""

@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from hypersd_ray.config.data import DataConfig
 from hypersd_ray.data.encode import LatentEncoder
 from hypersd_ray.data.plan import Window
+from hypersd_ray.data.pools import actors
 from hypersd_ray.data.tasks import ReadLatents, ReadShard
 
 Columns = dict[str, np.ndarray]
@@ -84,10 +85,7 @@ def encoded_dataset(
             "device": "cuda" if pool.num_gpus else "cpu",
         },
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size),
-        num_cpus=pool.num_cpus,
-        num_gpus=pool.num_gpus or None,
-        label_selector=pool.label_selector or None,
+        **actors(pool),
     )
 
 

@@ -21,6 +21,7 @@ import ray.data
 
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.synthesize import SynthesizeConfig
+from hypersd_ray.data.pools import actors
 from hypersd_ray.models.checkpoint import read_base
 
 MARKER = "synthesize.json"
@@ -109,10 +110,7 @@ def synthesize(config: SynthesizeConfig, progress: Callable[[int, int, int], Non
             ShardMaker,
             fn_constructor_kwargs={"config": settings},
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(min_size=config.pool.min_size, max_size=config.pool.max_size),
-            num_cpus=config.pool.num_cpus,
-            num_gpus=config.pool.num_gpus or None,
-            label_selector=config.pool.label_selector or None,
+            **actors(config.pool),
         )
         for row in written.iter_rows():
             done, made = done + 1, made + int(row["images"])

@@ -20,7 +20,6 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray.data
 import torch
 from pydantic import Field
 from ray.data.extensions import ArrowTensorArray
@@ -30,6 +29,7 @@ from hypersd_ray.config.data import DataConfig
 from hypersd_ray.data.encode import TENSOR_COLUMNS
 from hypersd_ray.data.pipeline import Columns, precomputed_dataset, split_windows
 from hypersd_ray.data.plan import Window
+from hypersd_ray.data.pools import actors
 from hypersd_ray.data.precompute import check_marker, fingerprint, resolve, validate
 from hypersd_ray.data.sources import MARKER, find_shards
 from hypersd_ray.models.checkpoint import load_unet, read_base
@@ -178,10 +178,7 @@ def _solved(config: PairsConfig, urls: Sequence[str]) -> Iterator[tuple[str, Ite
         TeacherODE,
         fn_constructor_kwargs={"config": config.model_dump() | {"teacher": str(Path(config.teacher).resolve())}},
         batch_size=pool.batch_size,
-        compute=ray.data.ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size),
-        num_cpus=pool.num_cpus,
-        num_gpus=pool.num_gpus or None,
-        label_selector=pool.label_selector or None,
+        **actors(pool),
     )
 
     def pieces() -> Iterator[tuple[int, Columns]]:

@@ -102,4 +102,5 @@ def test_the_figures_follow_from_the_code(tmp_path):
     assert figure("LoRAs") == f"{len(steps) * 2 * 0.787:.1f} GB"
     pool = config.data.encoder
     assert f"{gpus} x {pool.min_size} x {pool.num_gpus} = {gpus * pool.min_size * pool.num_gpus:g}" in PAGE
+    assert pool.max_size is not None
     assert f"{gpus} x {pool.max_size} x {pool.num_gpus} = {gpus * pool.max_size * pool.num_gpus:g}" in PAGE

@@ -33,6 +33,7 @@ def training(run: RunConfig) -> Demand:
 
 def encoders(pool: EncoderPool) -> Demand:
     """All actors that a pool may have, with the settings that the files' comments name."""
+    assert pool.max_size is not None
     return Demand(pool.max_size, {"GPU": pool.num_gpus}, {POOL: "encode"})
 
 
