@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hypersd_ray.training.protocol import Checkpointed
+from hypersd_ray.training.protocol import Checkpointed, Saveable
 
 MANIFEST = "manifest.json"
 
@@ -29,7 +29,7 @@ def _file_name(part: str) -> str:
     return f"{part}.safetensors"
 
 
-def save_checkpoint(folder: Path, training: Checkpointed, rank: int = 0, world_size: int = 1) -> None:
+def save_checkpoint(folder: Path, training: Saveable, rank: int = 0, world_size: int = 1) -> None:
     """Write a run's parts and manifest into `folder`. All ranks call it, for shares are gathered; rank 0 writes."""
     files = {}
     for part, tensors in training.parts():

@@ -23,8 +23,8 @@ class Saved(Protocol):
         """Its tensors by name. Raises LookupError when there is no such part."""
 
 
-class Checkpointed(Protocol):
-    """What a checkpoint asks of a state."""
+class Saveable(Protocol):
+    """What writing a checkpoint asks of a state."""
 
     def parts(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """What training changes, weights and moments, by name: a file's worth at a time.
@@ -34,6 +34,10 @@ class Checkpointed(Protocol):
 
     def notes(self) -> dict[str, Any]:
         """What is no tensor, as JSON has it; under "progress", where the run is."""
+
+
+class Checkpointed(Saveable, Protocol):
+    """What a checkpoint asks of a state."""
 
     def load(self, saved: Saved, notes: dict[str, Any]) -> None:
         """Bring back what `parts` and `notes` gave. Raises ValueError when they are of another run."""
