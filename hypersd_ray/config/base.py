@@ -18,6 +18,10 @@ class RunError(RuntimeError):
     """A run that started and cannot go on: one line with what happened, where it stands and what to change."""
 
 
+class Stopped(RunError):
+    """A run that was told to stop, and left a checkpoint."""
+
+
 class Strict(pydantic.BaseModel):
     """A frozen model in which an unknown field is an error and defaults are validated like given values."""
 

@@ -195,8 +195,12 @@ def _watch(board: ray.actor.ActorHandle, stop: threading.Event, line_every_s: fl
 
 def new_board() -> ray.actor.ActorHandle:
     """On the driver's node: it goes when the driver goes, and not with a worker's node."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ProgressBoard.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    return ProgressBoard.options(scheduling_strategy=here()).remote()  # type: ignore[attr-defined]
+
+
+def here() -> NodeAffinitySchedulingStrategy:
+    """On this process's node and no other."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from packaging.version import Version
 from ray.train import CheckpointConfig, FailureConfig, ScalingConfig, TrainingFailedError, UserCallback
 
 from hypersd_ray.actors.placement import Handles, start_evaluators, stop_evaluators
-from hypersd_ray.config.base import CombinationError, ConfigError, RunError
+from hypersd_ray.config.base import CombinationError, ConfigError, RunError, Stopped
 from hypersd_ray.config.feedback import FeedbackConfig
 from hypersd_ray.config.onestep import OneStepConfig
 from hypersd_ray.config.tscd import TSCDConfig
@@ -322,13 +322,18 @@ def shared_models(config: AnyConfig) -> Iterator[Handles | None]:
         stop_evaluators(handles)
 
 
-def train(config: AnyConfig, callbacks: Sequence[UserCallback] = (), runs_per_node: int = 1) -> Result:
+def train(
+    config: AnyConfig,
+    callbacks: Sequence[UserCallback] = (),
+    runs_per_node: int = 1,
+    sign: ray.actor.ActorHandle | None = None,
+) -> Result:
     """Run `config` from its beginning or from where the run of that name stands. `callbacks` are Ray Train's;
-    `runs_per_node` runs at a time share a node's cores.
+    `runs_per_node` runs at a time share a node's cores. Signals stop a run of the main thread, a `sign` one of another.
 
     Raises:
         ConfigError, ValueError: something a user can mend, before anything started.
-        RunError: the run started and cannot go on, or was told to stop.
+        RunError: the run started and cannot go on; Stopped: it was told to stop.
     """
     config = absolute_paths(config)
     check(config)
@@ -355,7 +360,7 @@ def train(config: AnyConfig, callbacks: Sequence[UserCallback] = (), runs_per_no
         keeping.mend_record(folder)
         try:
             with (
-                stopping(board, config.run.stop_patience_s),
+                stopping(board, config.run.stop_patience_s, sign),
                 elastic.start_timeout(config.run),
                 elastic.room_told(config, board),
             ):
@@ -368,7 +373,7 @@ def train(config: AnyConfig, callbacks: Sequence[UserCallback] = (), runs_per_no
         _raise_stop_reason(board)
         left = ray.get(board.left.remote())
         if left is not None:
-            raise RunError(f"run {config.run.name} was told to stop; the same command goes on from {left}")
+            raise Stopped(f"run {config.run.name} was told to stop; the same command goes on from {left}")
         was_finished = ray.get(board.was_finished.remote())
     if reject_log is None:
         lost = rejected(sources)

@@ -1,16 +1,24 @@
-"""A run that is told to stop: SIGTERM, which `ray job stop` sends, and Ctrl-C."""
+"""A run that is told to stop: SIGTERM, which `ray job stop` sends, and Ctrl-C; and the runs of a sweep, which one process is told for."""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer
+
+from hypersd_ray.trainer.progress import here
+
+LOOK_S = 1.0
+"""How often a run looks at the sign."""
 
 
 class Trainer(TorchTrainer):
@@ -20,30 +28,125 @@ class Trainer(TorchTrainer):
         pass
 
 
+@ray.remote(num_cpus=0)
+class StopSign:
+    """Tells runs that are not in the process that a signal reaches, and knows which of them have yet to stop."""
+
+    QUIET_S = 10.0
+    """One that has not looked for so long is not training any more."""
+
+    def __init__(self) -> None:
+        self.up = False
+        self.looked: dict[str, float] = {}
+
+    def put_up(self) -> None:
+        """All are to stop."""
+        self.up = True
+
+    def look(self, run: str) -> bool:
+        """`run` trains; whether it is to stop."""
+        self.looked[run] = time.monotonic()
+        return self.up
+
+    def gone(self, run: str) -> None:
+        """`run` does not train any more."""
+        self.looked.pop(run, None)
+
+    def training(self) -> list[str]:
+        """Those that do."""
+        return [run for run, when in self.looked.items() if time.monotonic() - when < self.QUIET_S]
+
+
+def new_sign() -> ray.actor.ActorHandle:
+    """On this process's node: it goes when that goes."""
+    return StopSign.options(scheduling_strategy=here()).remote()  # type: ignore[attr-defined]
+
+
 @contextmanager
-def stopping(board: ray.actor.ActorHandle, patience_s: float) -> Iterator[None]:
+def stopping(
+    board: ray.actor.ActorHandle, patience_s: float, sign: ray.actor.ActorHandle | None = None
+) -> Iterator[None]:
     """For as long as the block lasts SIGTERM and SIGINT ask the workers to write a checkpoint and return; after `patience_s`,
-    or at a second one, the process ends. Elsewhere than in the main thread nothing changes."""
+    or at a second one, the process ends. In another thread than the main one no signal comes: there `sign` asks, if any."""
     if threading.current_thread() is not threading.main_thread():
-        yield
+        with _looking(board, sign):
+            yield
         return
-    asked = threading.Event()
     timer = threading.Timer(patience_s, os._exit, (1,))
     timer.daemon = True
 
-    def on_signal(number: int, *_: object) -> None:
-        if asked.is_set():
-            os._exit(1)
-        asked.set()
+    def asked(number: int) -> None:
         board.ask_to_stop.remote()
         if number == signal.SIGINT:
             board.tell.remote("stopping after a checkpoint; Ctrl-C again ends at once")
         timer.start()
 
+    with _signals(asked):
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+
+@contextmanager
+def _signals(asked: Callable[[int], None]) -> Iterator[None]:
+    """The first SIGTERM or SIGINT calls `asked`, the second ends the process."""
+    told = threading.Event()
+
+    def on_signal(number: int, *_: object) -> None:
+        if told.is_set():
+            os._exit(1)
+        told.set()
+        asked(number)
+
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        timer.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _looking(board: ray.actor.ActorHandle, sign: ray.actor.ActorHandle | None) -> Iterator[None]:
+    if sign is None:
+        yield
+        return
+    over, run = threading.Event(), board._actor_id.hex()
+
+    def look() -> None:
+        try:
+            while not over.wait(LOOK_S):
+                if ray.get(sign.look.remote(run)):
+                    board.ask_to_stop.remote()
+        except RayError:  # the process that put the sign up is gone, and takes this one along
+            pass
+
+    threading.Thread(target=look, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+        sign.gone.remote(run)
+
+
+@contextmanager
+def stopping_all(sign: ray.actor.ActorHandle, patience_s: float, said: str) -> Iterator[None]:
+    """For as long as the block lasts SIGTERM and SIGINT put `sign` up; once no run trains any more, or after `patience_s`,
+    the process ends with the line `said`: what started the runs must not take them for finished. A second signal ends it at once."""
+
+    def end() -> None:
+        until = time.monotonic() + patience_s
+        time.sleep(3 * LOOK_S)  # by then all have looked
+        while time.monotonic() < until and ray.get(sign.training.remote()):
+            time.sleep(LOOK_S)
+        print(f"error: {said}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def asked(number: int) -> None:
+        sign.put_up.remote()
+        print("stopping after a checkpoint of each run; again ends at once", flush=True)
+        threading.Thread(target=end, daemon=True).start()
+
+    with _signals(asked):
+        yield

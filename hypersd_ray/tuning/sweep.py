@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from hypersd_ray.config.base import CombinationError, ConfigError, RunError
+from hypersd_ray.config.base import CombinationError, ConfigError, RunError, Stopped
 from hypersd_ray.config.sweep import SweepConfig
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.trainer import keeping, run, storage
 from hypersd_ray.trainer.kinds.tscd import product
+from hypersd_ray.trainer.stopping import new_sign, stopping_all
 from hypersd_ray.tuning.space import Point, applied, held, readable, searched
 
 METRIC = "objective"
@@ -161,13 +163,19 @@ class _StageEnds(TuneReportCallback):
             super().after_report(run_context, [metrics[0] | {RUNG: rung(self.sweep, stage)}], checkpoint)
 
 
-def run_trial(point: dict[str, float], values: dict[str, Any], runs_per_node: int) -> None:
-    """Ray Tune's function trainable; `values` are the sweep's. A trial that was killed goes on where its run stands."""
+def run_trial(point: dict[str, float], values: dict[str, Any], runs_per_node: int, sign: ray.actor.ActorHandle) -> None:
+    """Ray Tune's function trainable; `values` are the sweep's. A trial that was killed goes on where its run stands.
+    `sign` tells it to stop."""
     sweep = SweepConfig.model_validate(values)
     config = trial_run(sweep, point, f"trial-{tune.get_context().get_trial_id()}")
     for record in keeping.read_quality(storage.run_folder(config.run)):
         tune.report({METRIC: record[METRIC], "stage": record["stage"], RUNG: rung(sweep, record["stage"])})
-    result = run.train(config, callbacks=[_StageEnds(sweep)], runs_per_node=runs_per_node)
+    try:
+        result = run.train(config, callbacks=[_StageEnds(sweep)], runs_per_node=runs_per_node, sign=sign)
+    except Stopped:
+        # Whatever this came back with, Ray Tune would put the trial down as over. The sweep's process is about to end it.
+        threading.Event().wait()
+        raise
     if result.was_finished and not keeping.read_quality(result.folder):
         raise RunError(
             f"{result.folder} is finished and has no {keeping.QUALITY}: delete it, or set name to start another"
@@ -251,11 +259,11 @@ def _search(sweep: SweepConfig, concurrent: int) -> Any:
     return ConcurrencyLimiter(OptunaSearch(seed=sweep.seed), max_concurrent=concurrent)
 
 
-def _tuner(sweep: SweepConfig, folder: str, concurrent: int) -> tune.Tuner:
+def _tuner(sweep: SweepConfig, folder: str, concurrent: int, sign: ray.actor.ActorHandle) -> tune.Tuner:
     computing = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
     runs_per_node = math.ceil(concurrent / max(1, computing))
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, values=sweep.model_dump(mode="json"), runs_per_node=runs_per_node),
+        tune.with_parameters(run_trial, values=sweep.model_dump(mode="json"), runs_per_node=runs_per_node, sign=sign),
         ALMOST_NOTHING,
     )
     if _restorable(folder):
@@ -300,7 +308,9 @@ def run_sweep(sweep: SweepConfig) -> Outcome:
     print(f"base done; {sweep.trials} trials, {concurrent} at a time, {sweep.search}, {sweep.scheduler}", flush=True)
     # Ray Tune's own handler would end an interrupted sweep as if all of it were done.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    results = _tuner(sweep, f"{folder}/tune", concurrent).fit()
+    sign, told = new_sign(), f"sweep {sweep.name} was told to stop; the same command goes on from {folder}"
+    with stopping_all(sign, sweep.base.run.stop_patience_s, told):
+        results = _tuner(sweep, f"{folder}/tune", concurrent, sign).fit()
     trials = [Trial("base", {}, keeping.read_quality(storage.run_folder(base.run)), "finished")]
     for result in results:
         name = Path(result.path).name

@@ -94,17 +94,18 @@ sweep.run_sweep(SweepConfig.model_validate(yaml.safe_load(Path({file!r}).read_te
 @pytest.mark.cluster
 @pytest.mark.chaos
 @pytest.mark.timeout(900)
-def test_a_sweep_whose_driver_is_killed_goes_on(cluster, make_config, tmp_path):
-    """SIGKILL while trials train: started again it has the same trials, and none begins anew."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "told to stop"])
+def test_a_sweep_whose_driver_ends_goes_on(cluster, make_config, tmp_path, number):
+    """While trials train: started again it has the same trials, none begins anew, and told to stop none loses a step."""
     base = make_config(
         "base", distill={"k_list": (2, 1), "n_list": (8, 8), "steps_list": (4, 120)},
         measure={"prompts": tuple(CAPTIONS[:2]), "steps": (1,), "reference_steps": 2},
     )  # fmt: skip
-    config = SweepConfig(base=base, name="killed", trials=2, scheduler="none")
+    config = SweepConfig(base=base, name="ended", trials=2, scheduler="none")
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    folder = tmp_path / "runs" / "killed"
+    folder = tmp_path / "runs" / "ended"
     code = DRIVE.format(file=str(tmp_path / "sweep.yaml"))
-    process = subprocess.Popen([sys.executable, "-c", code], env=cluster, cwd=ROOT)
+    process = subprocess.Popen([sys.executable, "-c", code], env=cluster, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     wait_for(
         lambda: (
             len({path.parts[-3] for path in folder.glob("trials/*/checkpoint_*/manifest.json")}) == 2
@@ -112,10 +113,14 @@ def test_a_sweep_whose_driver_is_killed_goes_on(cluster, make_config, tmp_path):
         ),
         process=process,
     )
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(number)
+    said, begun = process.communicate()[1], time.monotonic()
+    if number == signal.SIGTERM:
+        assert (
+            process.returncode == 1
+            and f"error: sweep ended was told to stop; the same command goes on from {folder}\n" in said
+        )
     known = {path.name for path in (folder / "trials").iterdir()}
-    begun = time.monotonic()
     outcome = sweeps.run_sweep(config)
     assert known <= {trial.name for trial in outcome.trials[1:]} and len(outcome.trials) == 3
     assert all(trial.state == "finished" for trial in outcome.trials)
@@ -125,12 +130,15 @@ def test_a_sweep_whose_driver_is_killed_goes_on(cluster, make_config, tmp_path):
     ]
     assert len(steps) == 2 and all(set(own) == set(range(5, 125)) for own in steps)
     assert all(own.count(5) == 1 for own in steps), "each goes on from its checkpoint"
+    again = sum(len(own) for own in steps) - 240
+    if number == signal.SIGTERM:
+        assert again == 0
     record(
-        "driver of a sweep SIGKILLed, same command again",
-        "same trials, each from its checkpoint",
-        None,
+        "driver of a sweep SIGKILLed, same command again" if number == signal.SIGKILL else "sweep told to stop by SIGTERM, same command again",
+        "same trials, each from its checkpoint" if number == signal.SIGKILL else "a checkpoint of each trial's last step, same trials",
+        again,
         time.monotonic() - begun,
-    )
+    )  # fmt: skip
 
 
 def test_the_objectives_interval_is_of_the_objectives_difference():
