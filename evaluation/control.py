@@ -1,6 +1,7 @@
 """Whether few-step LoRAs follow a ControlNet as their teacher does (paper, Fig. 10): agreement of edges.
 
-    python evaluation/control.py --controlnet runs/controlnet/canny --loras hypersd_ray/embedded/loras/tscd-k1.safetensors ...
+    python evaluation/control.py --controlnet runs/controlnet/canny --grid canny.png \\
+        --loras hypersd_ray/embedded/loras/tscd-k1.safetensors hypersd_ray/embedded/loras/tscd-k2.safetensors
 
 Held-out pictures give the hints and the captions. Each model draws them with and without the ControlNet from the same x_T;
 edges of what it drew, against the hint, give an F1 within one pixel. In brackets 95% bootstrap intervals over the pictures.
@@ -62,6 +63,10 @@ class ControlConfig(Strict):
     """Pictures at a time."""
     out: Path = Path("runs/control.json")
     """The JSON file that is written."""
+    grid: Path | None = None
+    """A picture that is written too: the first pictures' hints and what each model made of them."""
+    columns: int = Field(default=10, ge=1)
+    """Pictures in it."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +131,13 @@ def _bytes(pictures: Tensor) -> Tensor:
     return (pictures.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
-def evaluate(config: ControlConfig, log: Callable[[str], None] = lambda _: None) -> Report:
-    """The autoencoder's row, the teacher's, then each LoRA's at every step count.
+def evaluate(
+    config: ControlConfig,
+    log: Callable[[str], None] = lambda _: None,
+    show: Callable[[str, Tensor], None] = lambda *_: None,
+) -> Report:
+    """The autoencoder's row, the teacher's, then each LoRA's at every step count. `show` gets the hints and every row's
+    pictures with the ControlNet.
 
     Raises:
         ValueError: a file that is missing or does not fit; one line says which.
@@ -145,12 +155,15 @@ def evaluate(config: ControlConfig, log: Callable[[str], None] = lambda _: None)
         return edge_agreement(edge_map(pictures, kind), drawing.hints)
 
     def add(model: str, steps: int, scheduler: Any, guidance: float) -> None:
-        with_it = agreement(drawing(scheduler, steps, guidance, 1.0))
+        pictures = drawing(scheduler, steps, guidance, 1.0)
+        show(f"{model} {steps}", pictures)
+        with_it = agreement(pictures)
         without = agreement(drawing(scheduler, steps, guidance, 0.0))
         gain = paired_difference(with_it, without, seed=config.seed)
         report.rows.append(Row(model, steps, bootstrap_interval(with_it, seed=config.seed), gain))
         log(f"{model}, {steps} steps: edges agree {report.rows[-1].agreement.mean:.3f}, {gain.mean:+.3f}")
 
+    show("hint", drawing.hints)
     own = bootstrap_interval(agreement(drawing.as_seen()), seed=config.seed)
     report.rows.append(Row("real pictures, autoencoded", 0, own, None))
     # Latents are not confined to [-1, 1]: DDIM's own default would clip.
@@ -179,8 +192,19 @@ def table(report: Report) -> str:
 def main() -> None:
     """Measure, print the table, write the JSON file."""
     config = tyro.cli(ControlConfig, description=__doc__)
-    report = evaluate(config, log=lambda line: print(line, file=sys.stderr, flush=True))
+    seen: dict[str, Tensor] = {}
+    report = evaluate(
+        config,
+        log=lambda line: print(line, file=sys.stderr, flush=True),
+        show=lambda name, pictures: seen.update({name: pictures[: config.columns]}),
+    )
     print(table(report))
+    if config.grid is not None:
+        from evaluation.pictures import draw_grid
+
+        captions = load_pictures(config.data, "val")[1][: len(seen["hint"])]
+        config.grid.parent.mkdir(parents=True, exist_ok=True)
+        draw_grid(seen, captions, config.grid, f"same noise, the same {report.settings['kind']} hints")
     config.out.parent.mkdir(parents=True, exist_ok=True)
     config.out.write_text(json.dumps(asdict(report), indent=1) + "\n")
     print(f"\nwritten to {config.out}", file=sys.stderr)

@@ -126,7 +126,7 @@ def feedback_rows(
 
 
 def draw_grid(rows: dict[str, torch.Tensor], prompts: Sequence[str], path: Path, title: str) -> None:
-    """One line of pictures per row of `rows`, one column per prompt."""
+    """One line of pictures per row of `rows`, uint8 (columns, 3, H, W), by name ("tscd-k1 1" in 1 step); one column per prompt."""
     columns = len(prompts)
     figure, axes = plt.subplots(len(rows), columns, figsize=(1.35 * columns + 1, 1.3 * len(rows) + 0.9), squeeze=False)
     for axis_row, (name, pictures) in zip(axes, rows.items(), strict=True):
@@ -134,14 +134,19 @@ def draw_grid(rows: dict[str, torch.Tensor], prompts: Sequence[str], path: Path,
             axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
-        steps = int(name.split()[-1])
-        axis_row[0].set_ylabel(f"{name} step{'s' * (steps > 1)}", rotation=0, ha="right", va="center", fontsize=9)
+        axis_row[0].set_ylabel(_row_label(name), rotation=0, ha="right", va="center", fontsize=9)
     for axis, prompt in zip(axes[0], prompts, strict=True):
         axis.set_title("\n".join(_wrap(prompt, 18)), fontsize=6)
     figure.suptitle(title, fontsize=10)
     figure.tight_layout(pad=0.4, rect=(0, 0, 1, 0.985))
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _row_label(name: str) -> str:
+    """A number at the end is one of steps."""
+    last = name.split()[-1]
+    return f"{name} step{'s' * (last != '1')}" if last.isdecimal() else name
 
 
 def _wrap(text: str, width: int) -> list[str]:

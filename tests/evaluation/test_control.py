@@ -57,9 +57,13 @@ def test_training_resumes_and_its_folder_is_evaluated(tmp_path, capsys):
         value.abs().max() > 0 for name, value in state["module"].items() if name.startswith("controlnet_mid_block")
     )
     lora = paths.LORAS / "tscd-k1.safetensors"
+    shown: dict[str, torch.Tensor] = {}
     report = evaluate(
-        ControlConfig(controlnet=tmp_path / "a/canny", loras=(lora,), steps=(1,), teacher_steps=2, pictures=4)
+        ControlConfig(controlnet=tmp_path / "a/canny", loras=(lora,), steps=(1,), teacher_steps=2, pictures=4),
+        show=shown.__setitem__,
     )
+    assert list(shown) == ["hint", "teacher 2", "tscd-k1 1"]
+    assert all(pictures.shape == (4, 3, 32, 32) for pictures in shown.values())
     assert [(row.model, row.steps) for row in report.rows] == [
         ("real pictures, autoencoded", 0), ("teacher", 2), ("tscd-k1", 1),
     ]  # fmt: skip
