@@ -247,7 +247,8 @@ def _run(name: str, folder: Path, config: EvaluateConfig) -> Subject:
 
 
 def run_subject(name: str, folder: Path, run: AnyConfig, config: EvaluateConfig) -> Subject:
-    """A run's products, each number of steps by the LoRA and the sampler that the recipe has for it.
+    """A run's products, each number of steps by the LoRA and the sampler that the recipe has for it; an eta that the command
+    line names goes before the recipe's.
 
     Raises:
         ConfigError: the run has not left its LoRA yet.
@@ -258,6 +259,8 @@ def run_subject(name: str, folder: Path, run: AnyConfig, config: EvaluateConfig)
         if not weights.is_file():
             raise ConfigError(f"{weights} does not exist: the run has not finished, or trained the full UNet")
         how = run_how(kind.samplings(run), steps) if config.scheduler == "auto" else _how(config, None, steps)
+        if config.eta is not None and how.scheduler == "edges":
+            how = replace(how, eta=config.eta)
         parts[steps] = (str(weights), how)
     return Subject(name, "lora", str(Path(config.base).resolve()), parts, {"recipe": run.run.name})
 

@@ -21,7 +21,7 @@ from evaluation.harness.prompts import Row, coco_manifest, read_rows
 from evaluation.harness.run import evaluate, make_all
 from evaluation.harness.sampler import Sampler
 from evaluation.harness.store import Store, part_of, shard_name
-from evaluation.harness.subjects import How, Subject, find_baseline, find_subject, run_how, teacher
+from evaluation.harness.subjects import How, Subject, find_baseline, find_subject, run_how, run_subject, teacher
 from evaluation.quality import QualityConfig
 from evaluation.quality import Subject as Pipeline
 from evaluation.report.paper import comparable
@@ -32,6 +32,8 @@ from hypersd_ray.config.evaluate import EvaluateConfig, JudgesConfig
 from hypersd_ray.embedded import paths
 from hypersd_ray.models.cards import UNetCard, save_unet_with_card
 from hypersd_ray.models.checkpoint import read_base
+from hypersd_ray.recipes import RECIPES
+from hypersd_ray.trainer.kinds import KINDS
 from hypersd_ray.training.samples import Sampling
 from tests.helpers.pipelines import CAPTIONS, tiny_unet
 
@@ -168,6 +170,18 @@ def test_a_recipe_says_how_its_model_is_sampled():
     assert run_how(few, 4) == How("edges", 1.0, times=(1000, 750, 500, 250, 0))
     assert run_how(few, 8) == How("edges", 1.0), "beyond its training, with its own noise"
     assert run_how([Sampling(4, windows=4)], 4).windows == 4
+
+
+def test_an_eta_that_is_asked_for_goes_before_the_recipes(config, make_lora, tmp_path):
+    folder, run = tmp_path / "run", RECIPES["tiny"]()
+    (folder / "lora").mkdir(parents=True)
+    shutil.copy(make_lora(), folder / KINDS["tscd"].product(run, 2))
+    how = lambda **changes: run_subject("run", folder, run, config.model_copy(update=changes | {"steps": (2,)})).parts[
+        2
+    ][1]
+    assert (
+        how() == How("edges") and how(eta=0.5) == How("edges", 0.5) and how(eta=0.5, scheduler="tcd") == How("tcd", 0.5)
+    )
 
 
 @pytest.mark.parametrize("how", [How("edges", eta=1.0), How("tcd", eta=0.5), How("lcm"), How("edges", guidance=3.0)])
