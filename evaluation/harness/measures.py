@@ -92,6 +92,8 @@ class Draws:
 Estimate = Values | Draws
 Read = Callable[[Cell, str], np.ndarray]
 """(cell, judge's name or LATENTS) -> its values, prompts first."""
+Keep = Callable[[Cell, Callable[[], Draws]], Draws]
+"""(cell, how to work out its draws) -> the draws: worked out, or as they were kept by an evaluation before."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,12 @@ def counts(prompts: int, resamples: int, seed: int) -> Tensor:
     )
 
 
-def averaged(of_cell: Callable[[Cell, Read], Draws]) -> Callable[[Sequence[Cell], Read], Draws]:
+def work_out(cell: Cell, draws: Callable[[], Draws]) -> Draws:
+    """A `Keep` that keeps nothing."""
+    return draws()
+
+
+def averaged(of_cell: Callable[[Cell, Read], Draws], keep: Keep = work_out) -> Callable[[Sequence[Cell], Read], Draws]:
     """The mean over cells of a number of a cell, each worked out once: it is asked for alone and among others. In each
     resample trainings are drawn anew too; the prompts in it are the same for all."""
     kept: dict[str, Draws] = {}
@@ -191,7 +198,7 @@ def averaged(of_cell: Callable[[Cell, Read], Draws]) -> Callable[[Sequence[Cell]
     def estimate(cells: Sequence[Cell], read: Read) -> Draws:
         for cell in cells:
             if cell.key not in kept:
-                kept[cell.key] = of_cell(cell, read)
+                kept[cell.key] = keep(cell, lambda cell=cell: of_cell(cell, read))  # type: ignore[misc]
         of_weights = {weights: [kept[cell.key] for cell in of] for weights, of in by_weights(cells).items()}
         each = torch.stack([torch.stack([e.draws for e in parts]).mean(0) for parts in of_weights.values()])
         if len(each) > 1:
@@ -204,7 +211,7 @@ def averaged(of_cell: Callable[[Cell, Read], Draws]) -> Callable[[Sequence[Cell]
     return estimate
 
 
-def _whole_set(measure: Callable[[Tensor, Tensor | None], Tensor], resamples: int, seed: int) -> Callable:
+def _whole_set(measure: Callable[[Tensor, Tensor | None], Tensor], resamples: int, seed: int, keep: Keep) -> Callable:
     """The estimate of a measure of all pictures of a cell."""
 
     def of_cell(cell: Cell, read: Read) -> Draws:
@@ -214,10 +221,10 @@ def _whole_set(measure: Callable[[Tensor, Tensor | None], Tensor], resamples: in
         point = measure(features[there], None).item()
         return Draws(point, measure(features[there], draw), True, int((~there).sum()))
 
-    return averaged(of_cell)
+    return averaged(of_cell, keep)
 
 
-def vendi_measure(spec: JudgeSpec, resamples: int, seed: int) -> Measure:
+def vendi_measure(spec: JudgeSpec, resamples: int, seed: int, keep: Keep = work_out) -> Measure:
     """Diversity over all prompts."""
     card = MetricCard(
         "vendi", "Vendi score", f"image features of the judge clip_score, cosine kernel, {resamples} resamples", spec.sha256,
@@ -225,7 +232,9 @@ def vendi_measure(spec: JudgeSpec, resamples: int, seed: int) -> Measure:
         note="pictures that leave the prompts raise it too: read it beside CLIP score",
     )  # fmt: skip
     return Measure(
-        card, _whole_set(vendi, resamples, seed), lambda cells, read: apart(_features(cells[0], read)).numpy()
+        card,
+        _whole_set(lambda x, w: vendi(x, w), resamples, seed, keep),
+        lambda cells, read: apart(_features(cells[0], read)).numpy(),
     )
 
 
@@ -281,7 +290,9 @@ def cmmd(x: Tensor, y: Tensor, weights: Tensor | None = None, sigma: float = 10.
     return scale * (within + kernel(y, y).mean() - 2 * w @ kernel(x, y).mean(1))
 
 
-def cmmd_measure(spec: JudgeSpec, real: Tensor, where: str, resamples: int, seed: int) -> Measure:
+def cmmd_measure(
+    spec: JudgeSpec, real: Tensor, where: str, resamples: int, seed: int, keep: Keep = work_out
+) -> Measure:
     """Distance of all pictures to real ones."""
     card = MetricCard(
         "cmmd", "CMMD", f"image features of the judge clip_score, against {len(real)} real pictures ({where})", spec.sha256,
@@ -291,7 +302,7 @@ def cmmd_measure(spec: JudgeSpec, real: Tensor, where: str, resamples: int, seed
         cases="1000 x mean kernel to the model's own pictures less that to the real ones",
     )  # fmt: skip
     return Measure(
-        card, _whole_set(lambda x, w: cmmd(x, real, w), resamples, seed),
+        card, _whole_set(lambda x, w: cmmd(x, real, w), resamples, seed, keep),
         lambda cells, read: unlike(_features(cells[0], read), real).numpy(),
     )  # fmt: skip
 
@@ -303,7 +314,9 @@ def unlike(x: Tensor, y: Tensor, sigma: float = 10.0, scale: float = 1000.0) -> 
     return scale * (kernel(x, x[~x.isnan().any(1)]).mean(1) - kernel(x, y).mean(1))
 
 
-def objects_measure(spec: JudgeSpec, named: Sequence[Sequence[int]], resamples: int, seed: int) -> Measure:
+def objects_measure(
+    spec: JudgeSpec, named: Sequence[Sequence[int]], resamples: int, seed: int, keep: Keep = work_out
+) -> Measure:
     """Average precision of the objects that prompts name."""
     card = MetricCard(
         "objects", "objects", "SOLO", spec.sha256, "as its checkpoint asks",
@@ -326,7 +339,7 @@ def objects_measure(spec: JudgeSpec, named: Sequence[Sequence[int]], resamples: 
             for f, labels in zip(found, named, strict=True)
         ])  # fmt: skip
 
-    return Measure(card, averaged(of_cell), cases)
+    return Measure(card, averaged(of_cell, keep), cases)
 
 
 def _instances(found: np.ndarray) -> Instances:

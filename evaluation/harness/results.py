@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import math
 import os
 import platform
 import subprocess
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +28,8 @@ from evaluation.harness.lpips import lpips_measure
 from evaluation.harness.making import Done
 from evaluation.harness.measures import (
     LATENTS,
+    Draws,
+    Keep,
     Measure,
     Read,
     cmmd_measure,
@@ -71,6 +74,27 @@ def reader(what: Plan) -> Read:
     return read
 
 
+def keeper(what: Plan, name: str, *about: Any) -> Keep:
+    """Draws of a cell's own, kept in the store beside its scores: they take seconds a cell, and a comparison is judged more
+    than once. `about` is what they are a function of beside the prompts. None with a missing score is kept."""
+    store, told = Store(what.config.out), [[row.key, row.prompt] for row in what.rows]
+    text = json.dumps([what.config.seed, told, *about], default=str)
+    file = f"{name}.{hashlib.sha256(text.encode()).hexdigest()[:16]}.draws.npz"
+
+    def keep(cell: Cell, draws: Callable[[], Draws]) -> Draws:
+        if file in store.names(cell.key):
+            array = np.load(io.BytesIO(store.read(cell.key, file)))
+            return Draws(float(array["point"]), torch.from_numpy(array["draws"]), bool(array["centred"]))
+        found = draws()
+        if not found.missing:
+            data = io.BytesIO()
+            np.savez(data, point=found.point, draws=found.draws.numpy(), centred=found.centred)
+            store.write(cell.key, file, data.getvalue())
+        return found
+
+    return keep
+
+
 def measures(what: Plan) -> list[Measure]:
     """The columns."""
     config, found = what.config, []
@@ -80,19 +104,25 @@ def measures(what: Plan) -> list[Measure]:
     if OBJECTS in by_name:
         named = named_objects(Path(judges.annotations), Path(judges.captions), [row.prompt for row in what.rows])
         if any(named):
-            found.append(objects_measure(by_name[OBJECTS], named, config.resamples // 2, config.seed))
+            spec, resamples = by_name[OBJECTS], config.resamples // 2
+            keep = keeper(what, OBJECTS, spec.sha256, named, resamples)
+            found.append(objects_measure(spec, named, resamples, config.seed, keep))
     if what.references:
         found.append(fidelity_measure(what.references, config.reference_steps, config.teacher_guidance))
     if what.between is not None:
         found.append(lpips_measure(what.between))
     if FEATURES in by_name:
         spec = by_name[FEATURES]
-        found.append(vendi_measure(spec, SET_RESAMPLES, config.seed))
+        keep = keeper(what, "vendi", spec.sha256, SET_RESAMPLES)
+        found.append(vendi_measure(spec, SET_RESAMPLES, config.seed, keep))
         if config.images_per_prompt > 1:
             found.append(seed_measure(spec))
         if config.reference_pictures:
-            real = real_features(config, spec)
-            found.append(cmmd_measure(spec, real, Path(config.reference_pictures).name, SET_RESAMPLES, config.seed))
+            real, where = real_features(config, spec), Path(config.reference_pictures).name
+            keep = keeper(
+                what, "cmmd", spec.sha256, SET_RESAMPLES, config.reference_pictures, real.double().sum().item()
+            )
+            found.append(cmmd_measure(spec, real, where, SET_RESAMPLES, config.seed, keep))
     return found
 
 

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from evaluation.harness import measures
 from evaluation.harness.exporting import export_images
 from evaluation.harness.judges import chosen_judges, judge_specs
 from evaluation.harness.making import make, tasks
@@ -264,6 +265,19 @@ def test_what_is_there_is_not_made_again(config, make_lora):
         == 4
     )
     assert len(todo(rows=[*rows[:4], *(Row(p, p) for p in CAPTIONS[6:10])])) == 2, "the first shard is found again"
+
+
+def test_draws_of_a_whole_set_are_worked_out_once(config, make_lora, monkeypatch):
+    """They are kept beside the scores; other prompts, or another seed, have their own."""
+    rows, subject = read_rows(config), find_subject(str(make_lora()), config)
+    first = evaluate(plan(config, rows, [subject]))
+    monkeypatch.setattr(measures, "vendi", lambda *_: pytest.fail("worked out again"))
+    again = evaluate(plan(config, rows, [subject]))
+    of = lambda results: [row["measures"]["vendi"] for row in results["rows"]]
+    assert of(again) == of(first) and len(of(first)) == 2
+    other = config.model_copy(update={"limit": 4})
+    with pytest.raises(pytest.fail.Exception, match="worked out again"):
+        evaluate(plan(other, read_rows(other), [subject]))
 
 
 def test_a_judge_that_failed_is_asked_again(config, make_lora):
