@@ -199,15 +199,15 @@ def main() -> None:
         show=lambda name, pictures: seen.update({name: pictures[: config.columns]}),
     )
     print(table(report))
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    config.out.write_text(json.dumps(asdict(report), indent=1) + "\n")
+    print(f"\nwritten to {config.out}", file=sys.stderr)
     if config.grid is not None:
         from evaluation.pictures import draw_grid
 
         captions = load_pictures(config.data, "val")[1][: len(seen["hint"])]
         config.grid.parent.mkdir(parents=True, exist_ok=True)
         draw_grid(seen, captions, config.grid, f"same noise, the same {report.settings['kind']} hints")
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(json.dumps(asdict(report), indent=1) + "\n")
-    print(f"\nwritten to {config.out}", file=sys.stderr)
 
 
 if __name__ == "__main__":

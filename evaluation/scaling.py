@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from pydantic import Field
+from pydantic import Field, PositiveInt, model_validator
 
 from hypersd_ray.config.base import Strict
 from hypersd_ray.config.cli import read_options, run_job
@@ -46,7 +46,7 @@ LAYERS = 64
 class ScalingConfig(Strict):
     """What is run."""
 
-    workers: tuple[int, ...] = Field(default=(1, 2, 4), min_length=1)
+    workers: tuple[PositiveInt, ...] = Field(default=(1, 2, 4), min_length=1)
     """Numbers of workers, each measured."""
     parameters: int = Field(default=67_000_000, ge=LAYERS * PROBE)
     """Trained parameters: gradients of four bytes each."""
@@ -62,6 +62,12 @@ class ScalingConfig(Strict):
     """Runs of each number of workers, in turn."""
     out: Path = Path("runs/scaling.json")
     """The JSON file that is written."""
+
+    @model_validator(mode="after")
+    def _a_checkpoint_is_written(self) -> ScalingConfig:
+        if self.checkpoint_every > self.steps:
+            raise ValueError(f"checkpoint_every={self.checkpoint_every} is above steps={self.steps}: lower it")
+        return self
 
 
 @dataclass(frozen=True)

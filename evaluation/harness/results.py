@@ -52,6 +52,8 @@ from hypersd_ray.data.sources import find_shards
 ROOT = Path(__file__).resolve().parents[2]
 SET_RESAMPLES = 200
 """Of measures of the whole set, which are dear."""
+DRAWS_VERSION = 1
+"""Raise it with a change of what is drawn: draws that were kept before are then worked out again."""
 CASES = 6
 """Best and worst pictures kept of each measure."""
 
@@ -74,14 +76,16 @@ def reader(what: Plan) -> Read:
     return read
 
 
-def keeper(what: Plan, name: str, *about: Any) -> Keep:
+def keeper(what: Plan, read: Read, name: str, *about: Any) -> Keep:
     """Draws of a cell's own, kept in the store beside its scores: they take seconds a cell, and a comparison is judged more
-    than once. `about` is what they are a function of beside the prompts. None with a missing score is kept."""
-    store, told = Store(what.config.out), [[row.key, row.prompt] for row in what.rows]
-    text = json.dumps([what.config.seed, told, *about], default=str)
-    file = f"{name}.{hashlib.sha256(text.encode()).hexdigest()[:16]}.draws.npz"
+    than once. `about` is what they are a function of beside prompts and scores. None with a missing score is kept."""
+    store = Store(what.config.out)
+    told = [DRAWS_VERSION, what.config.seed, [[row.key, row.prompt] for row in what.rows], *about]
+    text = json.dumps(told, default=str).encode()
 
     def keep(cell: Cell, draws: Callable[[], Draws]) -> Draws:
+        scores = read(cell, OBJECTS if name == OBJECTS else FEATURES).tobytes()
+        file = f"{name}.{hashlib.sha256(text + scores).hexdigest()[:16]}.draws.npz"
         if file in store.names(cell.key):
             array = np.load(io.BytesIO(store.read(cell.key, file)))
             return Draws(float(array["point"]), torch.from_numpy(array["draws"]), bool(array["centred"]))
@@ -95,7 +99,7 @@ def keeper(what: Plan, name: str, *about: Any) -> Keep:
     return keep
 
 
-def measures(what: Plan) -> list[Measure]:
+def measures(what: Plan, read: Read) -> list[Measure]:
     """The columns."""
     config, found = what.config, []
     by_name = {spec.name: spec for spec in what.specs}
@@ -105,7 +109,7 @@ def measures(what: Plan) -> list[Measure]:
         named = named_objects(Path(judges.annotations), Path(judges.captions), [row.prompt for row in what.rows])
         if any(named):
             spec, resamples = by_name[OBJECTS], config.resamples // 2
-            keep = keeper(what, OBJECTS, spec.sha256, named, resamples)
+            keep = keeper(what, read, OBJECTS, spec.sha256, named, resamples)
             found.append(objects_measure(spec, named, resamples, config.seed, keep))
     if what.references:
         found.append(fidelity_measure(what.references, config.reference_steps, config.teacher_guidance))
@@ -113,14 +117,14 @@ def measures(what: Plan) -> list[Measure]:
         found.append(lpips_measure(what.between))
     if FEATURES in by_name:
         spec = by_name[FEATURES]
-        keep = keeper(what, "vendi", spec.sha256, SET_RESAMPLES)
+        keep = keeper(what, read, "vendi", spec.sha256, SET_RESAMPLES)
         found.append(vendi_measure(spec, SET_RESAMPLES, config.seed, keep))
         if config.images_per_prompt > 1:
             found.append(seed_measure(spec))
         if config.reference_pictures:
             real, where = real_features(config, spec), Path(config.reference_pictures).name
             keep = keeper(
-                what, "cmmd", spec.sha256, SET_RESAMPLES, config.reference_pictures, real.double().sum().item()
+                what, read, "cmmd", spec.sha256, SET_RESAMPLES, config.reference_pictures, real.double().sum().item()
             )
             found.append(cmmd_measure(spec, real, where, SET_RESAMPLES, config.seed, keep))
     return found
@@ -154,7 +158,8 @@ def real_features(config: EvaluateConfig, spec: JudgeSpec) -> torch.Tensor:
 
 def results(what: Plan, done: Done, speeds: dict[str, Latency]) -> dict[str, Any]:
     """All that the report needs beside the pictures themselves, as JSON."""
-    config, read, columns = what.config, reader(what), measures(what)
+    config, read = what.config, reader(what)
+    columns = measures(what, read)
     estimates = {
         group: {m.name: e for m in columns if (e := m.estimate(cells, read)) is not None} for group, cells in what.groups.items()
     }  # fmt: skip

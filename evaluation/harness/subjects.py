@@ -260,6 +260,10 @@ def run_subject(name: str, folder: Path, run: AnyConfig, config: EvaluateConfig)
             raise ConfigError(f"{weights} does not exist: the run has not finished, or trained the full UNet")
         how = run_how(kind.samplings(run), steps) if config.scheduler == "auto" else _how(config, None, steps)
         if config.eta is not None and how.scheduler == "edges":
+            if config.eta and how.windows is not None:
+                raise ConfigError(
+                    f"--eta {config.eta:g} with {folder}: lines (PeRFlow) are followed without noise; leave it out"
+                )
             how = replace(how, eta=config.eta)
         parts[steps] = (str(weights), how)
     return Subject(name, "lora", str(Path(config.base).resolve()), parts, {"recipe": run.run.name})

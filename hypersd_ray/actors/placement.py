@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -13,6 +13,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from hypersd_ray.actors.evaluator import EvaluatorActor
 from hypersd_ray.config.base import ConfigError
+from hypersd_ray.config.labels import has_labels, is_operator
 from hypersd_ray.config.rewards import PerceptionConfig, PlacementConfig, RewardConfig
 
 Handles = dict[str, list[ray.actor.ActorHandle]]
@@ -69,7 +70,7 @@ def check_placeable(placement: PlacementConfig) -> None:
         return
     wanted = {"GPU": placement.num_gpus, "CPU": placement.num_cpus}
     nodes = [n for n in ray.nodes() if n["Alive"]]
-    labelled = [n for n in nodes if _has_labels(n.get("Labels", {}), placement.label_selector)]
+    labelled = [n for n in nodes if has_labels(n.get("Labels", {}), placement.label_selector)]
     if nodes and not labelled:
         raise ConfigError(
             f"no node has the labels placement.label_selector={placement.label_selector}: "
@@ -86,15 +87,6 @@ def check_placeable(placement: PlacementConfig) -> None:
 
 def _labels(placement: PlacementConfig) -> str:
     return f" on a node of placement.label_selector={placement.label_selector}" if placement.label_selector else ""
-
-
-def _is_operator(value: str) -> bool:
-    """ "!x" and "in(a, b)": these are left to Ray's scheduler."""
-    return value.startswith("!") or "(" in value
-
-
-def _has_labels(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
-    return all(labels.get(k) == v for k, v in selector.items() if not _is_operator(v))
 
 
 def _await_places(handles: Handles, placement: PlacementConfig) -> None:
@@ -126,9 +118,9 @@ def _has_room(placement: PlacementConfig) -> bool:
     """Whether some node could take one more actor now. Where only Ray's scheduler knows which nodes may (operators), none
     is said to: `placement.place_timeout_s` is the limit then."""
     selector = placement.label_selector
-    if any(map(_is_operator, selector.values())):
+    if any(map(is_operator, selector.values())):
         return False
-    labelled = {n["NodeID"] for n in ray.nodes() if n["Alive"] and _has_labels(n.get("Labels", {}), selector)}
+    labelled = {n["NodeID"] for n in ray.nodes() if n["Alive"] and has_labels(n.get("Labels", {}), selector)}
     return any(
         node in labelled and free.get("CPU", 0) >= placement.num_cpus and free.get("GPU", 0) >= placement.num_gpus
         for node, free in available_resources_per_node().items()

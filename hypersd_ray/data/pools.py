@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import ray
 import ray.data
 
 from hypersd_ray.config.data import EncoderPool
+from hypersd_ray.config.labels import has_labels
 
 
 def actors(pool: EncoderPool, in_flight: int | None = None) -> dict[str, Any]:
@@ -26,13 +28,16 @@ def most(pool: EncoderPool) -> int:
     """Actors at most: `max_size`, or one for each node that can hold one, or for each share of a GPU that one takes."""
     if pool.max_size is not None:
         return pool.max_size
-    room = 0
-    for node in ray.nodes():
-        has, labels = node["Resources"], node.get("Labels", {})
-        if not node["Alive"] or any(labels.get(name) != value for name, value in pool.label_selector.items()):
-            continue
-        if pool.num_gpus:
-            room += int(has.get("GPU", 0) / pool.num_gpus + 1e-9)
-        else:
-            room += has.get("CPU", 0) >= pool.num_cpus
-    return max(room, pool.min_size)
+    nodes = [n for n in ray.nodes() if n["Alive"] and has_labels(n.get("Labels", {}), pool.label_selector)]
+    return max(sum(_places(pool, node["Resources"]) for node in nodes), pool.min_size)
+
+
+def _places(pool: EncoderPool, has: Mapping[str, float]) -> int:
+    by_cpu = int(has.get("CPU", 0) / pool.num_cpus + 1e-9) if pool.num_cpus else None
+    if not pool.num_gpus:
+        return 1 if by_cpu is None else min(1, by_cpu)
+    gpus = int(has.get("GPU", 0) + 1e-9)
+    on_gpus = (
+        int(gpus / pool.num_gpus) if pool.num_gpus >= 1 else gpus * int(1 / pool.num_gpus + 1e-9)
+    )  # none spans two
+    return on_gpus if by_cpu is None else min(on_gpus, by_cpu)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -9,10 +10,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorUnavailableError, RayError
 from ray.train.torch import TorchTrainer
 
 from hypersd_ray.trainer.progress import here
@@ -115,12 +116,14 @@ def _looking(board: ray.actor.ActorHandle, sign: ray.actor.ActorHandle | None) -
     over, run = threading.Event(), board._actor_id.hex()
 
     def look() -> None:
-        try:
-            while not over.wait(LOOK_S):
+        while not over.wait(LOOK_S):
+            try:
                 if ray.get(sign.look.remote(run)):
                     board.ask_to_stop.remote()
-        except RayError:  # the process that put the sign up is gone, and takes this one along
-            pass
+            except ActorUnavailableError:  # for now
+                continue
+            except RayError:  # the process that has the sign is gone, and takes this one along
+                return
 
     threading.Thread(target=look, daemon=True).start()
     try:
@@ -133,20 +136,35 @@ def _looking(board: ray.actor.ActorHandle, sign: ray.actor.ActorHandle | None) -
 @contextmanager
 def stopping_all(sign: ray.actor.ActorHandle, patience_s: float, said: str) -> Iterator[None]:
     """For as long as the block lasts SIGTERM and SIGINT put `sign` up; once no run trains any more, or after `patience_s`,
-    the process ends with the line `said`: what started the runs must not take them for finished. A second signal ends it at once."""
+    the process ends with the line `said`: what started the runs must not take them for finished. A second signal ends it at
+    once. In another thread than the main one no signal comes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ending: list[threading.Thread] = []
 
     def end() -> None:
-        until = time.monotonic() + patience_s
-        time.sleep(3 * LOOK_S)  # by then all have looked
-        while time.monotonic() < until and ray.get(sign.training.remote()):
-            time.sleep(LOOK_S)
-        print(f"error: {said}", file=sys.stderr, flush=True)
-        os._exit(1)
+        try:
+            _say("stopping after a checkpoint of each run; again ends at once", sys.stdout)
+            until = time.monotonic() + patience_s
+            time.sleep(3 * LOOK_S)  # by then all have looked
+            while time.monotonic() < until and ray.get(sign.training.remote()):
+                time.sleep(LOOK_S)
+            _say(f"error: {said}", sys.stderr)
+        finally:
+            os._exit(1)
 
     def asked(number: int) -> None:
         sign.put_up.remote()
-        print("stopping after a checkpoint of each run; again ends at once", flush=True)
-        threading.Thread(target=end, daemon=True).start()
+        ending.append(threading.Thread(target=end, daemon=True))
+        ending[0].start()
 
     with _signals(asked):
         yield
+        for thread in ending:  # the last run ended as it was told: so does the process
+            thread.join()
+
+
+def _say(line: str, where: IO[str]) -> None:
+    with contextlib.suppress(OSError):  # nobody reads any more: Ctrl-C reached them too
+        print(line, file=where, flush=True)

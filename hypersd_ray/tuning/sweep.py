@@ -175,7 +175,6 @@ def run_trial(point: dict[str, float], values: dict[str, Any], runs_per_node: in
     except Stopped:
         # Whatever this came back with, Ray Tune would put the trial down as over. The sweep's process is about to end it.
         threading.Event().wait()
-        raise
     if result.was_finished and not keeping.read_quality(result.folder):
         raise RunError(
             f"{result.folder} is finished and has no {keeping.QUALITY}: delete it, or set name to start another"

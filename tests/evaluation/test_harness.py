@@ -30,6 +30,7 @@ from evaluation.study.entries import Entries
 from hypersd_ray.config.base import ConfigError, RunError
 from hypersd_ray.config.data import EncoderPool
 from hypersd_ray.config.evaluate import EvaluateConfig, JudgesConfig
+from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.embedded import paths
 from hypersd_ray.models.cards import UNetCard, save_unet_with_card
 from hypersd_ray.models.checkpoint import read_base
@@ -177,12 +178,17 @@ def test_an_eta_that_is_asked_for_goes_before_the_recipes(config, make_lora, tmp
     folder, run = tmp_path / "run", RECIPES["tiny"]()
     (folder / "lora").mkdir(parents=True)
     shutil.copy(make_lora(), folder / KINDS["tscd"].product(run, 2))
-    how = lambda **changes: run_subject("run", folder, run, config.model_copy(update=changes | {"steps": (2,)})).parts[
-        2
-    ][1]
-    assert (
-        how() == How("edges") and how(eta=0.5) == How("edges", 0.5) and how(eta=0.5, scheduler="tcd") == How("tcd", 0.5)
-    )
+
+    def how(run: TSCDConfig, steps: int, **changes) -> How:
+        return run_subject("run", folder, run, config.model_copy(update=changes | {"steps": (steps,)})).parts[steps][1]
+
+    assert how(run, 2) == How("edges") and how(run, 2, eta=0.5) == How("edges", 0.5)
+    assert how(run, 2, eta=0.5, scheduler="tcd") == How("tcd", 0.5)
+    lines = RECIPES["tiny"](method="perflow")
+    shutil.copy(make_lora(), folder / KINDS["tscd"].product(lines, 4))
+    assert how(lines, 4).windows == 4
+    with pytest.raises(ConfigError, match="followed without noise"):
+        how(lines, 4, eta=0.5)
 
 
 @pytest.mark.parametrize("how", [How("edges", eta=1.0), How("tcd", eta=0.5), How("lcm"), How("edges", guidance=3.0)])

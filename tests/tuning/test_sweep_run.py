@@ -105,7 +105,9 @@ def test_a_sweep_whose_driver_ends_goes_on(cluster, make_config, tmp_path, numbe
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     folder = tmp_path / "runs" / "ended"
     code = DRIVE.format(file=str(tmp_path / "sweep.yaml"))
-    process = subprocess.Popen([sys.executable, "-c", code], env=cluster, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=cluster, cwd=ROOT, stderr=(tmp_path / "stderr").open("w")
+    )
     wait_for(
         lambda: (
             len({path.parts[-3] for path in folder.glob("trials/*/checkpoint_*/manifest.json")}) == 2
@@ -114,7 +116,8 @@ def test_a_sweep_whose_driver_ends_goes_on(cluster, make_config, tmp_path, numbe
         process=process,
     )
     process.send_signal(number)
-    said, begun = process.communicate()[1], time.monotonic()
+    process.wait()
+    said, begun = (tmp_path / "stderr").read_text(), time.monotonic()
     if number == signal.SIGTERM:
         assert (
             process.returncode == 1
