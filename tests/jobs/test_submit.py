@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.chaos.faults import record
+
 pytestmark = pytest.mark.job
 
 # Two stages of two steps on the smallest shard, which lies in the checkout: the path is relative to where the job runs.
@@ -83,6 +85,7 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(cluster, tmp_path):
     while not metrics.exists():
         assert time.monotonic() < until, cluster.ray("job", "logs", "first")
         time.sleep(0.2)
+    begun = time.monotonic()
     cluster.ray("job", "stop", "first")
     said = cluster.ray("job", "logs", "first")
     assert "error: run again was told to stop; the same command goes on from " in said and "Traceback" not in said, said
@@ -93,6 +96,12 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(cluster, tmp_path):
     while "RayTrainWorker" in (actors := cluster.ray("list", "actors", "--filter", "state=ALIVE")):
         assert time.monotonic() < until, actors
         time.sleep(1)
+    record(
+        "`ray job stop`, submitted again",
+        "checkpoint of the last step, no worker left; went on",
+        None,
+        time.monotonic() - begun,
+    )
     second = cluster.submit("--submission-id", "second", entrypoint=job)
     assert second.returncode == 0, second.stdout
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
