@@ -118,7 +118,7 @@ def remarks(comparison: Comparison, learned: dict[str, list[str]]) -> list[str]:
     found = [
         f"Every method trained with {config.budget} images through one teacher, from one stream of data; learning rate the "
         f"best of {len(config.rates)} by {config.select} on captions outside of this table, over the numbers of steps that the "
-        f"method is made for; {len(config.seeds)} seeds at that rate. Each samples as its recipe has it, in as many steps as "
+        f"method is made for; {len(config.seeds)} seed{'s' * (len(config.seeds) > 1)} at that rate. Each samples as its recipe has it, in as many steps as "
         "the column says."
     ]
     if later := [method for method in config.methods if learns_from_feedback(method, config.budget)]:
