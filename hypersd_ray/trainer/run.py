@@ -360,7 +360,7 @@ def train(
         keeping.mend_record(folder)
         try:
             with (
-                stopping(board, config.run.stop_patience_s, sign),
+                stopping(board, config.run.stop_patience_s, sign, config.run.name),
                 elastic.start_timeout(config.run),
                 elastic.room_told(config, board),
             ):

@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from typing import IO, Any
 
 import ray
+from ray._raylet import PlacementGroupID
 from ray.exceptions import ActorUnavailableError, RayError
 from ray.train.torch import TorchTrainer
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from hypersd_ray.trainer.progress import here
 
@@ -39,15 +41,22 @@ class StopSign:
     def __init__(self) -> None:
         self.up = False
         self.looked: dict[str, float] = {}
+        self.groups: dict[str, str] = {}
 
     def put_up(self) -> None:
         """All are to stop."""
         self.up = True
 
-    def look(self, run: str) -> bool:
-        """`run` trains; whether it is to stop."""
+    def look(self, run: str, group: str | None) -> bool:
+        """`run` trains, in the placement group `group`; whether it is to stop."""
         self.looked[run] = time.monotonic()
+        if group is not None:
+            self.groups[run] = group
         return self.up
+
+    def group_of(self, run: str) -> str | None:
+        """Where it trained last."""
+        return self.groups.get(run)
 
     def gone(self, run: str) -> None:
         """`run` does not train any more."""
@@ -58,19 +67,36 @@ class StopSign:
         return [run for run, when in self.looked.items() if time.monotonic() - when < self.QUIET_S]
 
 
+NAME = "stop-sign"
+"""In this driver's namespace."""
+
+
 def new_sign() -> ray.actor.ActorHandle:
     """On this process's node: it goes when that goes."""
-    return StopSign.options(scheduling_strategy=here()).remote()  # type: ignore[attr-defined]
+    options = {"name": NAME, "get_if_exists": True, "scheduling_strategy": here()}
+    return StopSign.options(**options).remote()  # type: ignore[attr-defined]
+
+
+def free_places(run: str) -> None:
+    """Give back the places of a run whose process was ended from outside. Ray Train leaves that to an actor which asks the
+    dashboard whether the run is still alive: without a dashboard the places would never come back."""
+    try:
+        group = ray.get(ray.get_actor(NAME).group_of.remote(run))
+    except (ValueError, RayError):  # no sign: nothing was started
+        return
+    if group is not None:
+        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
 
 
 @contextmanager
 def stopping(
-    board: ray.actor.ActorHandle, patience_s: float, sign: ray.actor.ActorHandle | None = None
+    board: ray.actor.ActorHandle, patience_s: float, sign: ray.actor.ActorHandle | None = None, run: str = ""
 ) -> Iterator[None]:
     """For as long as the block lasts SIGTERM and SIGINT ask the workers to write a checkpoint and return; after `patience_s`,
-    or at a second one, the process ends. In another thread than the main one no signal comes: there `sign` asks, if any."""
+    or at a second one, the process ends. In another thread than the main one no signal comes: there `sign` asks
+    the run called `run`, if there is one."""
     if threading.current_thread() is not threading.main_thread():
-        with _looking(board, sign):
+        with _looking(board, sign, run):
             yield
         return
     timer = threading.Timer(patience_s, os._exit, (1,))
@@ -109,16 +135,16 @@ def _signals(asked: Callable[[int], None]) -> Iterator[None]:
 
 
 @contextmanager
-def _looking(board: ray.actor.ActorHandle, sign: ray.actor.ActorHandle | None) -> Iterator[None]:
+def _looking(board: ray.actor.ActorHandle, sign: ray.actor.ActorHandle | None, run: str) -> Iterator[None]:
     if sign is None:
         yield
         return
-    over, run = threading.Event(), board._actor_id.hex()
+    over = threading.Event()
 
     def look() -> None:
         while not over.wait(LOOK_S):
             try:
-                if ray.get(sign.look.remote(run)):
+                if ray.get(sign.look.remote(run, ray.get(board.placement_group.remote()))):
                     board.ask_to_stop.remote()
             except ActorUnavailableError:  # for now
                 continue

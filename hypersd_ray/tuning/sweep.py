@@ -28,7 +28,7 @@ from hypersd_ray.config.sweep import SweepConfig
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.trainer import keeping, run, storage
 from hypersd_ray.trainer.kinds.tscd import product
-from hypersd_ray.trainer.stopping import new_sign, stopping_all
+from hypersd_ray.trainer.stopping import free_places, new_sign, stopping_all
 from hypersd_ray.tuning.space import Point, applied, held, readable, searched
 
 METRIC = "objective"
@@ -136,9 +136,18 @@ class TrialLines(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         ended = (trial.last_result or {}).get("stage") == len(self.values["base"]["distill"]["k_list"])
         self._tell(trial, "finished" if ended else "stopped")
+        free_places(_run_name(trial.trial_id))
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        free_places(_run_name(trial.trial_id))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._tell(trial, "failed")
+        free_places(_run_name(trial.trial_id))
+
+
+def _run_name(trial_id: str | None) -> str:
+    return f"trial-{trial_id}"
 
 
 def rung(sweep: SweepConfig, stage: int) -> float:
@@ -167,7 +176,7 @@ def run_trial(point: dict[str, float], values: dict[str, Any], runs_per_node: in
     """Ray Tune's function trainable; `values` are the sweep's. A trial that was killed goes on where its run stands.
     `sign` tells it to stop."""
     sweep = SweepConfig.model_validate(values)
-    config = trial_run(sweep, point, f"trial-{tune.get_context().get_trial_id()}")
+    config = trial_run(sweep, point, _run_name(tune.get_context().get_trial_id()))
     for record in keeping.read_quality(storage.run_folder(config.run)):
         tune.report({METRIC: record[METRIC], "stage": record["stage"], RUNG: rung(sweep, record["stage"])})
     try:
