@@ -97,9 +97,6 @@ def _train(given: LoopArguments) -> None:
         # Ray gives a worker one OpenMP thread per reserved CPU; nobody but other runs computes while it steps.
         computing = context.get_local_world_size() * given.runs_per_node
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // computing))
-    group = ray.util.get_current_placement_group()
-    if group is not None and context.get_world_rank() == 0:
-        given.board.stand_in.remote(group.id.hex())
     place = Place(device, context.get_world_rank(), given.evaluators, lambda line: given.board.tell.remote(line))
     Worker(config, given, kind.build(config, place), device).run()
 

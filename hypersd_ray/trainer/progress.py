@@ -95,15 +95,6 @@ class ProgressBoard:
         self.workers = 0
         self.left_at: str | None = None
         self.told: list[str] = []
-        self.group: str | None = None
-
-    def stand_in(self, group: str) -> None:
-        """The placement group that the workers are in now, hexadecimal."""
-        self.group = group
-
-    def placement_group(self) -> str | None:
-        """That; None before they are."""
-        return self.group
 
     def post(self, snapshot: Snapshot) -> None:
         """Replace the latest."""

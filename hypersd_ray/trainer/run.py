@@ -59,8 +59,9 @@ class Result:
     rejected: str = ""
 
 
-def connect() -> None:
-    """Join the cluster that RAY_ADDRESS or `ray job submit` names; else start one on this machine."""
+def connect(dashboard: bool = False) -> None:
+    """Join the cluster that RAY_ADDRESS or `ray job submit` names; else start one on this machine, with its dashboard where
+    that is needed."""
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     if ray.is_initialized():
         return
@@ -77,7 +78,7 @@ def connect() -> None:
             ray.init(
                 "local",  # else Ray joins what `ray start` left on this machine, and refuses the number of CPUs
                 num_cpus=max(4, os.cpu_count() or 1),
-                include_dashboard=False,
+                include_dashboard=dashboard,
                 logging_level="ERROR",
                 log_to_driver=False,
             )

@@ -22,14 +22,16 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.basic_variant import BasicVariantGenerator
+from ray.util.state import list_nodes
+from ray.util.state.exception import RayStateApiException
 
 from hypersd_ray.config.base import CombinationError, ConfigError, RunError, Stopped
 from hypersd_ray.config.sweep import SweepConfig
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.trainer import keeping, run, storage
 from hypersd_ray.trainer.kinds.tscd import product
-from hypersd_ray.trainer.stopping import free_places, new_sign, stopping_all
 from hypersd_ray.tuning.space import Point, applied, held, readable, searched
+from hypersd_ray.tuning.trials import new_sign, stopping_all
 
 METRIC = "objective"
 RUNG = "rung"
@@ -136,18 +138,9 @@ class TrialLines(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         ended = (trial.last_result or {}).get("stage") == len(self.values["base"]["distill"]["k_list"])
         self._tell(trial, "finished" if ended else "stopped")
-        free_places(_run_name(trial.trial_id))
-
-    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        free_places(_run_name(trial.trial_id))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._tell(trial, "failed")
-        free_places(_run_name(trial.trial_id))
-
-
-def _run_name(trial_id: str | None) -> str:
-    return f"trial-{trial_id}"
 
 
 def rung(sweep: SweepConfig, stage: int) -> float:
@@ -176,7 +169,7 @@ def run_trial(point: dict[str, float], values: dict[str, Any], runs_per_node: in
     """Ray Tune's function trainable; `values` are the sweep's. A trial that was killed goes on where its run stands.
     `sign` tells it to stop."""
     sweep = SweepConfig.model_validate(values)
-    config = trial_run(sweep, point, _run_name(tune.get_context().get_trial_id()))
+    config = trial_run(sweep, point, f"trial-{tune.get_context().get_trial_id()}")
     for record in keeping.read_quality(storage.run_folder(config.run)):
         tune.report({METRIC: record[METRIC], "stage": record["stage"], RUNG: rung(sweep, record["stage"])})
     try:
@@ -238,6 +231,17 @@ def _check_same(sweep: SweepConfig, folder: str) -> None:
 def _restorable(folder: str) -> bool:
     """Whether Ray Tune got so far that it can go on: killed before its first record of trials it would refuse to."""
     return tune.Tuner.can_restore(folder) and bool(storage.files(folder, "experiment_state-*.json"))
+
+
+def _check_dashboard() -> None:
+    """Ray Train asks it whether a trial that Ray Tune ended is dead, and gives its places back then alone."""
+    try:
+        list_nodes(limit=1)
+    except RayStateApiException as e:
+        raise ConfigError(
+            "the cluster's dashboard does not answer, without it ended trials would keep their CPUs and GPUs: start the head "
+            "without --include-dashboard=false"
+        ) from e
 
 
 def _settled(folder: str, concurrent: int) -> int:
@@ -306,7 +310,8 @@ def run_sweep(sweep: SweepConfig) -> Outcome:
         raise ConfigError("search=optuna needs it: pip install 'hypersd-ray[sweep]', or set search=random")
     sweep = from_here(sweep)
     run.check(base_run(sweep))
-    run.connect()
+    run.connect(dashboard=True)
+    _check_dashboard()
     concurrent = fitting_trials(sweep, ray.cluster_resources())
     folder = sweep_folder(sweep)
     _check_same(sweep, folder)

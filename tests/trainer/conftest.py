@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="package")
 def cluster() -> Iterator[dict[str, str]]:
-    """A Ray of 4 CPUs; -> the environment in which a driver of another process joins it. Shared if one runs already."""
+    """A Ray of 4 CPUs, with its dashboard for the sweeps; -> the environment in which a driver of another process joins it. Shared if one runs already."""
     import ray
 
     # Ray Train's controller looks for new checkpoints this often; what is killed before it looks starts further back.
@@ -31,7 +31,7 @@ def cluster() -> Iterator[dict[str, str]]:
     started = not ray.is_initialized()
     temporary = tempfile.mkdtemp(prefix="rt", dir="/tmp")  # short: a socket's path has at most 107 characters
     if started:
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR", _temp_dir=temporary)
+        ray.init(num_cpus=4, include_dashboard=True, log_to_driver=False, logging_level="ERROR", _temp_dir=temporary)
     yield os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     if started:
         ray.shutdown()

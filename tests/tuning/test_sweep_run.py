@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import yaml
+from ray.util import placement_group_table
 
 from evaluation.sweep import compare, draw_parallel, objective_difference, table, write_csv
 from hypersd_ray.config.sweep import SweepConfig
@@ -35,6 +36,8 @@ def test_a_sweep_and_what_it_leaves(cluster, make_config, tmp_path, capsys):
     outcome = sweeps.run_sweep(config)
     said = capsys.readouterr().out
     assert said.count(" finished: objective ") == 2 and " after stage 2/2  adv_start " in said
+    # Ray Tune ends a trial at its last rung, before its run could give the places back.
+    wait_for(lambda: not [g for g in placement_group_table().values() if g["state"] != "REMOVED"], seconds=30)
     folder = tmp_path / "runs" / "sweep"
     first, *trials = outcome.trials
     assert (first.name, len(first.stages), len(trials)) == ("base", 2, 2)
@@ -80,6 +83,20 @@ def test_a_sweep_and_what_it_leaves(cluster, make_config, tmp_path, capsys):
             sweeps.run_sweep(changed)
     with pytest.raises(ValueError, match=r"began with \d trials at a time, now 0 fit"):
         sweeps._settled(str(folder), 0)
+
+
+NO_DASHBOARD = """
+import ray
+from hypersd_ray.tuning import sweep
+ray.init("local", num_cpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+sweep._check_dashboard()
+"""
+
+
+@pytest.mark.cluster
+def test_a_cluster_without_a_dashboard_is_refused():
+    ended = subprocess.run([sys.executable, "-c", NO_DASHBOARD], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1 and "ConfigError: the cluster's dashboard does not answer" in ended.stderr
 
 
 DRIVE = """
