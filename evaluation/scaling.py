@@ -6,8 +6,10 @@
 A worker is a process in a gloo group. What its GPU would compute is a wait of `seconds_per_image` for each of its images, so
 that four workers need no cores for that; the gradients' all-reduce and the checkpoints, four times their bytes, hashed and
 written by rank 0 while the others wait, are the training's own. The plan is given the rates of two probes, an all-reduce of
-two workers with an eighth of the gradients and a checkpoint of one worker, and says what a step will take; the steps are then
-measured. Medians count. Links and cores are shared by all workers here, which the plan's ring does not know.
+two workers with an eighth of the gradients and a checkpoint of one worker of its full size (smaller ones are written faster),
+and says what a step will take; the steps are then measured. Medians count. The plan gives every worker a link of its own, here
+all bytes go over one memory; so it is asked twice, with the probe's link for each and with it shared out: what is measured
+should lie between.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,21 +143,26 @@ def run(config: ScalingConfig, world: int, parameters: int) -> Seconds:
 
 def probe(config: ScalingConfig) -> Hardware:
     """The rates of this machine, from one run of two workers on smaller gradients and one of one worker."""
-    short = config.model_copy(update={"batch": 1, "steps": 12, "checkpoint_every": 12})
+    short = config.model_copy(update={"batch": 1, "steps": 12, "checkpoint_every": 4})
     small = config.parameters // PROBE
-    two, one = run(short, 2, small), run(short, 1, small)
+    two, one = run(short, 2, small), run(short, 1, config.parameters)
     # a ring of two sends each byte once: 2 (2 - 1) / 2
     return Hardware(
         gpus_per_node=max(config.workers), gpu_link=4 * small / two.all_reduce / GIGA,
-        storage=4 * 4 * small / (one.checkpoint * short.checkpoint_every) / GIGA,
+        storage=4 * 4 * config.parameters / (one.checkpoint * short.checkpoint_every) / GIGA,
         seconds_per_image=config.seconds_per_image, encoder_images_s=1e9, reward_images_s=1e9,
     )  # fmt: skip
+
+
+def _plans(config: ScalingConfig, hardware: Hardware, world: int) -> dict[str, Any]:
+    work = Work(config.parameters, 4 * 4.0 * config.parameters, 0.0, config.batch, config.checkpoint_every)
+    shared = replace(hardware, gpu_link=hardware.gpu_link * 2 / max(2, world))
+    return {"planned": asdict(row(work, hardware, world)), "shared": asdict(row(work, shared, world))}
 
 
 def measure(config: ScalingConfig) -> dict[str, Any]:
     """The probe's rates, and for each number of workers what was planned and what was measured."""
     hardware = probe(config)
-    work = Work(config.parameters, 4 * 4.0 * config.parameters, 0.0, config.batch, config.checkpoint_every)
     runs: dict[int, list[Seconds]] = {world: [] for world in config.workers}
     for _ in range(config.rounds):
         for world in config.workers:
@@ -164,30 +171,31 @@ def measure(config: ScalingConfig) -> dict[str, Any]:
         "settings": config.model_dump(mode="json") | {"torch": torch.__version__, "cores": len(os.sched_getaffinity(0))},
         "hardware": asdict(hardware),
         "rows": {
-            str(world): {"planned": asdict(row(work, hardware, world)), "measured": [asdict(s) for s in of_world]}
+            str(world): _plans(config, hardware, world) | {"measured": [asdict(s) for s in of_world]}
             for world, of_world in runs.items()
         },
     }  # fmt: skip
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown: planned / measured seconds."""
+    """Markdown: seconds planned with links of their own, with one that is shared, and measured."""
     hardware, batch = found["hardware"], found["settings"]["batch"]
     lines = [
         f"{found['settings']['parameters'] / 1e6:.0f}M parameters; probes: all-reduce {hardware['gpu_link']:.2f} GB/s, "
         f"checkpoints {hardware['storage']:.2f} GB/s",
         "",
-        "| workers | s a step, planned / measured | images/s | all-reduce | checkpoint |",
-        "|---:|---:|---:|---:|---:|",
+        "| workers | s a step: planned, links of their own | one shared | measured | images/s | all-reduce | checkpoint |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for world, one in found["rows"].items():
-        planned = Row(**one["planned"])
+        own, shared = Row(**one["planned"]), Row(**one["shared"])
         measured = [Seconds(**s) for s in one["measured"]]
         middle = {n: statistics.median(getattr(s, n) for s in measured) for n in ("step", "all_reduce", "checkpoint")}
-        pair = lambda n, planned=planned, middle=middle: f"{getattr(planned, n):.3f} / {middle[n]:.3f}"
-        speed = f"{planned.images_s:.1f} / {batch / middle['step']:.1f}"
+        difference = [f"{plan.step:.3f} ({plan.step / middle['step'] - 1:+.0%})" for plan in (own, shared)]
         lines.append(
-            f"| {world} | {pair('step')} ({planned.step / middle['step'] - 1:+.0%}) | {speed} | {pair('all_reduce')} | {pair('checkpoint')} |"
+            f"| {world} | {' | '.join(difference)} | {middle['step']:.3f} | {batch / middle['step']:.1f} "
+            f"| {own.all_reduce:.3f} to {shared.all_reduce:.3f} / {middle['all_reduce']:.3f} "
+            f"| {own.checkpoint:.3f} / {middle['checkpoint']:.3f} |"
         )
     return "\n".join(lines)
 

@@ -6,6 +6,7 @@ import pytest
 
 from evaluation import scaling
 from evaluation.scaling import ScalingConfig
+from hypersd_ray.tuning.plan import Hardware
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +26,16 @@ def test_what_is_planned_rests_on_the_probes(found):
     assert planned["compute"] == pytest.approx(0.04)
     assert planned["all_reduce"] == pytest.approx(4 * 640_000 / (hardware["gpu_link"] * 1e9), rel=0.05, abs=1e-4)
     assert planned["checkpoint"] == pytest.approx(16 * 640_000 / (hardware["storage"] * 1e9) / 4)
+
+
+def test_workers_of_one_machine_share_its_memory():
+    config = ScalingConfig()
+    plans = {world: scaling._plans(config, Hardware(gpu_link=6.0), world) for world in (1, 2, 4)}
+    assert [plans[world]["shared"]["all_reduce"] / (plans[world]["planned"]["all_reduce"] or 1) for world in plans] == [
+        0,
+        1,
+        2,
+    ]
 
 
 def test_the_table_has_both(found):
