@@ -37,6 +37,7 @@ def changed(
 CHANGES: dict[str, dict[str, Any]] = {
     "tscd-one-stage": {"distill": {"k_list": (1,)}},
     "tscd-base": {"distill": {"teacher": "base"}},
+    "tscd-segment-start": {"distill": {"t_end": "segment_start"}},
     "tscd-perturbed": {"distill": {"perturbation": 0.1}},
     "tscd-adversarial": {"adversarial": AdversarialConfig()},
     "tscd-flat-weights": {"adversarial": AdversarialConfig(adv_start=0.05, adv_end=0.05, mse_start=0.75, mse_end=0.75)},

@@ -120,11 +120,13 @@ def worlds(trace: Path) -> dict[int, list[list[str]]]:
 ROWS: list[tuple[str, str, str, str]] = []
 
 
-def record(fault: str, outcome: str, told: Story | None = None, seconds: float | None = None) -> None:
-    """A line of the table."""
-    seconds = told.recovery if told is not None and seconds is None else seconds
-    lost = "" if told is None else str(told.lost)
-    ROWS.append((fault, outcome, lost, "" if seconds is None else f"{seconds:.0f}"))
+def record(
+    fault: str, outcome: str, told: Story | None = None, seconds: float | None = None, lost: int | None = None
+) -> None:
+    """A line of the table; `told` has both figures, where they are not given."""
+    if told is not None:
+        seconds, lost = told.recovery if seconds is None else seconds, told.lost if lost is None else lost
+    ROWS.append((fault, outcome, "" if lost is None else str(lost), "" if seconds is None else f"{seconds:.0f}"))
 
 
 def write_table() -> None:
