@@ -321,9 +321,11 @@ class Comparison:
         assert found is not None
         serves = {int(n): run for n, run in found.get("serves", {}).items()}
         folders = {n: Path(_serving(serves, n) or found["runs"][-1]) for n in config.steps}
+        noisy = self.config.noisy_steps if self.chain(piece).gamma else ()
         parts: dict[int, Subject] = {}
         for n, folder in folders.items():
-            parts[n] = run_subject(name, folder, read_run(folder), config.model_copy(update={"steps": (n,)}))
+            settings = config.model_copy(update={"steps": (n,), "eta": 1.0 if n in noisy else None})
+            parts[n] = run_subject(name, folder, read_run(folder), settings)
         return replace(parts[config.steps[0]], parts={n: parts[n].parts[n] for n in config.steps})
 
     def select(self) -> None:

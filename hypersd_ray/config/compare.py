@@ -27,6 +27,9 @@ class CompareConfig(Strict):
     """Of the trainings; the sweep has the first."""
     steps: tuple[int, ...] = (1, 2, 4, 8)
     """Sampling steps."""
+    noisy_steps: tuple[int, ...] = ()
+    """Numbers of steps at which all noise between two steps is new (TCD's gamma = 1) where a method's sampler has gamma: TCD,
+    TSCD and what is built on it. At others they add none; LCM, Turbo and DMD always do, the rest never."""
     select: str = "clip_score"
     """The judge whose mean over all numbers of steps chooses the learning rate: one that no method learns from."""
     selection_prompts: int = Field(default=128, ge=2)

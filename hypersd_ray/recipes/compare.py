@@ -12,7 +12,9 @@ from hypersd_ray.recipes.methods import BUDGET, METHODS
 
 def compare_tiny() -> CompareConfig:
     """All methods on the embedded model: some 4 hours on 2 cores, by two processes."""
-    return CompareConfig(teacher=str(paths.TEACHER), methods=tuple(METHODS), budget=BUDGET, out="runs/compare-tiny")
+    return CompareConfig(
+        teacher=str(paths.TEACHER), methods=tuple(METHODS), budget=BUDGET, noisy_steps=(4, 8), out="runs/compare-tiny"
+    )
 
 
 def ablations() -> CompareConfig:

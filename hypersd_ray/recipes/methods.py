@@ -65,11 +65,13 @@ class Chain:
         first: its configuration.
         then: the later runs.
         serves: number of steps -> place of the run whose model is for it; empty: the last run's for all.
+        gamma: its sampler may add noise (TCD's gamma).
     """
 
     first: Config
     then: tuple[Link, ...] = ()
     serves: dict[int, int] = field(default_factory=dict)
+    gamma: bool = False
 
 
 def run_name(method: str, lr: float, seed: int) -> str:
@@ -81,7 +83,7 @@ def trajectory(method: str, budget: int = BUDGET, lr: float = 1e-3, seed: int = 
     """A method of `hypersd_ray/recipes/trajectory.py`."""
     steps = budget // BATCH
     settings = short_tscd(steps) if method == "tscd" else TRAJECTORIES[method](steps, TINY_OMEGA)
-    return Chain(embedded(run_name(method, lr, seed), settings, lr, seed))
+    return Chain(embedded(run_name(method, lr, seed), settings, lr, seed), gamma=method in ("tcd", "tscd"))
 
 
 def score(method: Few, budget: int = BUDGET, lr: float = 2e-4, seed: int = 0) -> Chain:
@@ -104,14 +106,14 @@ def hyper(name: str, budget: int = BUDGET, lr: float = 1e-3, seed: int = 0) -> C
     begins = run_name("tscd-short" if dmd else "tscd", lr, seed)
     first = embedded(begins, short_tscd(tscd_steps), lr, seed)
     if not feedback:
-        return Chain(first, (Link(partial(_unified, first, dmd_steps), 0),))
+        return Chain(first, (Link(partial(_unified, first, dmd_steps), 0),), gamma=True)
     each = shared(max(len(LADDER), round(FEEDBACK_SHARE * whole)), [1] * len(LADDER))
     then = [Link(partial(_feedback, first, n, k), 0, k) for k, n in zip(LADDER, each, strict=True)]
     serves = {k: 1 + i for i, k in enumerate(LADDER)}
     if dmd:
         then.append(Link(partial(_dedicated, first, dmd_steps), serves[1]))
         serves |= {1: len(then)}
-    return Chain(first, tuple(then), serves)
+    return Chain(first, tuple(then), serves, gamma=True)
 
 
 def _goes_on(first: TSCDConfig, part: str) -> dict[str, Any]:

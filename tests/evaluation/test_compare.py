@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from evaluation.harness.comparison import Comparison, _serving, default_lr, sweep
 from evaluation.harness.judges import embedded_judges
@@ -65,6 +66,23 @@ def test_three_rates_then_three_seeds_at_the_best(make_config):
     lines = comparison.plan()
     assert any("lcm-lr0.001-seed0" in line and "done in 60 s" in line for line in lines)
     assert any("dmd-lr?-seed2" in line and "to do" in line for line in lines)
+
+
+def test_new_noise_between_steps_goes_to_samplers_that_have_gamma(make_config):
+    comparison = Comparison(make_config(methods=("lcm", "pd", "tcd"), noisy_steps=(4,), rates=(1.0,), seeds=(0,)))
+    comparison.begin()
+    found = {}
+    for piece in comparison.missing():
+        first = comparison.chain(piece).first
+        folder = comparison.out / "runs" / piece.name
+        (folder / "lora").mkdir(parents=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(first.model_dump(mode="json")))
+        for steps in (2, 4, 8):
+            (folder / KINDS[kind_of(first)].product(first, steps)).touch()
+        comparison.there.finish(piece, runs=[str(folder)], seconds=0.0, teacher_passes=0)
+        subject = comparison.subject(piece, piece.method, comparison.evaluation(steps=(2, 4, 8)))
+        found[piece.method] = [subject.parts[n][1].eta for n in (2, 4, 8)]
+    assert found == {"lcm": [1, 1, 1], "pd": [0, 0, 0], "tcd": [0, 1, 0]}
 
 
 def test_a_rate_that_diverges_is_out(make_config):
