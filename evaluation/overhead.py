@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import statistics
 import sys
 import tempfile
@@ -39,6 +38,7 @@ from hypersd_ray.data.sources import find_shards
 from hypersd_ray.recipes import RECIPES
 from hypersd_ray.trainer.kinds import KINDS
 from hypersd_ray.trainer.kinds.base import Place
+from hypersd_ray.trainer.local import free_port
 from hypersd_ray.trainer.loop import Stopwatch
 
 
@@ -148,11 +148,9 @@ def _plain_worker(rank: int, config: TSCDConfig, port: int, answer: Path) -> Non
 
 def plain(config: TSCDConfig) -> float:
     """Mean seconds of a step of as many processes in one gloo group."""
-    with socket.socket() as free, tempfile.TemporaryDirectory() as temporary:
-        free.bind(("127.0.0.1", 0))
-        port, answer = free.getsockname()[1], Path(temporary) / "seconds"
-        free.close()
-        mp.spawn(_plain_worker, (config, port, answer), nprocs=config.run.workers)
+    with tempfile.TemporaryDirectory() as temporary:
+        answer = Path(temporary) / "seconds"
+        mp.spawn(_plain_worker, (config, free_port(), answer), nprocs=config.run.workers)
         return float(answer.read_text())
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import statistics
 import sys
 import tempfile
@@ -35,6 +34,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from hypersd_ray.config.base import Strict
 from hypersd_ray.config.cli import read_options, run_job
+from hypersd_ray.trainer.local import free_port
 from hypersd_ray.training.checkpoint import save_checkpoint
 from hypersd_ray.training.distributed import average_gradients
 from hypersd_ray.tuning.plan import GIGA, Hardware, Row, Work, row
@@ -132,11 +132,8 @@ def _worker(rank: int, world: int, port: int, config: ScalingConfig, parameters:
 
 def run(config: ScalingConfig, world: int, parameters: int) -> Seconds:
     """A run of `world` workers, measured."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as temporary:
-        mp.spawn(_worker, (world, port, config, parameters, Path(temporary)), nprocs=world)
+        mp.spawn(_worker, (world, free_port(), config, parameters, Path(temporary)), nprocs=world)
         found = json.loads((Path(temporary) / "seconds.json").read_text())
     return Seconds(found["compute"], found["all_reduce"], found["checkpoint"] / config.checkpoint_every)
 

@@ -7,7 +7,6 @@ import ctypes
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import yaml
 from diffusers import UNet2DConditionModel
 
 from hypersd_ray.embedded import paths
+from hypersd_ray.trainer.local import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 Model = Literal["embedded", "wide"]
@@ -175,9 +175,7 @@ def running(args: dict[str, Any], folder: Path, threads: int, seconds: float = 6
     Raises:
         ValueError: it ended, or was not ready in time.
     """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     config = yaml.safe_load((ROOT / "serve/config/dev.yaml").read_text())
     config["http_options"]["port"] = port
     config["applications"][0]["args"] = args

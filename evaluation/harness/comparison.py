@@ -315,13 +315,14 @@ class Comparison:
         }  # fmt: skip
         return EvaluateConfig(**values | changes)
 
-    def subject(self, piece: Piece, name: str, config: EvaluateConfig) -> Subject:
-        """A finished piece: at each number of steps the run that is for it, else the last."""
+    def subject(self, piece: Piece, name: str, config: EvaluateConfig, noisy: tuple[int, ...] = ()) -> Subject:
+        """A finished piece: at each number of steps the run that is for it, else the last; at those of `noisy` with new noise
+        between the steps, where that is a choice."""
         found = self.done(piece)
         assert found is not None
         serves = {int(n): run for n, run in found.get("serves", {}).items()}
         folders = {n: Path(_serving(serves, n) or found["runs"][-1]) for n in config.steps}
-        noisy = self.config.noisy_steps if self.chain(piece).gamma else ()
+        noisy = noisy if self.chain(piece).gamma else ()
         parts: dict[int, Subject] = {}
         for n, folder in folders.items():
             settings = config.model_copy(update={"steps": (n,), "eta": 1.0 if n in noisy else None})
@@ -383,7 +384,8 @@ class Comparison:
         subjects = [teacher(config, config.steps)]
         for method in self.config.methods:
             if self.best(method) is not None:
-                subjects += [self.subject(p, method, config) for p in self.final(method) if self.usable(p)]
+                noisy = self.config.noisy_steps
+                subjects += [self.subject(p, method, config, noisy) for p in self.final(method) if self.usable(p)]
         if len(subjects) == 1:
             raise ConfigError(f"--out {self.out}: no method has a finished training at its best learning rate yet")
         with self.there.held("judging"):

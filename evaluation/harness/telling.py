@@ -121,6 +121,12 @@ def remarks(comparison: Comparison, learned: dict[str, list[str]]) -> list[str]:
         f"method is made for; {len(config.seeds)} seed{'s' * (len(config.seeds) > 1)} at that rate. Each samples as its recipe has it, in as many steps as "
         "the column says."
     ]
+    gamma = [method for method in config.methods if TRAININGS[method](budget=config.budget).gamma]
+    if noisy := [str(n) for n in config.noisy_steps if gamma and n in config.steps]:
+        found.append(
+            f"At {' and '.join(noisy)} steps {', '.join(gamma)} put new noise between the steps (TCD's gamma = 1), at others "
+            "and where the rates were chosen none."
+        )
     if later := [method for method in config.methods if learns_from_feedback(method, config.budget)]:
         found.append(
             f"{', '.join(later)} learned from feedback beside that, for {FEEDBACK_SHARE:.0%} as many steps: it asks no teacher."

@@ -31,12 +31,14 @@ def changed(
             settings.distill.model_copy(update={"n_list": base.distill.n_list[:1], "steps_list": (budget // BATCH,)}),
             settings.adversarial,
         )
-    return Chain(embedded(run_name(name, lr, seed), settings, lr, seed), gamma=True)
+    gamma = settings.distill.t_end == "uniform"  # else it is given by what the student was taught to jump to
+    return Chain(embedded(run_name(name, lr, seed), settings, lr, seed), gamma=gamma)
 
 
 CHANGES: dict[str, dict[str, Any]] = {
     "tscd-one-stage": {"distill": {"k_list": (1,)}},
     "tscd-base": {"distill": {"teacher": "base"}},
+    "tscd-segment-start": {"distill": {"t_end": "segment_start"}},
     "tscd-perturbed": {"distill": {"perturbation": 0.1}},
     "tscd-adversarial": {"adversarial": AdversarialConfig()},
     "tscd-flat-weights": {"adversarial": AdversarialConfig(adv_start=0.05, adv_end=0.05, mse_start=0.75, mse_end=0.75)},

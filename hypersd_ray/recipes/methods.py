@@ -65,7 +65,7 @@ class Chain:
         first: its configuration.
         then: the later runs.
         serves: number of steps -> place of the run whose model is for it; empty: the last run's for all.
-        gamma: its sampler may add noise (TCD's gamma).
+        gamma: whether noise between its sampler's steps is a choice (TCD's gamma); LCM, Turbo and DMD always add it.
     """
 
     first: Config

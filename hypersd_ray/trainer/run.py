@@ -33,10 +33,11 @@ from hypersd_ray.data.sources import find_shards
 from hypersd_ray.models.checkpoint import read_base
 from hypersd_ray.trainer import elastic, keeping, storage
 from hypersd_ray.trainer.kinds import KINDS, AnyConfig, Kind, kind_of
+from hypersd_ray.trainer.local import start_local
 from hypersd_ray.trainer.loop import LoopArguments, PairSource, train_loop
 from hypersd_ray.trainer.pairs import pair_folder
 from hypersd_ray.trainer.places import await_places
-from hypersd_ray.trainer.progress import encoding_lines, stderr_held, watching
+from hypersd_ray.trainer.progress import encoding_lines, watching
 from hypersd_ray.trainer.room import check_actors
 from hypersd_ray.trainer.room import most_there_will_be as _most_there_will_be
 from hypersd_ray.trainer.stopping import Trainer, stopping
@@ -66,22 +67,7 @@ def connect(dashboard: bool = False) -> None:
     if ray.is_initialized():
         return
     if "RAY_ADDRESS" not in os.environ:
-        # On one's own machine the bar says what there is to say; what the processes print is in Ray's session logs, and
-        # what fails comes back as an exception. Level "fatal" is for warnings of Ray's C++ side about its own actors.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        # Else two at a time, and a warning when eight wait: Ray Train and Ray Data need a dozen to start.
-        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
-        # Ray's workers are at nice 15: one busy program on one of two cores would then stop a training that uses both.
-        os.environ.setdefault("RAY_worker_niceness", "0")
-        # At least 4 logical CPUs: a reader, an encoder and a worker must be able to stand side by side.
-        with stderr_held():  # a line of Ray's that it has read the level above
-            ray.init(
-                "local",  # else Ray joins what `ray start` left on this machine, and refuses the number of CPUs
-                num_cpus=max(4, os.cpu_count() or 1),
-                include_dashboard=dashboard,
-                logging_level="ERROR",
-                log_to_driver=False,
-            )
+        start_local(dashboard)
         return
     inherited = (
         bool(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", ""))

@@ -236,8 +236,8 @@ def _restorable(folder: str) -> bool:
 def _check_dashboard() -> None:
     """Ray Train asks it whether a trial that Ray Tune ended is dead, and gives its places back then alone."""
     try:
-        list_nodes(limit=1)
-    except RayStateApiException as e:
+        list_nodes(address=ray.get_runtime_context().gcs_address, limit=1)
+    except (RayStateApiException, ConnectionError) as e:
         raise ConfigError(
             "the cluster's dashboard does not answer, without it ended trials would keep their CPUs and GPUs: start the head "
             "without --include-dashboard=false"

@@ -173,6 +173,7 @@ def test_an_ablation_changes_its_part_alone(name):
         # A short stage warms up for a shorter time, one long stage as long as any training.
         "tscd-one-stage": {"distill.k_list", "distill.n_list", "distill.steps_list", "optim.warmup"},
         "tscd-base": {"distill.teacher"},
+        "tscd-segment-start": {"distill.t_end"},
         "tscd-perturbed": {"distill.perturbation"},
     }
     found = {one for one in differ if not one.startswith("adversarial.")} if name not in allowed else differ

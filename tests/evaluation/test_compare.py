@@ -20,7 +20,7 @@ from evaluation.harness.comparison import Comparison, _serving, default_lr, swee
 from evaluation.harness.judges import embedded_judges
 from evaluation.harness.pieces import Piece, Pieces
 from evaluation.harness.prompts import selection_captions
-from evaluation.harness.telling import _learned, diverged, learns_from_feedback, told
+from evaluation.harness.telling import _learned, diverged, learns_from_feedback, remarks, told
 from hypersd_ray.config.base import CombinationError, ConfigError, RunError
 from hypersd_ray.config.compare import CompareConfig
 from hypersd_ray.config.evaluate import JudgesConfig
@@ -80,9 +80,14 @@ def test_new_noise_between_steps_goes_to_samplers_that_have_gamma(make_config):
         for steps in (2, 4, 8):
             (folder / KINDS[kind_of(first)].product(first, steps)).touch()
         comparison.there.finish(piece, runs=[str(folder)], seconds=0.0, teacher_passes=0)
-        subject = comparison.subject(piece, piece.method, comparison.evaluation(steps=(2, 4, 8)))
-        found[piece.method] = [subject.parts[n][1].eta for n in (2, 4, 8)]
-    assert found == {"lcm": [1, 1, 1], "pd": [0, 0, 0], "tcd": [0, 1, 0]}
+        config = comparison.evaluation(steps=(2, 4, 8))
+        for noisy in ((), (4,)):
+            subject = comparison.subject(piece, piece.method, config, noisy)
+            found[piece.method, noisy] = [subject.parts[n][1].eta for n in (2, 4, 8)]
+    assert all(found["lcm", noisy] == [1, 1, 1] and found["pd", noisy] == [0, 0, 0] for noisy in ((), (4,)))
+    assert found["tcd", ()] == [0, 0, 0] and found["tcd", (4,)] == [0, 1, 0]
+    (remark,) = [one for one in remarks(comparison, {}) if "new noise" in one]
+    assert remark.startswith("At 4 steps tcd put new noise")
 
 
 def test_a_rate_that_diverges_is_out(make_config):

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from hypersd_ray.config.tscd import TSCDConfig
+from hypersd_ray.trainer.local import dashboard_options
 from tests.helpers.pipelines import CAPTIONS, build_pipeline
 
 ROOT = Path(__file__).parents[2]
@@ -31,10 +32,12 @@ def cluster() -> Iterator[dict[str, str]]:
     started = not ray.is_initialized()
     temporary = tempfile.mkdtemp(prefix="rt", dir="/tmp")  # short: a socket's path has at most 107 characters
     if started:
-        ray.init(num_cpus=4, include_dashboard=True, log_to_driver=False, logging_level="ERROR", _temp_dir=temporary)
+        options = dashboard_options()
+        ray.init(num_cpus=4, log_to_driver=False, logging_level="ERROR", _temp_dir=temporary, **options)
     yield os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     if started:
         ray.shutdown()
+        del os.environ["RAY_API_SERVER_ADDRESS"]
     shutil.rmtree(temporary, ignore_errors=True)
     del os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"]
 

@@ -13,6 +13,7 @@ from hypersd_ray.diffusion.schedule import Schedule
 from hypersd_ray.diffusion.segments import edges
 from hypersd_ray.models.export import TCD_GRID, usage
 from hypersd_ray.recipes import METHODS
+from hypersd_ray.recipes.compare import TRAININGS
 from hypersd_ray.trainer.kinds import KINDS, kind_of, tscd
 from hypersd_ray.trainer.kinds.onestep import onestep_metadata
 from hypersd_ray.training.samples import Sampling
@@ -78,6 +79,11 @@ def test_each_number_of_steps_has_its_product(method, products):
 def test_samplings(method, expected):
     config = METHODS[method]().first
     assert KINDS[kind_of(config)].samplings(config) == expected
+
+
+def test_a_student_of_more_segments_than_one_goes_to_their_starts_without_noise():
+    config = TRAININGS["tscd-segment-start"]().first
+    assert KINDS[kind_of(config)].samplings(config) == [Sampling(8), Sampling(4), Sampling(2), Sampling(1, eta=1.0)]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -95,7 +96,10 @@ sweep._check_dashboard()
 
 @pytest.mark.cluster
 def test_a_cluster_without_a_dashboard_is_refused():
-    ended = subprocess.run([sys.executable, "-c", NO_DASHBOARD], cwd=ROOT, capture_output=True, text=True, check=False)
+    alone = {name: value for name, value in os.environ.items() if name != "RAY_API_SERVER_ADDRESS"}
+    ended = subprocess.run(
+        [sys.executable, "-c", NO_DASHBOARD], cwd=ROOT, env=alone, capture_output=True, text=True, check=False
+    )
     assert ended.returncode == 1 and "ConfigError: the cluster's dashboard does not answer" in ended.stderr
 
 

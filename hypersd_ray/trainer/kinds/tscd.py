@@ -127,8 +127,13 @@ def lora_name(config: TSCDConfig, k: int) -> str:
 
 def product(config: TSCDConfig, steps: int) -> str:
     """The LoRA of the stage that was made for `steps` steps: as many segments, or the next fewer, or the fewest."""
+    return lora_file(lora_name(config, _made_for(config, steps)))
+
+
+def _made_for(config: TSCDConfig, steps: int) -> int:
+    """Segments of that stage."""
     k_list = config.distill.k_list
-    return lora_file(lora_name(config, max((k for k in k_list if k <= steps), default=min(k_list))))
+    return max((k for k in k_list if k <= steps), default=min(k_list))
 
 
 def lora_metadata(config: TSCDConfig, k: int) -> LoRAMetadata:
@@ -162,8 +167,10 @@ def samplings(config: TSCDConfig) -> list[Sampling]:
     """A student is good at k steps and does not fail at others."""
     distill = config.distill
     windows = distill.k_list[-1] if distill.path == "straight" else None
-    eta = eta_of(config, distill.k_list[-1])
-    return [Sampling(n, eta=eta, windows=windows if windows and n % windows == 0 else None) for n in (8, 4, 2, 1)]
+    return [
+        Sampling(n, eta=eta_of(config, _made_for(config, n)), windows=windows if windows and n % windows == 0 else None)
+        for n in (8, 4, 2, 1)
+    ]
 
 
 KIND = Kind(
