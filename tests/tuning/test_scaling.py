@@ -30,7 +30,12 @@ def test_what_is_planned_rests_on_the_probes(found):
 
 def test_workers_of_one_machine_share_its_memory():
     config = ScalingConfig()
-    plans = {world: scaling._plans(config, Hardware(gpu_link=6.0), world) for world in (1, 2, 4)}
+    plans = {
+        world: scaling._plans(
+            config, Hardware(gpu_link=6.0, seconds_per_image=0.1, encoder_images_s=1.0, reward_images_s=1.0), world
+        )
+        for world in (1, 2, 4)
+    }
     assert [plans[world]["shared"]["all_reduce"] / (plans[world]["planned"]["all_reduce"] or 1) for world in plans] == [
         0,
         1,
