@@ -35,7 +35,7 @@ from hypersd_ray.tuning.trials import new_sign, stopping_all
 
 METRIC = "objective"
 RUNG = "rung"
-"""What ASHA counts in: a power of `reduction` for each stage that trials go through, so that it judges after every one."""
+"""What ASHA counts in: a power of `reduction` for each stage that trials go through, so that it judges after all but the last."""
 ALMOST_NOTHING = {"CPU": 0, "memory": 1}
 """What a trial's own actor reserves, a byte: Ray Tune refuses nothing at all."""
 STATED = ("base", "space", "search", "scheduler", "reduction", "warm_start", "seed")
@@ -144,8 +144,15 @@ class TrialLines(tune.Callback):
 
 
 def rung(sweep: SweepConfig, stage: int) -> float:
-    """Of the end of a stage, counted from 1: that of the first which trials train is 1."""
-    return sweep.reduction ** (stage - _first_stage_trained(sweep))
+    """Of the end of a stage, counted from 1: that of the first which trials train is 1, and that of the last lies below the rung
+    where ASHA would end the trial. Its run is just ending by itself then, and killed meanwhile it would keep its places: Ray
+    Train has already dismissed who frees them."""
+    whole = _last_rung(sweep) * sweep.reduction ** (stage - sweep.base.stages)
+    return whole * (1 + 1 / sweep.reduction) / 2 if stage == sweep.base.stages else whole
+
+
+def _last_rung(sweep: SweepConfig) -> float:
+    return sweep.reduction ** (sweep.base.stages - _first_stage_trained(sweep))
 
 
 def _first_stage_trained(sweep: SweepConfig) -> int:
@@ -281,7 +288,7 @@ def _tuner(sweep: SweepConfig, folder: str, concurrent: int, sign: ray.actor.Act
     if _restorable(folder):
         return tune.Tuner.restore(folder, trainable=trainable, resume_unfinished=True, resume_errored=True)
     asha = AsyncHyperBandScheduler(
-        time_attr=RUNG, grace_period=1, max_t=rung(sweep, sweep.base.stages), reduction_factor=sweep.reduction
+        time_attr=RUNG, grace_period=1, max_t=_last_rung(sweep), reduction_factor=sweep.reduction
     )
     search = _search(sweep, concurrent)
     return tune.Tuner(

@@ -36,11 +36,8 @@ def test_workers_of_one_machine_share_its_memory():
         )
         for world in (1, 2, 4)
     }
-    assert [plans[world]["shared"]["all_reduce"] / (plans[world]["planned"]["all_reduce"] or 1) for world in plans] == [
-        0,
-        1,
-        2,
-    ]
+    slower = [plans[world]["shared"]["all_reduce"] / (plans[world]["planned"]["all_reduce"] or 1) for world in plans]
+    assert slower == pytest.approx([0, 1, 2], rel=0.01)
 
 
 def test_the_table_has_both(found):

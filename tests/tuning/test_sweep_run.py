@@ -10,21 +10,46 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import ray
 import yaml
 from ray.util import placement_group_table
 
 from evaluation.sweep import compare, draw_parallel, objective_difference, table, write_csv
 from hypersd_ray.config.sweep import SweepConfig
 from hypersd_ray.config.tscd import TSCDConfig
-from hypersd_ray.trainer import keeping
+from hypersd_ray.trainer import keeping, run
 from hypersd_ray.trainer.run import in_checkout
 from hypersd_ray.training.quality import Quality, objective
 from hypersd_ray.tuning import sweep as sweeps
 from tests.chaos.faults import record
 from tests.helpers.pipelines import CAPTIONS
 from tests.trainer.helpers import ROOT, wait_for
+
+
+def held_places() -> list[dict]:
+    """Placement groups that are not given back."""
+    return [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+
+
+@pytest.mark.cluster
+def test_a_run_whose_process_is_killed_gives_its_places_back(cluster, make_config):
+    """As Ray Tune ends trials. Without the dashboard it would not."""
+    config = make_config("ended-from-outside", distill={"k_list": (2,), "n_list": (8,), "steps_list": (2000,)})
+
+    @ray.remote(num_cpus=0)
+    class Trial:
+        def train(self) -> None:
+            run.train(config)
+
+    before, trial = len(held_places()), Trial.remote()
+    trial.train.remote()
+    wait_for((Path(config.run.out) / config.run.name / "metrics.jsonl").exists, seconds=120)
+    assert len(held_places()) > before
+    ray.kill(trial)
+    wait_for(lambda: len(held_places()) == before, seconds=60)
 
 
 @pytest.mark.cluster
@@ -37,8 +62,7 @@ def test_a_sweep_and_what_it_leaves(cluster, make_config, tmp_path, capsys):
     outcome = sweeps.run_sweep(config)
     said = capsys.readouterr().out
     assert said.count(" finished: objective ") == 2 and " after stage 2/2  adv_start " in said
-    # Ray Tune ends a trial at its last rung, before its run could give the places back.
-    wait_for(lambda: not [g for g in placement_group_table().values() if g["state"] != "REMOVED"], seconds=30)
+    wait_for(lambda: not held_places(), seconds=30)
     folder = tmp_path / "runs" / "sweep"
     first, *trials = outcome.trials
     assert (first.name, len(first.stages), len(trials)) == ("base", 2, 2)
