@@ -10,9 +10,9 @@ from functools import partial
 from typing import Any
 
 from hypersd_ray.config.tscd import AdversarialConfig
-from hypersd_ray.recipes.methods import BATCH, BUDGET, Chain, run_name
+from hypersd_ray.recipes.methods import BATCH, BUDGET, Chain, of_settings, run_name
 from hypersd_ray.recipes.trajectory import Settings
-from hypersd_ray.recipes.tscd import embedded, short_tscd
+from hypersd_ray.recipes.tscd import short_tscd
 
 
 def changed(
@@ -31,8 +31,7 @@ def changed(
             settings.distill.model_copy(update={"n_list": base.distill.n_list[:1], "steps_list": (budget // BATCH,)}),
             settings.adversarial,
         )
-    gamma = settings.distill.t_end == "uniform"  # else it is given by what the student was taught to jump to
-    return Chain(embedded(run_name(name, lr, seed), settings, lr, seed), gamma=gamma)
+    return of_settings(run_name(name, lr, seed), settings, lr, seed)
 
 
 CHANGES: dict[str, dict[str, Any]] = {

@@ -20,7 +20,7 @@ from hypersd_ray.config.onestep import OneStepConfig
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.recipes.feedback import feedback_tiny
 from hypersd_ray.recipes.onestep import Few, few_step, onestep_tiny
-from hypersd_ray.recipes.trajectory import TRAJECTORIES, shared
+from hypersd_ray.recipes.trajectory import TRAJECTORIES, Settings, shared
 from hypersd_ray.recipes.tscd import TINY_OMEGA, embedded, short_tscd
 
 BUDGET = 9_600
@@ -83,7 +83,12 @@ def trajectory(method: str, budget: int = BUDGET, lr: float = 1e-3, seed: int = 
     """A method of `hypersd_ray/recipes/trajectory.py`."""
     steps = budget // BATCH
     settings = short_tscd(steps) if method == "tscd" else TRAJECTORIES[method](steps, TINY_OMEGA)
-    return Chain(embedded(run_name(method, lr, seed), settings, lr, seed), gamma=method in ("tcd", "tscd"))
+    return of_settings(run_name(method, lr, seed), settings, lr, seed)
+
+
+def of_settings(name: str, settings: Settings, lr: float, seed: int) -> Chain:
+    """One run. A student of jumps to anywhere may be sampled with noise or without; others as they were taught."""
+    return Chain(embedded(name, settings, lr, seed), gamma=settings.distill.t_end == "uniform")
 
 
 def score(method: Few, budget: int = BUDGET, lr: float = 2e-4, seed: int = 0) -> Chain:

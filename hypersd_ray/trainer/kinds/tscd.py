@@ -164,7 +164,7 @@ def eta_of(config: TSCDConfig, k: int) -> float:
 
 
 def samplings(config: TSCDConfig) -> list[Sampling]:
-    """A student is good at k steps and does not fail at others."""
+    """A student is good at k steps and does not fail at others; each number of steps as the student for it was taught."""
     distill = config.distill
     windows = distill.k_list[-1] if distill.path == "straight" else None
     return [
