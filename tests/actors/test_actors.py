@@ -15,6 +15,7 @@ from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.rewards import PlacementConfig, RewardConfig
 from hypersd_ray.models.perception.protocol import Instances, no_instances
 from hypersd_ray.models.scoring import RewardClient, local_backend
+from tests.helpers.rays import own_ray
 
 pytestmark = pytest.mark.cluster
 
@@ -24,9 +25,8 @@ PROMPTS = ["a noto penguin on a yellow background", "a twemoji red apple on a sk
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     labels = {"hypersd/pool": "reward"}
-    ray.init(num_cpus=3, labels=labels, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+    with own_ray(3, labels=labels):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import ray
 import torch
 from PIL import Image
 
@@ -25,6 +24,7 @@ from hypersd_ray.models.rewards.image_reward import (
 )  # fmt: skip
 from hypersd_ray.models.rewards.image_reward_package import load_image_reward_package, make_environment
 from hypersd_ray.models.scoring import RewardClient, local_backend
+from tests.helpers.rays import own_ray
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red cat", "A cat, and a blue dog!", "the unknown dogs"]
@@ -95,8 +95,7 @@ def test_the_package_gives_the_native_scores(tmp_path):
     expected.sum().backward()
     assert expected.std() > 1e-2
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
+    with own_ray(2):
         reward = RewardConfig(name="image_reward_package", python=str(python), **files)
         handles = start_evaluators([reward], PlacementConfig(place_timeout_s=300), "package")
         theirs = RewardClient(RemoteBackend(handles))
@@ -104,8 +103,6 @@ def test_the_package_gives_the_native_scores(tmp_path):
         found = theirs(y, {"image_reward_package": PROMPTS})["image_reward_package"].values
         found.sum().backward()
         stop_evaluators(handles)
-    finally:
-        ray.shutdown()
     torch.testing.assert_close(found.detach(), expected.detach(), rtol=0, atol=1e-5)
     torch.testing.assert_close(y.grad, x.grad, rtol=2e-3, atol=2e-3 * x.grad.abs().max().item())
 

@@ -1,4 +1,4 @@
-"""Shards with flaws, a tiny real diffusers pipeline with random weights, one small Ray for the session."""
+"""Shards with flaws, a tiny real diffusers pipeline with random weights, one small Ray."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import json
 from collections.abc import Iterator
 
 import pytest
-from data_shards import WORDS, row, write_tar
 
 from hypersd_ray.config.data import DataConfig, EncoderPool
 from hypersd_ray.data.precompute import Summary, precompute
+from tests.data.data_shards import WORDS, row, write_tar
+from tests.helpers.rays import own_ray
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +32,7 @@ def raw_config(shards: str) -> DataConfig:
     return DataConfig(shards=shards, resolution=8, encoder=pool, shards_per_window=2, shuffle_rows=10)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def latents(
     ray_cluster: None, raw_config: DataConfig, tiny_model: str, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[DataConfig, Summary]:
@@ -41,17 +42,11 @@ def latents(
     return raw_config.model_copy(update={"shards": out}), made
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ray_cluster() -> Iterator[None]:
-    """One Ray for all tests of this folder; an already running one of the session is shared."""
-    import ray
-
-    started = not ray.is_initialized()
-    if started:
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield
-    if started:
-        ray.shutdown()
+    """One Ray for all tests of this folder."""
+    with own_ray():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from data_shards import png
 from PIL import Image
 
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.data.images import crop_square
 from hypersd_ray.data.precompute import fingerprint, precompute, resolve
+from tests.data.data_shards import png
 
 
 def test_files_marker_and_rejects(latents):

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_shards import EMBEDDED, png, row, write_tar
 
 from hypersd_ray.config.data import DataConfig, FilterConfig
 from hypersd_ray.data.reading import Cropped, Reject, patiently, read_parquet, read_rows, read_tar
+from tests.data.data_shards import EMBEDDED, png, row, write_tar
 
 
 def outcome(path: Path, format: str = "webdataset", **filters: float) -> tuple[list[str], list[tuple[str, str]]]:

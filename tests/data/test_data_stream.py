@@ -8,7 +8,6 @@ from itertools import islice, pairwise, takewhile
 import numpy as np
 import pytest
 import torch
-from data_shards import GOOD_KEYS, png, write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ from hypersd_ray.data.precompute import resolve
 from hypersd_ray.data.prefetch import Prefetch
 from hypersd_ray.data.rejects import TooManyRejectsError
 from hypersd_ray.data.stream import LatentStream, cut_pools
+from tests.data.data_shards import GOOD_KEYS, png, write_tar
 
 
 def open_stream(config, model, batch_size=8, rank=0, world_size=1, position=None, seed=3):

@@ -47,16 +47,9 @@ def test_one_a_node_or_a_share_of_a_gpu_unless_told(nodes, pool, most):
 
 
 @pytest.mark.cluster
-def test_ray_has_as_many_nodes_as_are_counted():
+def test_ray_has_as_many_nodes_as_are_counted(ray_cluster):
     """The names of the columns are Ray's."""
-    started = not ray.is_initialized()
-    if started:
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        wanted = sum(one["Alive"] and one["Resources"].get("CPU", 0) >= 1 for one in ray.nodes())
-        assert pools.most(EncoderPool(max_size=None)) == max(wanted, 1)
-        name = ray.nodes()[0]["NodeID"]
-        assert pools.most(EncoderPool(max_size=None, label_selector={"ray.io/node-id": name})) == 1
-    finally:
-        if started:
-            ray.shutdown()
+    wanted = sum(one["Alive"] and one["Resources"].get("CPU", 0) >= 1 for one in ray.nodes())
+    assert pools.most(EncoderPool(max_size=None)) == max(wanted, 1)
+    name = ray.nodes()[0]["NodeID"]
+    assert pools.most(EncoderPool(max_size=None, label_selector={"ray.io/node-id": name})) == 1

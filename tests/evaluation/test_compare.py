@@ -29,6 +29,7 @@ from hypersd_ray.recipes.compare import compare_tiny
 from hypersd_ray.recipes.methods import BUDGET, METHODS
 from hypersd_ray.trainer.kinds import KINDS, kind_of
 from tests.helpers.pipelines import build_pipeline
+from tests.helpers.rays import own_ray
 
 ROOT = Path(__file__).parents[2]
 
@@ -303,15 +304,9 @@ def shards(tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def ray_here() -> Iterator[None]:
-    import ray
-
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
-    started = not ray.is_initialized()
-    if started:
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    if started:
-        ray.shutdown()
+    with own_ray():
+        yield
     del os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"]
 
 

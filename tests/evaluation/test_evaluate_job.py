@@ -22,6 +22,7 @@ from hypersd_ray.config.base import RunError
 from hypersd_ray.config.data import EncoderPool
 from hypersd_ray.config.evaluate import EvaluateConfig, JudgesConfig
 from hypersd_ray.embedded import paths
+from tests.helpers.rays import own_ray
 
 ROOT = Path(__file__).parents[2]
 CLIP = str(paths.EVALUATORS / "clip")
@@ -102,14 +103,8 @@ def test_mistakes_are_one_line(arguments, said, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def ray_here():
-    import ray
-
-    started = not ray.is_initialized()
-    if started:
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    if started:
-        ray.shutdown()
+    with own_ray():
+        yield
 
 
 @pytest.mark.cluster

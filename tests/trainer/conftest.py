@@ -16,28 +16,22 @@ import pytest
 from PIL import Image
 
 from hypersd_ray.config.tscd import TSCDConfig
-from hypersd_ray.trainer.local import dashboard_options
 from tests.helpers.pipelines import CAPTIONS, build_pipeline
+from tests.helpers.rays import own_ray
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="package")
 def cluster() -> Iterator[dict[str, str]]:
-    """A Ray of 4 CPUs, with its dashboard for the sweeps; -> the environment in which a driver of another process joins it. Shared if one runs already."""
+    """A Ray of 4 CPUs, with its dashboard for the sweeps; -> the environment in which a driver of another process joins it."""
     import ray
 
     # Ray Train's controller looks for new checkpoints this often; what is killed before it looks starts further back.
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
-    started = not ray.is_initialized()
     temporary = tempfile.mkdtemp(prefix="rt", dir="/tmp")  # short: a socket's path has at most 107 characters
-    if started:
-        options = dashboard_options()
-        ray.init(num_cpus=4, log_to_driver=False, logging_level="ERROR", _temp_dir=temporary, **options)
-    yield os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    if started:
-        ray.shutdown()
-        del os.environ["RAY_API_SERVER_ADDRESS"]
+    with own_ray(dashboard=True, _temp_dir=temporary):
+        yield os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     shutil.rmtree(temporary, ignore_errors=True)
     del os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"]
 
