@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import yaml
 from diffusers import ControlNetModel, UNet2DConditionModel
 
 from hypersd_ray.embedded import paths
+from hypersd_ray.trainer.local import free_port
 from serve.discovery import read_catalog
 from serve.engine import Engine
 from serve.settings import Settings
@@ -110,13 +110,6 @@ class Server:
     asleep: str
     log: Path
     ray_folder: Path
-
-
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @pytest.fixture(scope="package")

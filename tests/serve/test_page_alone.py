@@ -12,9 +12,10 @@ import time
 import pytest
 import uvicorn
 
+from hypersd_ray.trainer.local import free_port
 from serve.access import digest
 from serve.settings import Settings
-from tests.serve.conftest import ROOT, free_port
+from tests.serve.conftest import ROOT
 from tests.serve.test_serve_faults import serve_one
 
 sync_api = pytest.importorskip("playwright.sync_api")
