@@ -1,5 +1,5 @@
-"""Percentile bootstrap over prompts, and over trainings where there are several: how far a mean could be from what other
-prompts and other seeds of the training would have given.
+"""Percentile bootstrap over prompts, and Student's t over trainings where there are several: how far a mean could be from
+what other prompts and other seeds of the training would have given.
 
 Shapes: values, a, b (n,) one number per prompt; of several trainings (S, n).
 """
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.stats import t as student_t
 from torch import Tensor
 
 from hypersd_ray.training.randomness import generator_of
@@ -18,24 +20,33 @@ _CHUNK = 256
 
 
 def resampled_means(values: Tensor, resamples: int, seed: int, side: int = 0) -> Tensor:
-    """(resamples,) means of (S, n): each of S trainings drawn anew and n prompts drawn anew, with replacement.
+    """(resamples,) means of (S, n): n prompts drawn anew with replacement, and what other trainings would have changed.
 
     The draws of prompts depend on (seed, n, resamples) only, those of trainings on `side` too: two models' draws are of
-    the same prompts and of trainings of their own. One training is as `bootstrap_interval` has it. S trainings drawn from S
-    spread a little less than S new ones would (by (S - 1) / S in variance).
+    the same prompts and of trainings of their own. One training is as `bootstrap_interval` has it.
     """
     values, (trainings, n) = values.double().cpu(), values.shape
     generator = generator_of(seed, "bootstrap", n, resamples)
-    of_trainings = generator_of(seed, "trainings", trainings, resamples, side)
-    found = []
+    of_prompts, found = values.mean(0), []
     for first in range(0, resamples, _CHUNK):
-        size = min(_CHUNK, resamples - first)
-        prompts = torch.randint(n, (size, n), generator=generator)
-        each = torch.stack([one[prompts].mean(1) for one in values], dim=1)
-        if trainings > 1:
-            each = each.gather(1, torch.randint(trainings, (size, trainings), generator=of_trainings))
-        found.append(each.mean(1))
-    return torch.cat(found)
+        prompts = torch.randint(n, (min(_CHUNK, resamples - first), n), generator=generator)
+        found.append(of_prompts[prompts].mean(1))
+    of_trainings = generator_of(seed, "trainings", trainings, resamples, side)
+    return torch.cat(found) + training_noise(values.mean(1), resamples, of_trainings)
+
+
+def training_noise(means: Tensor, resamples: int, generator: torch.Generator) -> Tensor:
+    """(resamples,) draws of how far the mean over S trainings, `means` (S,), is from that over all: s / sqrt(S) times
+    Student's t of S - 1 degrees, at its even quantiles in an order of the generator's. Zeros for one training.
+
+    S drawn from S with replacement would hold the truth in 75% of cases where S = 3, not in 95%.
+    """
+    trainings = len(means)
+    if trainings == 1:
+        return torch.zeros(resamples, dtype=torch.float64)
+    quantiles = torch.from_numpy(student_t.ppf((np.arange(resamples) + 0.5) / resamples, trainings - 1))
+    spread = means.double().std(correction=1) / trainings**0.5
+    return spread * quantiles[torch.randperm(resamples, generator=generator)]
 
 
 @dataclass(frozen=True)

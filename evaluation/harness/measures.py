@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.bootstrap import Interval, resampled_means
+from evaluation.bootstrap import Interval, resampled_means, training_noise
 from evaluation.harness.judges import FEATURES, OBJECTS, JudgeSpec, MetricCard, reward_card
 from evaluation.harness.subjects import Cell, by_weights
 from evaluation.objects import object_precision
@@ -46,7 +46,7 @@ class Values:
         return int((~self.there).sum())
 
     def interval(self, resamples: int, seed: int) -> Interval:
-        """The mean and its percentile interval over trainings and the prompts that have a number."""
+        """The mean and its interval over trainings and the prompts that have a number."""
         there = self.each[:, self.there]
         if there.shape[1] < 2:
             return Interval(math.nan, math.nan, math.nan)
@@ -192,7 +192,7 @@ def work_out(cell: Cell, draws: Callable[[], Draws]) -> Draws:
 
 def averaged(of_cell: Callable[[Cell, Read], Draws], keep: Keep = work_out) -> Callable[[Sequence[Cell], Read], Draws]:
     """The mean over cells of a number of a cell, each worked out once: it is asked for alone and among others. In each
-    resample trainings are drawn anew too; the prompts in it are the same for all."""
+    resample trainings count too; the prompts in it are the same for all."""
     kept: dict[str, Draws] = {}
 
     def estimate(cells: Sequence[Cell], read: Read) -> Draws:
@@ -201,12 +201,13 @@ def averaged(of_cell: Callable[[Cell, Read], Draws], keep: Keep = work_out) -> C
                 kept[cell.key] = keep(cell, lambda cell=cell: of_cell(cell, read))  # type: ignore[misc]
         of_weights = {weights: [kept[cell.key] for cell in of] for weights, of in by_weights(cells).items()}
         each = torch.stack([torch.stack([e.draws for e in parts]).mean(0) for parts in of_weights.values()])
-        if len(each) > 1:
-            generator = generator_of(0, "trainings", *of_weights)  # of its own: models differ in them
-            each = each.gather(0, torch.randint(len(each), each.shape, generator=generator))
         all_of_them = [e for parts in of_weights.values() for e in parts]
-        point = sum(sum(e.point for e in parts) / len(parts) for parts in of_weights.values()) / len(of_weights)
-        return Draws(point, each.mean(0), all_of_them[0].centred, sum(e.missing for e in all_of_them))
+        points = torch.tensor([sum(e.point for e in parts) / len(parts) for parts in of_weights.values()])
+        noise = training_noise(
+            points, each.shape[1], generator_of(0, "trainings", *of_weights)
+        )  # models differ in them
+        draws = each.mean(0) + noise
+        return Draws(points.mean().item(), draws, all_of_them[0].centred, sum(e.missing for e in all_of_them))
 
     return estimate
 

@@ -23,7 +23,7 @@ from hypersd_ray.config.base import CombinationError, ConfigError, RunError
 Config = TypeVar("Config", bound=pydantic.BaseModel)
 
 EXTRAS = {
-    "webdataset": "data", "scipy": "mask2former", "optuna": "sweep", "s3fs": "cloud", "gcsfs": "cloud", "wandb": "wandb",
+    "webdataset": "data", "optuna": "sweep", "s3fs": "cloud", "gcsfs": "cloud", "wandb": "wandb",
     "mlflow": "mlflow", "cv2": "control", "deepspeed": "zero", "sqlalchemy": "study", "torchmetrics": "lpips",
 }  # fmt: skip
 """Packages that only some jobs need -> the extra of pyproject.toml that brings them."""

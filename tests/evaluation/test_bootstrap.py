@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from evaluation.bootstrap import bootstrap_interval, paired_difference
+from evaluation.harness.measures import Values
 
 
 def test_coverage_on_normal_data():
@@ -19,6 +20,24 @@ def test_coverage_on_normal_data():
     # The percentile bootstrap's share at n = 60 is near sqrt((n - 1) / n) * 1.96 = 1.94 standard errors: 0.943, and
     # 400 trials know it to sqrt(0.95 * 0.05 / 400) = 0.011.
     assert hits / trials == pytest.approx(0.943, abs=0.033)
+
+
+@pytest.mark.parametrize(("of_a", "of_b"), [(3, 1), (3, 3)])
+def test_coverage_of_a_mean_over_few_trainings(of_a, of_b):
+    """Differences of two models, each of a few trainings that differ by more than prompts do."""
+    generator, trials, n, hits = torch.Generator().manual_seed(1), 400, 60, 0
+    for trial in range(trials):
+        prompts = torch.randn(n, generator=generator, dtype=torch.float64)
+        a = prompts + torch.randn(of_a, 1, generator=generator) + 0.1 * torch.randn(of_a, n, generator=generator)
+        b = (
+            prompts
+            + (torch.randn(of_b, 1, generator=generator) if of_b > 1 else torch.zeros(1, 1))
+            + torch.zeros(of_b, n)
+        )
+        gap = Values(a).minus(Values(b), 400, trial)
+        hits += gap.low <= 0 <= gap.high
+    # Exact where one side has a spread; the difference of two t's holds the truth somewhat more often than it says.
+    assert 0.92 <= hits / trials <= (0.98 if of_b == 1 else 1.0)
 
 
 def test_width_is_that_of_the_mean():
