@@ -24,7 +24,7 @@ from evaluation.harness.pieces import POLL_S, Piece, Pieces, read_json, write_js
 from evaluation.harness.plan import plan
 from evaluation.harness.prompts import Row, read_rows, selection_captions
 from evaluation.harness.run import evaluate
-from evaluation.harness.subjects import Subject, base_sha256, find_baseline, read_run, run_subject, teacher
+from evaluation.harness.subjects import TEACHER, Subject, base_sha256, find_baseline, read_run, run_subject, teacher
 from evaluation.harness.telling import told
 from hypersd_ray.config.base import ConfigError, RunError
 from hypersd_ray.config.compare import CompareConfig
@@ -140,11 +140,25 @@ class Comparison:
         made = {one.steps for one in samplings if one.windows is not None or not straight}
         return [n for n in self.config.steps if n in made] or list(self.config.steps)
 
+    def swept(self, method: str) -> list[Piece]:
+        """A piece a rate of its sweep, and `config.extend` beyond while the best of those before is at the edge."""
+        pieces, first = sweep(self.config, method), self.config.seeds[0]
+        for _ in range(self.config.extend if len(pieces) > 1 else 0):
+            best, rates = self._best_of(method, pieces), sorted(piece.lr for piece in pieces)
+            if best not in (rates[0], rates[-1]):
+                break
+            beyond = rates[0] ** 2 / rates[1] if best == rates[0] else rates[-1] ** 2 / rates[-2]
+            pieces.append(Piece(method, float(f"{beyond:.4g}"), first))
+        return pieces
+
     def best(self, method: str) -> float | None:
         """The learning rate that was chosen; None before that is known."""
-        pieces = sweep(self.config, method)
+        pieces = self.swept(method)
         if len(pieces) == 1:
             return None if self.over(method) else pieces[0].lr
+        return self._best_of(method, pieces)
+
+    def _best_of(self, method: str, pieces: list[Piece]) -> float | None:
         scores = self.chosen.get(method, {})
         if not all(f"{piece.lr:g}" in scores for piece in pieces):
             return None
@@ -159,11 +173,11 @@ class Comparison:
     def pieces(self, method: str) -> list[Piece]:
         """All of a method, in order."""
         later = [piece for piece in self.final(method) if piece.seed != self.config.seeds[0]]
-        return [*sweep(self.config, method), *later]
+        return [*self.swept(method), *later]
 
     def over(self, method: str) -> bool:
         """Whether a method diverged at every rate of its sweep."""
-        return all(self.done(p) and not self.usable(p) for p in sweep(self.config, method))
+        return all(self.done(p) and not self.usable(p) for p in self.swept(method))
 
     @property
     def left(self) -> int:
@@ -178,7 +192,7 @@ class Comparison:
         lines: list[str] = []
         seconds: list[float] = []
         for method in self.config.methods:
-            first, known = sweep(self.config, method), self.best(method) is not None
+            first, known = self.swept(method), self.best(method) is not None
             for piece in self.pieces(method):
                 found = self.done(piece)
                 seconds += [found["seconds"]] if found else []
@@ -243,7 +257,7 @@ class Comparison:
 
     def missing(self) -> list[Piece]:
         """Pieces to train, in order; a method's further seeds come once its rate is chosen."""
-        first = [piece for method in self.config.methods for piece in sweep(self.config, method)]
+        first = [piece for method in self.config.methods for piece in self.swept(method)]
         known = [method for method in self.config.methods if self.best(method) is not None]
         later = [piece for method in known for piece in self.final(method)]
         return [piece for piece in dict.fromkeys([*first, *later]) if self.done(piece) is None]
@@ -309,7 +323,7 @@ class Comparison:
         """The harness's configuration."""
         c = self.config
         values: dict[str, Any] = {
-            "base": c.teacher, "steps": c.steps, "limit": c.prompts, "baseline": "teacher", "judges": c.judges,
+            "base": c.teacher, "steps": c.steps, "limit": c.prompts, "baseline": TEACHER, "judges": c.judges,
             "latency_repeats": c.latency_repeats, "generators": c.generators, "scorers": c.scorers,
             "per_shard": c.per_shard, "out": str(self.out / "evaluation"),
         }  # fmt: skip
@@ -342,8 +356,8 @@ class Comparison:
     def _to_select(self) -> list[str]:
         return [
             method for method in self.config.methods
-            if self.best(method) is None and all(self.done(piece) for piece in sweep(self.config, method))
-            and any(f"{piece.lr:g}" not in self.chosen.get(method, {}) for piece in sweep(self.config, method))
+            if self.best(method) is None and all(self.done(piece) for piece in self.swept(method))
+            and any(f"{piece.lr:g}" not in self.chosen.get(method, {}) for piece in self.swept(method))
         ]  # fmt: skip
 
     def _select(self, todo: list[str]) -> None:
@@ -356,7 +370,7 @@ class Comparison:
         config = self.evaluation(
             prompts="file", prompts_file=str(prompts), limit=None, judges=only, baseline="", latency_repeats=0, reference_steps=0
         )  # fmt: skip
-        pieces = [piece for method in todo for piece in sweep(self.config, method)]
+        pieces = [piece for method in todo for piece in self.swept(method)]
         self.log(f"choosing the learning rates of {', '.join(todo)}")
         subjects = [
             self.subject(piece, piece.name, config.model_copy(update={"steps": tuple(self.made_for(piece.method))}))
@@ -389,7 +403,12 @@ class Comparison:
         if len(subjects) == 1:
             raise ConfigError(f"--out {self.out}: no method has a finished training at its best learning rate yet")
         with self.there.held("judging"):
-            results = evaluate(plan(config, rows, subjects, find_baseline(config)), self.log)
+            what = plan(
+                config, rows, subjects, find_baseline(config)
+            )  # the teacher's best is in the table whatever the baseline
+            if self.config.baseline != TEACHER:
+                what = replace(what, baseline=self.config.baseline)
+            results = evaluate(what, self.log)
         return told(self, results), rows
 
 

@@ -23,6 +23,8 @@ class CompareConfig(Strict):
     """Training pictures (any shards of data.shards) in place of the recipes' own."""
     rates: tuple[float, ...] = (1 / 3, 1.0, 3.0)
     """Learning rates of the sweep, as factors of the method's own."""
+    extend: int = Field(default=0, ge=0)
+    """Rates that each method may have beyond those, one after the other, while the best so far is at an edge."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the trainings; the sweep has the first."""
     steps: tuple[int, ...] = (1, 2, 4, 8)
@@ -36,6 +38,8 @@ class CompareConfig(Strict):
     """Captions of the training pictures on which the rate is chosen; the held-out ones are for the table alone."""
     prompts: int = Field(default=512, ge=2)
     """Held-out prompts of the table."""
+    baseline: str = "teacher"
+    """What the report's differences are to: the teacher in its many steps, or one of `methods` at the same number of steps."""
     judges: JudgesConfig = JudgesConfig()
     """Weights of the judges; all empty takes the embedded ones."""
     latency_repeats: int = Field(default=5, ge=0)
@@ -66,6 +70,8 @@ class CompareConfig(Strict):
             values = getattr(self, field)
             if not values or len(set(values)) < len(values):
                 raise CombinationError(f"{field}={values}: at least one, and none twice")
+        if self.baseline not in ("teacher", *self.methods):
+            raise CombinationError(f"baseline={self.baseline}: teacher, or one of methods={', '.join(self.methods)}")
         if self.judges.lpips:
             raise CombinationError(
                 f"judges.lpips={self.judges.lpips}: a comparison has one picture of a prompt and training; "

@@ -13,16 +13,18 @@ from hypersd_ray.recipes.methods import BUDGET, METHODS
 def compare_tiny() -> CompareConfig:
     """All methods on the embedded model: some 4 hours on 2 cores, by two processes."""
     return CompareConfig(
-        teacher=str(paths.TEACHER), methods=tuple(METHODS), budget=BUDGET, noisy_steps=(4, 8), out="runs/compare-tiny"
-    )
+        teacher=str(paths.TEACHER), methods=tuple(METHODS), budget=BUDGET, extend=1, noisy_steps=(4, 8),
+        out="runs/compare-tiny",
+    )  # fmt: skip
 
 
 def ablations() -> CompareConfig:
     """TSCD on the embedded model, and with one part of it changed at a time: each once, at the same learning rate."""
     methods = ("tscd", *ABLATIONS)
     return CompareConfig(
-        teacher=str(paths.TEACHER), methods=methods, budget=BUDGET, rates=(1.0,), seeds=(0,), out="runs/ablations"
-    )
+        teacher=str(paths.TEACHER), methods=methods, budget=BUDGET, rates=(1.0,), seeds=(0,), baseline="tscd",
+        out="runs/ablations",
+    )  # fmt: skip
 
 
 COMPARE_RECIPES: dict[str, Callable[..., CompareConfig]] = {"tiny": compare_tiny, "ablations": ablations}

@@ -136,7 +136,7 @@ def sdxl(teacher: str, shards: str = "data/*.tar", method: Trajectory = "tscd", 
         ),
         distill=settings.distill,
         adversarial=settings.adversarial,
-        optim=OptimConfig(lr=1e-6, batch=512, accumulation=4),
+        optim=OptimConfig(lr=1e-6, batch=512, accumulation=2),
         run=RunConfig(
             name="sdxl" if method == "tscd" else f"sdxl-{method}", workers=32, gpus_per_worker=1, precision="bf16"
         ),

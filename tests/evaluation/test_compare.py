@@ -69,6 +69,28 @@ def test_three_rates_then_three_seeds_at_the_best(make_config):
     assert any("dmd-lr?-seed2" in line and "to do" in line for line in lines)
 
 
+def test_a_sweep_whose_best_is_at_an_edge_goes_on(make_config):
+    comparison = Comparison(make_config(methods=("lcm", "dmd"), extend=2))
+    comparison.begin()
+    rates = lambda method: [piece.lr for piece in comparison.swept(method)]
+    scores = {"lcm": {"0.0003333": 60.0, "0.001": 61.0, "0.003": 62.0}}
+    scores["dmd"] = {"6.667e-05": 60.0, "0.0002": 61.0, "0.0006": 60.0}
+    write = lambda: (comparison.out / "selection.json").write_text(json.dumps(scores))
+    write()
+    assert rates("lcm") == [0.0003333, 0.001, 0.003, 0.009] and comparison.best("lcm") is None
+    assert rates("dmd") == [6.667e-05, 0.0002, 0.0006] and comparison.best("dmd") == 0.0002
+    scores["lcm"]["0.009"] = 63.0
+    write()
+    assert rates("lcm")[4:] == [0.027]
+    scores["lcm"]["0.027"] = 64.0
+    write()
+    assert len(rates("lcm")) == 5 and comparison.best("lcm") == 0.027, "no further"
+    scores["lcm"] |= {"0.0003333": 70.0, "0.0001111": None}
+    del scores["lcm"]["0.009"], scores["lcm"]["0.027"]
+    write()
+    assert rates("lcm") == [0.0003333, 0.001, 0.003, 0.0001111] and comparison.best("lcm") == 0.0003333
+
+
 def test_new_noise_between_steps_goes_to_samplers_that_have_gamma(make_config):
     comparison = Comparison(make_config(methods=("lcm", "pd", "tcd"), noisy_steps=(4,), rates=(1.0,), seeds=(0,)))
     comparison.begin()
@@ -197,6 +219,8 @@ def test_what_cannot_be_compared_is_one_line(make_config):
         Comparison(make_config(methods=("lcm", "pd"), budget=64))
     with pytest.raises(CombinationError, match="none twice"):
         make_config(methods=("lcm", "lcm"))
+    with pytest.raises(CombinationError, match="baseline=pd: teacher, or one of methods=lcm"):
+        make_config(methods=("lcm",), baseline="pd")
     with pytest.raises(CombinationError, match="one picture of a prompt"):
         make_config(judges=JudgesConfig(lpips="alexnet.pth"))
     with pytest.raises(ConfigError, match="--select captions gives no score to a picture"):
@@ -343,4 +367,8 @@ def test_two_methods_from_end_to_end(ray_here, make_config, shards):
     again, _ = Comparison(config).judge()
     assert again["done"]["made"] == 0 and json.dumps(again["rows"]) == json.dumps(results["rows"])
     assert [row["measures"] for row in again["rows"]] == [row["measures"] for row in results["rows"]]
+    beside, _ = Comparison(config.model_copy(update={"baseline": "lcm"})).judge()
+    assert [row["measures"] for row in beside["rows"]] == [row["measures"] for row in results["rows"]]
+    gap = next(row["versus"]["clip_score"]["mean"] for row in beside["rows"] if row["model"] == "turbo")
+    assert gap == pytest.approx(turbo["measures"]["clip_score"]["mean"] - lcm["measures"]["clip_score"]["mean"])
     assert Comparison(config).train_all() == 0
