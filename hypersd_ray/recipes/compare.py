@@ -13,7 +13,7 @@ from hypersd_ray.recipes.methods import BUDGET, METHODS
 def compare_tiny() -> CompareConfig:
     """All methods on the embedded model: some 4 hours on 2 cores, by two processes."""
     return CompareConfig(
-        teacher=str(paths.TEACHER), methods=tuple(METHODS), budget=BUDGET, extend=1, noisy_steps=(4, 8),
+        teacher=str(paths.TEACHER), methods=tuple(METHODS), budget=BUDGET, noisy_steps=(4, 8),
         out="runs/compare-tiny",
     )  # fmt: skip
 
