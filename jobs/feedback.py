@@ -1,9 +1,11 @@
 """Teach a distilled LoRA what people like and what objects look like: reward models and SOLO, as shared Ray actors.
 
-python jobs/feedback.py tiny --lora runs/tiny-minutes/lora/tscd-k1.safetensors                  # minutes on a CPU
-python jobs/feedback.py tiny --lora LORA --learn reward                                         # without structure
-python jobs/feedback.py sd15 --teacher PATH --lora LORA --models FOLDER --data.shards 's3://...'
-ray job submit --working-dir . -- python jobs/feedback.py tiny --lora LORA                      # on a cluster
+Examples:
+
+    python jobs/feedback.py tiny --lora runs/tiny-minutes/lora/tscd-k1.safetensors                  # minutes on a CPU
+    python jobs/feedback.py tiny --lora LORA --learn reward                                         # without structure
+    python jobs/feedback.py sd15 --teacher PATH --lora LORA --models FOLDER --data.shards 's3://...'
+    ray job submit --working-dir . -- python jobs/feedback.py tiny --lora LORA                      # on a cluster
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """Make a distilled LoRA good in one step: distribution matching, for 1 to 8 steps or for the single step alone.
 Or make a few-step model of the base by score distillation (Turbo, DMD).
 
-python jobs/onestep.py tiny --init runs/tiny-minutes/lora/tscd-k1.safetensors                  # minutes on a CPU
-python jobs/onestep.py tiny --mode dedicated --init runs/tiny-minutes/lora/tscd-k1.safetensors
-python jobs/onestep.py sd15 --teacher PATH --init LORA --data.shards 's3://...'
-python jobs/onestep.py tiny --init LORA --full-unet --zero.stage 2 --run.workers 2              # DeepSpeed ZeRO
-python jobs/onestep.py sdxl --full-unet --plan --gpus 8 --gpu-memory 80                         # what a GPU would hold
-python jobs/onestep.py tiny --init LORA --feedback                                              # a reward judges it too
-python jobs/onestep.py few-tiny --method turbo
-python jobs/onestep.py few-sd15 --method dmd --teacher PATH --data.shards 's3://...'
-ray job submit --working-dir . -- python jobs/onestep.py tiny --init LORA                       # on a cluster
+    python jobs/onestep.py tiny --init runs/tiny-minutes/lora/tscd-k1.safetensors                  # minutes on a CPU
+    python jobs/onestep.py tiny --mode dedicated --init runs/tiny-minutes/lora/tscd-k1.safetensors
+    python jobs/onestep.py sd15 --teacher PATH --init LORA --data.shards 's3://...'
+    python jobs/onestep.py tiny --init LORA --full-unet --zero.stage 2 --run.workers 2              # DeepSpeed ZeRO
+    python jobs/onestep.py sdxl --full-unet --plan --gpus 8 --gpu-memory 80                         # what a GPU would hold
+    python jobs/onestep.py tiny --init LORA --feedback                                              # a reward judges it too
+    python jobs/onestep.py few-tiny --method turbo
+    python jobs/onestep.py few-sd15 --method dmd --teacher PATH --data.shards 's3://...'
+    ray job submit --working-dir . -- python jobs/onestep.py tiny --init LORA                       # on a cluster
 """
 
 from __future__ import annotations
@@ -26,13 +26,19 @@ from hypersd_ray.config.cli import Parser, parse, run_job
 from hypersd_ray.config.onestep import OneStepConfig
 from hypersd_ray.recipes import ONESTEP_RECIPES
 
+PLAN_OPTIONS = """options of the job:
+  --plan              train nothing: print what a GPU would hold of a full UNet
+  --gpus N            with --plan: how many, one a worker (default: run.workers)
+  --gpu-memory GB     with --plan: of each (default: 80)
+"""
+
 
 def main() -> None:
     """Train, say where everything is, and draw; with --plan only say what a GPU would hold."""
     if "--plan" in sys.argv[1:]:
         print_plan(sys.argv[1:])
         return
-    config = parse(ONESTEP_RECIPES, OneStepConfig, __doc__)
+    config = parse(ONESTEP_RECIPES, OneStepConfig, __doc__, job_options=PLAN_OPTIONS)
     from hypersd_ray.trainer import run  # Ray and torch come after the configuration is known to be right
 
     result = run.train(config)

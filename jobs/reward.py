@@ -1,7 +1,9 @@
 """Fit an ImageReward-class reward model to preference pairs (Eq. 11), and say how often it agrees with held-out ones.
 
-python jobs/reward.py tiny                                                     # the embedded ImageReward learns a taste
-python jobs/reward.py image_reward --init ImageReward.pt --tokenizer vocab.txt --pairs 'pickapic/*.parquet'
+Examples:
+
+    python jobs/reward.py tiny                                                     # the embedded ImageReward learns a taste
+    python jobs/reward.py image_reward --init ImageReward.pt --tokenizer vocab.txt --pairs 'pickapic/*.parquet'
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """Distil a text-to-image model into a 1-8 step one by trajectory segmented consistency distillation, or another method.
 
-python jobs/tscd.py tiny                                            # the embedded model, minutes on a CPU
-python jobs/tscd.py tiny --method perflow                           # the same by another published method
-python jobs/tscd.py sd15 --teacher PATH --data.shards 's3://...'    # Stable Diffusion 1.5
-python jobs/tscd.py sdxl --teacher PATH --data.shards 's3://...'    # SDXL
-ray job submit --working-dir . -- python jobs/tscd.py tiny          # on a cluster
-python jobs/tscd.py sdxl --plan                                     # no training: throughput to 256 GPUs, and the limit
+Examples:
+
+    python jobs/tscd.py tiny                                            # the embedded model, minutes on a CPU
+    python jobs/tscd.py tiny --method perflow                           # the same by another published method
+    python jobs/tscd.py sd15 --teacher PATH --data.shards 's3://...'    # Stable Diffusion 1.5
+    python jobs/tscd.py sdxl --teacher PATH --data.shards 's3://...'    # SDXL
+    ray job submit --working-dir . -- python jobs/tscd.py tiny          # on a cluster
+    python jobs/tscd.py sdxl --plan                                     # no training: throughput to 256 GPUs, and the limit
 """
 
 from __future__ import annotations
@@ -20,6 +22,11 @@ from hypersd_ray.config.cli import parse, run_job
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.recipes import RECIPES
 
+PLAN_OPTIONS = """options of the job:
+  --plan [NAME=NUMBER ...]  train nothing: print the throughput to 256 GPUs and what limits it; NAME=NUMBER is a rate
+                            in place of an assumed one
+"""
+
 
 def main() -> None:
     """Train, draw, and say where everything is."""
@@ -27,7 +34,7 @@ def main() -> None:
     if rates is not None:
         print_plan(arguments, rates)
         return
-    config = parse(RECIPES, TSCDConfig, __doc__, arguments)
+    config = parse(RECIPES, TSCDConfig, __doc__, arguments, PLAN_OPTIONS)
     from hypersd_ray.trainer import run  # Ray and torch come after the configuration is known to be right
 
     result = run.train(config)

@@ -86,16 +86,21 @@ def test_a_files_mistakes_are_one_line_too(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_help_is_no_mistake(capsys):
-    for arguments, said in (
-        (["--help"], "tiny, sd15, sdxl"),
-        (["tiny", "--help"], "--distill.k-list"),
-        (["sd15", "--help"], "--teacher"),
-    ):
-        with pytest.raises(SystemExit) as stopped:
-            parse(RECIPES, TSCDConfig, "The job.", arguments)
-        assert not stopped.value.code
-        assert said in capsys.readouterr().out
+ALL_HELP = {
+    "no recipe": ([], ("tiny, sd15, sdxl",)),
+    "recipe": (["tiny"], ("--budget {minutes,full}", "--keep-cfg", "--distill.k-list", "--plan")),
+    "recipe without its need": (["sd15"], ("(required)", "cannot be told yet: ", "--teacher", "--distill.k-list")),
+    "wrong value": (["sd15", "--teacher", "/nowhere"], ("cannot be told yet: teacher='/nowhere'", "--distill.k-list")),
+}
+
+
+@pytest.mark.parametrize(("arguments", "said"), ALL_HELP.values(), ids=ALL_HELP)
+def test_help_is_no_mistake_and_lists_every_setting(arguments, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(RECIPES, TSCDConfig, "The job.", [*arguments, "--help"], "  --plan  of the job")
+    assert not stopped.value.code
+    told = capsys.readouterr().out
+    assert [words for words in said if words not in told] == []
 
 
 @pytest.mark.parametrize(
