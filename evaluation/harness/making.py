@@ -39,7 +39,6 @@ class Task:
     cell: Cell
     rows: list[Row]
     judges: list[str]
-    pictures_there: bool
 
     def to_row(self) -> dict[str, str]:
         """For Ray Data."""
@@ -74,7 +73,7 @@ def tasks(
                 if f"{shard}.{spec.file}.npz" not in names or f"{shard}.{spec.file}.failed" in names
             ]  # fmt: skip
             if missing or not there:
-                found.append(Task(cell, part, missing, there))
+                found.append(Task(cell, part, missing))
     return found
 
 

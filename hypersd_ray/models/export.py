@@ -26,9 +26,6 @@ from torch import Tensor
 
 from hypersd_ray.models.checkpoint import FAMILIES, Family
 
-DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
-"""The file that `load_lora_weights(folder)` prefers; its own guess among other names skips some words."""
-
 TCD_GRID = 40
 """`original_inference_steps` that puts TCDScheduler's and LCMScheduler's 1, 2, 4, 5 and 8 steps on the training edges (its default of 50
 starts the last of 4 steps at 259 in place of 249, and at 8 steps jumps across an edge)."""
