@@ -213,6 +213,16 @@ def read_lora(path: str | Path) -> tuple[dict[str, Tensor], LoRAMetadata | None]
     return tensors, None
 
 
+def rank_of(tensors: Mapping[str, Tensor]) -> int:
+    """The rank of a LoRA's tensors, of which `read_lora` has seen that it is one."""
+    return next(len(t) for name, t in tensors.items() if name.endswith("lora_A.weight"))
+
+
+def alpha_of(tensors: Mapping[str, Tensor], metadata: LoRAMetadata | None) -> float:
+    """The alpha of what `read_lora` gave: a file without our metadata has its scale in its tensors, so it is the rank."""
+    return float(rank_of(tensors)) if metadata is None else metadata.alpha
+
+
 @torch.no_grad()
 def merge_lora(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor], alpha: float) -> None:
     """W := W + (alpha / rank) B A, in place, for each module of `tensors`; `unet` is bare, without adapters.

@@ -126,9 +126,7 @@ class PreferenceTraining:
             if p.grad is None:  # a pooling layer that the score does not use
                 p.grad = torch.zeros_like(p)
         norm = self.learner.step(learning_rate(self.config.optim, progress.step, self.steps))
-        finite = bool(torch.isfinite(norm))
-        progress.skipped += not finite
-        progress.bad_in_a_row = 0 if finite else progress.bad_in_a_row + 1
+        progress.count(bool(torch.isfinite(norm)))
         return norm
 
     def parts(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
