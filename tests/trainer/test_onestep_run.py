@@ -22,7 +22,7 @@ from hypersd_ray.models.lora import Adapters
 from hypersd_ray.models.roles import Plain
 from hypersd_ray.recipes.feedback import embedded_rewards
 from hypersd_ray.trainer import run
-from hypersd_ray.trainer.pairs import PairsConfig, make_pairs, pair_folder
+from hypersd_ray.trainer.pairs import OdePairsConfig, make_pairs, pair_folder
 from hypersd_ray.training import samples
 from tests.helpers.pipelines import build_pipeline, micro_unet, randomize
 from tests.trainer.conftest import data_config
@@ -52,8 +52,8 @@ def data() -> DataConfig:
 
 
 @pytest.fixture(scope="module")
-def pairs(place, data) -> PairsConfig:
-    config = PairsConfig(
+def pairs(place, data) -> OdePairsConfig:
+    config = OdePairsConfig(
         teacher=str(place / "teacher"), out=str(place / "pairs"), data=data, steps=2, omega=2.0, seed=7
     )
     made = make_pairs(config)

@@ -13,7 +13,7 @@ from hypersd_ray.losses.dmd import dmd_gradient
 from hypersd_ray.models.roles import EMA, FAKE, STUDENT, TEACHER, FullRoles
 from hypersd_ray.models.scoring import LocalBackend, RewardClient
 from hypersd_ray.training.checkpoint import load_checkpoint, save_checkpoint
-from hypersd_ray.training.onestep import OneStep, Pairs, single_step
+from hypersd_ray.training.onestep import OdePairs, OneStep, single_step
 from hypersd_ray.training.rewarded import Rewarded
 from tests.helpers.distil import make_config, make_distiller, same, snapshot, student_parameters
 from tests.helpers.pipelines import BETAS, call, micro_unet, tiny_unet, tiny_vae
@@ -142,7 +142,7 @@ def test_regression_learns_pairs(tmp_path):
     x_T, _, cond = inputs(4, seed=3)
     with torch.no_grad():
         near = single_step(training.roles, TEACHER, x_T, cond, 801) * 0.9 + 0.1
-    losses = [float(training.step(batch_of(), Pairs(x_T, near, cond))["regression"]) for _ in range(40)]
+    losses = [float(training.step(batch_of(), OdePairs(x_T, near, cond))["regression"]) for _ in range(40)]
     assert losses[-1] < 0.2 * losses[0]
 
 
