@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import yaml
 from ray.exceptions import LocalRayletDiedError
 
 from hypersd_ray.config.base import ConfigError, RunError
-from hypersd_ray.config.cli import parse, run_job
+from hypersd_ray.config.cli import parse, read_options, run_job
+from hypersd_ray.config.evaluate import EvaluateConfig
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.recipes import RECIPES
 
@@ -101,6 +103,14 @@ def test_help_is_no_mistake_and_lists_every_setting(arguments, said, capsys):
     assert not stopped.value.code
     told = capsys.readouterr().out
     assert [words for words in said if words not in told] == []
+
+
+def test_help_on_pools_that_make_and_judge_pictures_says_nothing_of_encoding(capsys):
+    with pytest.raises(SystemExit):
+        read_options(EvaluateConfig, ["--help"], "The job.")
+    told = capsys.readouterr().out
+    pools = told[told.index("generators options") :]
+    assert "--scorers.batch-size" in pools and not re.search(r"encode[ds]? ", pools.replace("encoded rows", ""))
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from evaluation.quality import Subject as Pipeline
 from evaluation.report.paper import comparable
 from evaluation.study.entries import Entries
 from hypersd_ray.config.base import ConfigError, RunError
-from hypersd_ray.config.data import EncoderPool
+from hypersd_ray.config.data import ActorPool
 from hypersd_ray.config.evaluate import EvaluateConfig, JudgesConfig
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.embedded import paths
@@ -47,7 +47,7 @@ def config(folders, prompts_file, tmp_path) -> EvaluateConfig:
     return EvaluateConfig(
         base=str(folders["sd"]), prompts="file", prompts_file=str(prompts_file), steps=(1, 2), reference_steps=3,
         judges=JudgesConfig(clip_score=CLIP), per_shard=4, latency_repeats=0, where="local", out=str(tmp_path / "out"),
-        generators=EncoderPool(batch_size=3), resamples=200,
+        generators=ActorPool(batch_size=3), resamples=200,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from hypersd_ray.config.data import DataConfig, EncoderPool
+from hypersd_ray.config.data import ActorPool, DataConfig
 from hypersd_ray.config.onestep import OneStepConfig
 from hypersd_ray.embedded import paths
 from hypersd_ray.models.cards import UNetSampling, read_sampling
@@ -47,7 +47,7 @@ def place(cluster, tmp_path_factory):
 @pytest.fixture(scope="module")
 def data() -> DataConfig:
     return DataConfig(
-        shards=str(paths.DATA / "val-00001.tar"), resolution=64, encoder=EncoderPool(batch_size=64, num_cpus=0.5)
+        shards=str(paths.DATA / "val-00001.tar"), resolution=64, encoder=ActorPool(batch_size=64, num_cpus=0.5)
     )
 
 
