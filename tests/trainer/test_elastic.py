@@ -10,7 +10,7 @@ from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.rewards import PlacementConfig
 from hypersd_ray.embedded import paths
 from hypersd_ray.recipes import FEEDBACK_RECIPES, ONESTEP_RECIPES, RECIPES
-from hypersd_ray.trainer import elastic
+from hypersd_ray.trainer import checks, elastic
 
 
 def with_run(**changes):
