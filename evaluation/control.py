@@ -31,7 +31,7 @@ from hypersd_ray.config.base import Strict
 from hypersd_ray.config.cli import run_job
 from hypersd_ray.embedded import paths
 from hypersd_ray.embedded.pictures import load_pictures, to_unit
-from hypersd_ray.models.edges import Hint, edge_agreement, edge_map
+from hypersd_ray.models.edges import Hint, edge_map
 from hypersd_ray.models.export import TCD_GRID
 from hypersd_ray.training.samples import start_noise
 
@@ -86,6 +86,20 @@ class Report:
     settings: dict[str, Any]
     loras: dict[str, dict[str, Any]]
     rows: list[Row] = field(default_factory=list)
+
+
+def edge_agreement(found: Tensor, wanted: Tensor, tolerance: int = 1) -> Tensor:
+    """(B,) F1 of edges within `tolerance` pixels: harmonic mean of how much of `found` is wanted and of `wanted` found.
+
+    Both are maps of `edge_map`, uint8 (B, 3, H, W). 1 where neither has an edge, 0 where one has none.
+    """
+    a, b = (x[:, :1].float() / 255 for x in (found, wanted))
+    near = lambda x: torch.nn.functional.max_pool2d(x, 2 * tolerance + 1, 1, tolerance)
+    count = lambda x: x.flatten(1).sum(1)
+    right = count(a * near(b)) / count(a).clamp(min=1)
+    covered = count(b * near(a)) / count(b).clamp(min=1)
+    agreement = 2 * right * covered / (right + covered).clamp(min=1e-9)
+    return torch.where((count(a) == 0) & (count(b) == 0), 1.0, agreement)
 
 
 class Drawing:

@@ -21,7 +21,7 @@ from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.models.checkpoint import load_unet, read_base
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import load_encoders
-from hypersd_ray.models.export import merge_lora, read_lora
+from hypersd_ray.models.export import alpha_of, merge_lora, read_lora
 from hypersd_ray.models.roles import STUDENT, TEACHER, Plain
 from hypersd_ray.trainer import storage
 from hypersd_ray.trainer.kinds import AnyConfig, onestep, tscd
@@ -115,8 +115,7 @@ def feedback_rows(
     for name, path in loras.items():
         unet = load_unet(info, torch.float32, device)
         tensors, metadata = read_lora(path)
-        rank = next(t.shape[0] for n, t in tensors.items() if n.endswith("lora_A.weight"))
-        merge_lora(unet, tensors, metadata.alpha if metadata else float(rank))
+        merge_lora(unet, tensors, alpha_of(tensors, metadata))
         roles = Plain(unet, info.schedule, info.parameterization)
         shape = (unet.config.in_channels, *[unet.config.sample_size] * 2)
         x_T = samples.start_noise(config.run.seed, prompts, shape).to(device)

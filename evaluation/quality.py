@@ -43,9 +43,10 @@ from hypersd_ray.models.checkpoint import load_component, read_base
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import Encoders
 from hypersd_ray.models.export import TCD_GRID, read_lora
+from hypersd_ray.models.rewards.weights import sha256_of
 from hypersd_ray.models.roles import TEACHER, Roles
 from hypersd_ray.training import samples
-from hypersd_ray.training.quality import kept, latent_distance, sha256, teacher_sha256
+from hypersd_ray.training.quality import kept, latent_distance, teacher_sha256
 from hypersd_ray.training.randomness import generator_of
 
 
@@ -344,7 +345,7 @@ def check_loras(loras: Sequence[Path]) -> dict[str, dict[str, Any]]:
             )
         metadata = read_lora(path)[1]
         name = path.stem if stems[path.stem] == 1 else str(path)
-        found[name] = {"path": str(path), "sha256": sha256(path), "metadata": metadata and metadata.to_strings()}
+        found[name] = {"path": str(path), "sha256": sha256_of(path), "metadata": metadata and metadata.to_strings()}
     return found
 
 

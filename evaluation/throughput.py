@@ -35,7 +35,7 @@ from evaluation.harness.store import Store, shards_of
 from evaluation.harness.subjects import find_subject
 from hypersd_ray.config.base import Strict
 from hypersd_ray.config.cli import read_options, run_job
-from hypersd_ray.config.data import EncoderPool
+from hypersd_ray.config.data import ActorPool
 from hypersd_ray.config.evaluate import EvaluateConfig, JudgesConfig
 from hypersd_ray.embedded import paths
 from hypersd_ray.models.checkpoint import read_base
@@ -55,9 +55,9 @@ class ThroughputConfig(Strict):
     """Pictures of a turn."""
     judge: str = str(paths.EVALUATORS / "clip")
     """CLIP that judges in the pools; empty is none."""
-    generators: EncoderPool = EncoderPool(batch_size=32)
+    generators: ActorPool = ActorPool(batch_size=32)
     """Actors that make pictures; the bare loop has their batch size and device."""
-    scorers: EncoderPool = EncoderPool(batch_size=32)
+    scorers: ActorPool = ActorPool(batch_size=32)
     """Actors that judge."""
     workers: tuple[int, ...] = Field(default=(1, 2), min_length=1)
     """Numbers of generators, each measured."""

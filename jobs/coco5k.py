@@ -1,7 +1,9 @@
 """Make the COCO-5k manifest from COCO's own annotation file: one caption a picture, and the seed of its noise.
 
-python jobs/coco5k.py --annotations annotations/captions_val2017.json --out data/coco5k.parquet
-python jobs/evaluate.py MODEL --prompts coco5k --prompts-file data/coco5k.parquet ...
+Examples:
+
+    python jobs/coco5k.py --annotations annotations/captions_val2017.json --out data/coco5k.parquet
+    python jobs/evaluate.py MODEL --prompts coco5k --prompts-file data/coco5k.parquet ...
 """
 
 from __future__ import annotations

@@ -46,15 +46,14 @@ def main() -> None:
         raise ConfigError(f"--weights {config.weights}: {len(weights)} for {len(config.loras)} LoRAs, one each")
     import torch
 
-    from hypersd_ray.models.export import read_lora, save_diffusers_lora, save_kohya_lora, usage
+    from hypersd_ray.models.export import alpha_of, read_lora, save_diffusers_lora, save_kohya_lora, usage
     from hypersd_ray.models.merge import Part, compress_lora, concatenate_loras
 
     parts, described = [], None
     for path, weight in zip(config.loras, weights, strict=True):
         tensors, metadata = read_lora(path)
         described = described or metadata
-        rank = len(next(t for name, t in tensors.items() if name.endswith("lora_A.weight")))
-        parts.append(Part(tensors, metadata.alpha if metadata else float(rank), weight, str(path)))
+        parts.append(Part(tensors, alpha_of(tensors, metadata), weight, str(path)))
     if described is None:
         raise ConfigError(f"none of {', '.join(map(str, config.loras))} says its base model and steps: name ours first")
     merged = concatenate_loras(parts)

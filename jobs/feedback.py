@@ -1,15 +1,16 @@
 """Teach a distilled LoRA what people like and what objects look like: reward models and SOLO, as shared Ray actors.
 
-python jobs/feedback.py tiny --lora runs/tiny-minutes/lora/tscd-k1.safetensors                  # minutes on a CPU
-python jobs/feedback.py tiny --lora LORA --learn reward                                         # without structure
-python jobs/feedback.py sd15 --teacher PATH --lora LORA --models FOLDER --data.shards 's3://...'
-ray job submit --working-dir . -- python jobs/feedback.py tiny --lora LORA                      # on a cluster
+Examples:
+
+    python jobs/feedback.py tiny --lora runs/tiny-minutes/lora/tscd-k1.safetensors                  # minutes on a CPU
+    python jobs/feedback.py tiny --lora LORA --learn reward                                         # without structure
+    python jobs/feedback.py sd15 --teacher PATH --lora LORA --models FOLDER --data.shards 's3://...'
+    ray job submit --working-dir . -- python jobs/feedback.py tiny --lora LORA                      # on a cluster
 """
 
 from __future__ import annotations
 
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
@@ -35,36 +36,25 @@ def draw(config: FeedbackConfig, folder: str) -> list[str]:
 
     The grid of a model on GPUs is drawn where a worker would be.
     """
-    from evaluation.pictures import draw_curves, draw_grid, placed_feedback_rows
+    from evaluation import ending
+    from evaluation.pictures import placed_feedback_rows
     from hypersd_ray.trainer import storage
     from hypersd_ray.trainer.kinds.feedback import MERGED
 
-    prompts, steps = config.run.prompts, sorted(config.refl.steps)
-    with tempfile.TemporaryDirectory() as temporary:
-        made = Path(temporary)
-        (made / "metrics.jsonl").write_text(storage.read_text(f"{folder}/metrics.jsonl"))
-        draw_curves(made / "metrics.jsonl", made / "curves.png")
-        tscd = storage.absolute(config.tscd)
-        loras = {"before": tscd, "after": f"{folder}/lora/{MERGED}.safetensors"}
-        rows = placed_feedback_rows(config, loras, prompts, steps)
-        draw_grid(rows, prompts, made / "grid.png", "same noise, the TSCD model before feedback and after")
-        for name in ("grid.png", "curves.png"):
-            storage.put(made / name, f"{folder}/{name}")
-    return [f"{folder}/grid.png", f"{folder}/curves.png"]
+    loras = {"before": storage.absolute(config.tscd), "after": f"{folder}/lora/{MERGED}.safetensors"}
+    rows = placed_feedback_rows(config, loras, config.run.prompts, sorted(config.refl.steps))
+    return ending.draw(folder, rows, config.run.prompts, "same noise, the TSCD model before feedback and after")
 
 
 def report(config: FeedbackConfig, result) -> None:
     """What came out, and where it is."""
+    from evaluation import ending
     from hypersd_ray.models.export import read_lora, usage
     from hypersd_ray.trainer import storage
     from hypersd_ray.trainer.kinds.feedback import FEEDBACK, MERGED
 
     metrics = result.metrics
-    if result.was_finished:
-        print(f"\nRun {config.run.name} was finished before, nothing was trained: set run.name to start another")
-    print(
-        f"\nRun {config.run.name}: {metrics.get('skipped', 0)} steps skipped, trainer waited for data {metrics.get('data_wait_share', 0):.2%} of the time"
-    )
+    ending.say_how_it_went(config.run.name, result)
     dropped = {name.split("/")[1]: int(n) for name, n in metrics.items() if name.startswith("dropped/") and n}
     if dropped:
         print(f"samples left out because their score was NaN or infinite: {dropped}")
@@ -73,10 +63,7 @@ def report(config: FeedbackConfig, result) -> None:
     merged = f"{result.folder}/lora/{MERGED}.safetensors"
     print(f"LoRA     {merged} (TSCD and feedback in one; in Kohya's layout beside it)")
     print(f"LoRA     {result.folder}/lora/{FEEDBACK}.safetensors (feedback alone; jobs/export.py merges it otherwise)")
-    if result.rejected:
-        print(f"data     {result.rejected}")
-    print(f"config   {result.folder}/config.yaml")
-    print(f"logs     tensorboard --logdir {result.folder}/tensorboard")
+    ending.say_where_it_is(result)
     with storage.local_copy(merged, "run") as file:
         metadata = read_lora(file)[1]
     assert metadata is not None  # the run wrote it

@@ -1,15 +1,15 @@
 """Make a distilled LoRA good in one step: distribution matching, for 1 to 8 steps or for the single step alone.
 Or make a few-step model of the base by score distillation (Turbo, DMD).
 
-python jobs/onestep.py tiny --init runs/tiny-minutes/lora/tscd-k1.safetensors                  # minutes on a CPU
-python jobs/onestep.py tiny --mode dedicated --init runs/tiny-minutes/lora/tscd-k1.safetensors
-python jobs/onestep.py sd15 --teacher PATH --init LORA --data.shards 's3://...'
-python jobs/onestep.py tiny --init LORA --full-unet --zero.stage 2 --run.workers 2              # DeepSpeed ZeRO
-python jobs/onestep.py sdxl --full-unet --plan --gpus 8 --gpu-memory 80                         # what a GPU would hold
-python jobs/onestep.py tiny --init LORA --feedback                                              # a reward judges it too
-python jobs/onestep.py few-tiny --method turbo
-python jobs/onestep.py few-sd15 --method dmd --teacher PATH --data.shards 's3://...'
-ray job submit --working-dir . -- python jobs/onestep.py tiny --init LORA                       # on a cluster
+    python jobs/onestep.py tiny --init runs/tiny-minutes/lora/tscd-k1.safetensors                  # minutes on a CPU
+    python jobs/onestep.py tiny --mode dedicated --init runs/tiny-minutes/lora/tscd-k1.safetensors
+    python jobs/onestep.py sd15 --teacher PATH --init LORA --data.shards 's3://...'
+    python jobs/onestep.py tiny --init LORA --full-unet --zero.stage 2 --run.workers 2              # DeepSpeed ZeRO
+    python jobs/onestep.py sdxl --full-unet --plan --gpus 8 --gpu-memory 80                         # what a GPU would hold
+    python jobs/onestep.py tiny --init LORA --feedback                                              # a reward judges it too
+    python jobs/onestep.py few-tiny --method turbo
+    python jobs/onestep.py few-sd15 --method dmd --teacher PATH --data.shards 's3://...'
+    ray job submit --working-dir . -- python jobs/onestep.py tiny --init LORA                       # on a cluster
 """
 
 from __future__ import annotations
@@ -26,13 +26,19 @@ from hypersd_ray.config.cli import Parser, parse, run_job
 from hypersd_ray.config.onestep import OneStepConfig
 from hypersd_ray.recipes import ONESTEP_RECIPES
 
+PLAN_OPTIONS = """options of the job:
+  --plan              train nothing: print what a GPU would hold of a full UNet
+  --gpus N            with --plan: how many, one a worker (default: run.workers)
+  --gpu-memory GB     with --plan: of each (default: 80)
+"""
+
 
 def main() -> None:
     """Train, say where everything is, and draw; with --plan only say what a GPU would hold."""
     if "--plan" in sys.argv[1:]:
         print_plan(sys.argv[1:])
         return
-    config = parse(ONESTEP_RECIPES, OneStepConfig, __doc__)
+    config = parse(ONESTEP_RECIPES, OneStepConfig, __doc__, job_options=PLAN_OPTIONS)
     from hypersd_ray.trainer import run  # Ray and torch come after the configuration is known to be right
 
     result = run.train(config)
@@ -88,33 +94,22 @@ def draw(config: OneStepConfig, folder: str) -> list[str]:
 
     The grid of a model on GPUs is drawn where a worker would be.
     """
-    from evaluation.pictures import draw_curves, draw_grid, placed_rows
-    from hypersd_ray.trainer import storage
+    from evaluation import ending
+    from evaluation.pictures import placed_rows
     from hypersd_ray.trainer.kinds.onestep import onestep_name
 
-    prompts, made_pictures = config.run.prompts, ["curves.png"]
-    with tempfile.TemporaryDirectory() as temporary:
-        made = Path(temporary)
-        (made / "metrics.jsonl").write_text(storage.read_text(f"{folder}/metrics.jsonl"))
-        draw_curves(made / "metrics.jsonl", made / "curves.png")
-        if not config.full_unet:
-            lora = f"{folder}/lora/{onestep_name(config)}.safetensors"
-            omega = (config.distill.omega_min + config.distill.omega_max) / 2
-            draw_grid(
-                placed_rows(config, lora, omega),
-                prompts,
-                made / "grid.png",
-                f"same noise, teacher at guidance {omega:g}, student from input {config.t_input - 1}"
-                + ("; before: the LoRA it began as" if config.init else ""),
-            )
-            made_pictures.insert(0, "grid.png")
-        for name in made_pictures:
-            storage.put(made / name, f"{folder}/{name}")
-    return [f"{folder}/{name}" for name in made_pictures]
+    omega = (config.distill.omega_min + config.distill.omega_max) / 2
+    lora = f"{folder}/lora/{onestep_name(config)}.safetensors"
+    rows = {} if config.full_unet else placed_rows(config, lora, omega)
+    title = f"same noise, teacher at guidance {omega:g}, student from input {config.t_input - 1}"
+    return ending.draw(
+        folder, rows, config.run.prompts, title + ("; before: the LoRA it began as" if config.init else "")
+    )
 
 
 def report(config: OneStepConfig, result) -> None:
     """What came out, and where it is."""
+    from evaluation import ending
     from hypersd_ray.models.cards import unet_usage
     from hypersd_ray.models.export import usage
     from hypersd_ray.trainer.kinds.onestep import onestep_card, onestep_metadata, onestep_name
@@ -123,19 +118,12 @@ def report(config: OneStepConfig, result) -> None:
         f"{result.folder}/{part}"
         for part in (f"lora/{onestep_name(config)}.safetensors", f"unet-{onestep_name(config)}")
     )
-    if result.was_finished:
-        print(f"\nRun {config.run.name} was finished before, nothing was trained: set run.name to start another")
-    print(
-        f"\nRun {config.run.name}: {result.metrics.get('skipped', 0)} steps skipped, trainer waited for data {result.metrics.get('data_wait_share', 0):.2%} of the time"
-    )
+    ending.say_how_it_went(config.run.name, result)
     if not config.full_unet:
         print(f"LoRA     {lora} (in Kohya's layout beside it)")
     if config.full_unet or config.mode == "dedicated":
         print(f"UNet     {unet} (model card in its README.md)")
-    if result.rejected:
-        print(f"data     {result.rejected}")
-    print(f"config   {result.folder}/config.yaml")
-    print(f"logs     tensorboard --logdir {result.folder}/tensorboard")
+    ending.say_where_it_is(result)
     if not config.full_unet:
         print("\nUse it:\n" + usage(lora, onestep_metadata(config), base=config.teacher))
     if config.full_unet or config.mode == "dedicated":

@@ -14,14 +14,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
 
 from hypersd_ray.config.cli import read_options, run_job
-from hypersd_ray.trainer.pairs import PairsConfig, check, make_pairs
+from hypersd_ray.trainer.pairs import OdePairsConfig, check, make_pairs
 from hypersd_ray.trainer.room import check_pool
 from hypersd_ray.trainer.run import connect
 
 
 def main() -> None:
     """Make the pairs and say where they are."""
-    config: PairsConfig = read_options(PairsConfig, sys.argv[1:], __doc__ or "")
+    config: OdePairsConfig = read_options(OdePairsConfig, sys.argv[1:], __doc__ or "")
     check(config)
     connect()
     check_pool(config.data.encoder, "data.encoder", config.data.reader_cpus)

@@ -1,7 +1,9 @@
 """Fit an ImageReward-class reward model to preference pairs (Eq. 11), and say how often it agrees with held-out ones.
 
-python jobs/reward.py tiny                                                     # the embedded ImageReward learns a taste
-python jobs/reward.py image_reward --init ImageReward.pt --tokenizer vocab.txt --pairs 'pickapic/*.parquet'
+Examples:
+
+    python jobs/reward.py tiny                                                     # the embedded ImageReward learns a taste
+    python jobs/reward.py image_reward --init ImageReward.pt --tokenizer vocab.txt --pairs 'pickapic/*.parquet'
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
 
 from hypersd_ray.config.cli import parse, run_job
-from hypersd_ray.config.preference import PairsConfig, PreferenceConfig
+from hypersd_ray.config.preference import PreferenceConfig, PreferencePairsConfig
 from hypersd_ray.config.run import OptimConfig, RunConfig
 from hypersd_ray.embedded import paths
 
@@ -24,7 +26,7 @@ def tiny(steps: int = 400, out: str = str(BUILD)) -> PreferenceConfig:
     """The embedded ImageReward, tuned to a team that wants its objects large; the pairs are made where they are missing."""
     folder = Path(out)
     return PreferenceConfig(
-        pairs=PairsConfig(
+        pairs=PreferencePairsConfig(
             train=(str(folder / "train.parquet"),), held_out=(str(folder / "val.parquet"),), resolution=32
         ),
         init=str(paths.EVALUATORS / "image_reward"),
@@ -39,7 +41,7 @@ def tiny(steps: int = 400, out: str = str(BUILD)) -> PreferenceConfig:
 def image_reward(init: str, pairs: str, tokenizer: str) -> PreferenceConfig:
     """The published model, fine-tuned on one's own preferences with the authors' settings."""
     return PreferenceConfig(
-        pairs=PairsConfig(train=(pairs,)),
+        pairs=PreferencePairsConfig(train=(pairs,)),
         init=init,
         tokenizer=tokenizer,
         run=RunConfig(name="reward", gpus_per_worker=1),

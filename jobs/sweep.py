@@ -1,10 +1,12 @@
 """Find the schedule of the adversarial and the MSE weights, learning rate, guidance and EMA by measured quality.
 
-python jobs/sweep.py tiny                                                    # the embedded model, on a CPU
-python jobs/sweep.py tiny --name sweep-optuna --trials 30 --search optuna    # Optuna chooses by the trials before
-python jobs/sweep.py sd15 --teacher PATH --prompts FILE --base.data.shards 's3://...'
-python jobs/tscd.py --config runs/sweep-tiny-minutes/best.yaml               # train what came out
-ray job submit --working-dir . -- python jobs/sweep.py tiny                  # on a cluster
+Examples:
+
+    python jobs/sweep.py tiny                                                    # the embedded model, on a CPU
+    python jobs/sweep.py tiny --name sweep-optuna --trials 30 --search optuna    # Optuna chooses by the trials before
+    python jobs/sweep.py sd15 --teacher PATH --prompts FILE --base.data.shards 's3://...'
+    python jobs/tscd.py --config runs/sweep-tiny-minutes/best.yaml               # train what came out
+    ray job submit --working-dir . -- python jobs/sweep.py tiny                  # on a cluster
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """Distil a text-to-image model into a 1-8 step one by trajectory segmented consistency distillation, or another method.
 
-python jobs/tscd.py tiny                                            # the embedded model, minutes on a CPU
-python jobs/tscd.py tiny --method perflow                           # the same by another published method
-python jobs/tscd.py sd15 --teacher PATH --data.shards 's3://...'    # Stable Diffusion 1.5
-python jobs/tscd.py sdxl --teacher PATH --data.shards 's3://...'    # SDXL
-ray job submit --working-dir . -- python jobs/tscd.py tiny          # on a cluster
-python jobs/tscd.py sdxl --plan                                     # no training: throughput to 256 GPUs, and the limit
+Examples:
+
+    python jobs/tscd.py tiny                                            # the embedded model, minutes on a CPU
+    python jobs/tscd.py tiny --method perflow                           # the same by another published method
+    python jobs/tscd.py sd15 --teacher PATH --data.shards 's3://...'    # Stable Diffusion 1.5
+    python jobs/tscd.py sdxl --teacher PATH --data.shards 's3://...'    # SDXL
+    ray job submit --working-dir . -- python jobs/tscd.py tiny          # on a cluster
+    python jobs/tscd.py sdxl --plan                                     # no training: throughput to 256 GPUs, and the limit
 """
 
 from __future__ import annotations
@@ -20,6 +22,11 @@ from hypersd_ray.config.cli import parse, run_job
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.recipes import RECIPES
 
+PLAN_OPTIONS = """options of the job:
+  --plan [NAME=NUMBER ...]  train nothing: print the throughput to 256 GPUs and what limits it; NAME=NUMBER is a rate
+                            in place of an assumed one
+"""
+
 
 def main() -> None:
     """Train, draw, and say where everything is."""
@@ -27,7 +34,7 @@ def main() -> None:
     if rates is not None:
         print_plan(arguments, rates)
         return
-    config = parse(RECIPES, TSCDConfig, __doc__, arguments)
+    config = parse(RECIPES, TSCDConfig, __doc__, arguments, PLAN_OPTIONS)
     from hypersd_ray.trainer import run  # Ray and torch come after the configuration is known to be right
 
     result = run.train(config)
@@ -66,47 +73,31 @@ def draw(config: TSCDConfig, folder: str) -> list[str]:
 
     The grid of a model on GPUs is drawn where a worker would be.
     """
-    from evaluation.pictures import draw_curves, draw_grid, placed_rows
-    from hypersd_ray.trainer import storage
+    from evaluation import ending
+    from evaluation.pictures import placed_rows
     from hypersd_ray.trainer.kinds.tscd import product
 
-    names = ["curves.png"]
-    with tempfile.TemporaryDirectory() as temporary:
-        made = Path(temporary)
-        (made / "metrics.jsonl").write_text(storage.read_text(f"{folder}/metrics.jsonl"))
-        draw_curves(made / "metrics.jsonl", made / "curves.png")
-        if not config.full_unet:
-            k, omega = config.distill.k_list[-1], (config.distill.omega_min + config.distill.omega_max) / 2
-            rows = placed_rows(config, f"{folder}/{product(config, k)}", omega)
-            title = f"same noise, teacher at guidance {omega:g}, student after k = {k}"
-            draw_grid(rows, config.run.prompts, made / "grid.png", title)
-            names.insert(0, "grid.png")
-        for name in names:
-            storage.put(made / name, f"{folder}/{name}")
-    return [f"{folder}/{name}" for name in names]
+    k, omega = config.distill.k_list[-1], (config.distill.omega_min + config.distill.omega_max) / 2
+    rows = {} if config.full_unet else placed_rows(config, f"{folder}/{product(config, k)}", omega)
+    title = f"same noise, teacher at guidance {omega:g}, student after k = {k}"
+    return ending.draw(folder, rows, config.run.prompts, title)
 
 
 def report(config: TSCDConfig, result) -> None:
     """What came out, and where it is."""
+    from evaluation import ending
     from hypersd_ray.models.cards import UNetCard, unet_usage
     from hypersd_ray.models.checkpoint import read_base
     from hypersd_ray.models.export import usage
     from hypersd_ray.trainer.kinds.tscd import lora_metadata, product
 
     k = config.distill.k_list[-1]
-    if result.was_finished:
-        print(f"\nRun {config.run.name} was finished before, nothing was trained: set run.name to start another")
-    print(
-        f"\nRun {config.run.name}: {result.metrics.get('skipped', 0)} steps skipped, trainer waited for data {result.metrics.get('data_wait_share', 0):.2%} of the time"
-    )
+    ending.say_how_it_went(config.run.name, result)
     if config.full_unet:
         print(f"UNet     {result.folder}/unet-k{k}")
     else:
         print(f"LoRA     {result.folder}/{product(config, k)} (one per stage beside it, and in Kohya's layout)")
-    if result.rejected:
-        print(f"data     {result.rejected}")
-    print(f"config   {result.folder}/config.yaml")
-    print(f"logs     tensorboard --logdir {result.folder}/tensorboard")
+    ending.say_where_it_is(result)
     if config.full_unet:
         card = UNetCard(config.teacher, read_base(config.teacher), (), config.run.name)
         lines = unet_usage(f"{result.folder}/unet-k{k}", card)

@@ -14,7 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from hypersd_ray.models.export import merge_lora, read_lora
+from hypersd_ray.models.export import alpha_of, merge_lora, read_lora
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,9 +33,7 @@ def load_hot_lora(name: str, path: str, device: torch.device) -> HotLoRA:
         ValueError: it is not a LoRA that can be read.
     """
     tensors, metadata = read_lora(path)
-    rank = next(t.shape[0] for n, t in tensors.items() if n.endswith("lora_A.weight"))
-    alpha = float(rank) if metadata is None else metadata.alpha
-    return HotLoRA(name, {n: t.to(device) for n, t in tensors.items()}, alpha)
+    return HotLoRA(name, {n: t.to(device) for n, t in tensors.items()}, alpha_of(tensors, metadata))
 
 
 class LoRASwitch:

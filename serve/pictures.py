@@ -36,22 +36,6 @@ def encode(pixels: np.ndarray, kind: Format, quality: int, parameters: Mapping[s
     return out.getvalue()
 
 
-def read_parameters(data: bytes) -> dict[str, Any]:
-    """What `encode` wrote into a file.
-
-    Raises:
-        ValueError: there is nothing of ours in it.
-    """
-    image = Image.open(io.BytesIO(data))
-    text = image.info.get(PNG_KEY)
-    if text is None:
-        comment = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT, b"")
-        text = comment[8:].decode() if comment else ""
-    if not text:
-        raise ValueError("the image has no generation parameters of ours")
-    return json.loads(text)
-
-
 def readable(parameters: Mapping[str, Any]) -> str:
     """The prompt, the negative prompt, and `Key: value` pairs in one line."""
     names = {

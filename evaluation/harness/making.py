@@ -24,7 +24,7 @@ from evaluation.harness.sampler import PARTS, Sampler
 from evaluation.harness.store import Store, shard_name, shards_of
 from evaluation.harness.subjects import Cell
 from hypersd_ray.config.base import ConfigError, RunError
-from hypersd_ray.config.data import EncoderPool
+from hypersd_ray.config.data import ActorPool
 from hypersd_ray.data.pools import actors
 from hypersd_ray.trainer.run import connect
 
@@ -39,7 +39,6 @@ class Task:
     cell: Cell
     rows: list[Row]
     judges: list[str]
-    pictures_there: bool
 
     def to_row(self) -> dict[str, str]:
         """For Ray Data."""
@@ -74,12 +73,12 @@ def tasks(
                 if f"{shard}.{spec.file}.npz" not in names or f"{shard}.{spec.file}.failed" in names
             ]  # fmt: skip
             if missing or not there:
-                found.append(Task(cell, part, missing, there))
+                found.append(Task(cell, part, missing))
     return found
 
 
 def make(
-    out: str, todo: Sequence[Task], specs: Sequence[JudgeSpec], generators: EncoderPool, scorers: EncoderPool,
+    out: str, todo: Sequence[Task], specs: Sequence[JudgeSpec], generators: ActorPool, scorers: ActorPool,
     progress: Callable[[int, int, int], None] | None = None, local: bool = False,
 ) -> Done:  # fmt: skip
     """Make and judge. `progress(shards done, shards in all, pictures made)`; `local` is in this process, without Ray.
@@ -117,7 +116,7 @@ def make(
 
 
 def _here(
-    out: str, todo: Sequence[Task], specs: Sequence[JudgeSpec], generators: EncoderPool, scorers: EncoderPool
+    out: str, todo: Sequence[Task], specs: Sequence[JudgeSpec], generators: ActorPool, scorers: ActorPool
 ) -> Iterator[dict[str, Any]]:
     """One of each actor in this process, turn by turn."""
     generator = Generator(out, generators.model_dump())
@@ -128,7 +127,7 @@ def _here(
 
 
 def _on_ray(
-    out: str, todo: Sequence[Task], specs: Sequence[JudgeSpec], generators: EncoderPool, scorers: EncoderPool
+    out: str, todo: Sequence[Task], specs: Sequence[JudgeSpec], generators: ActorPool, scorers: ActorPool
 ) -> Iterator[dict[str, Any]]:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     items = [task.to_row() for task in todo]
@@ -169,7 +168,7 @@ def _rows(text: str) -> list[Row]:
     return [Row(key, prompt) for key, prompt in json.loads(text)]
 
 
-def _device(pool: EncoderPool) -> str:
+def _device(pool: ActorPool) -> str:
     return "cuda" if pool.num_gpus else "cpu"
 
 
@@ -177,7 +176,7 @@ class Generator:
     """For `map_batches`: a task -> its pictures as bytes, made or read."""
 
     def __init__(self, out: str, pool: dict[str, Any]):
-        self.store, self.pool = Store(out), EncoderPool.model_validate(pool)
+        self.store, self.pool = Store(out), ActorPool.model_validate(pool)
         self.sampler: tuple[str, Sampler] | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -223,7 +222,7 @@ class Scorer:
     """For `map_batches`: pictures -> which scores are missing, and why. Judges are loaded with the first that needs them."""
 
     def __init__(self, out: str, pool: dict[str, Any], specs: str):
-        self.store, self.pool = Store(out), EncoderPool.model_validate(pool)
+        self.store, self.pool = Store(out), ActorPool.model_validate(pool)
         self.specs = {spec.name: spec for spec in specs_from_json(specs)}
         self.judges: dict[str, Any] = {}
 

@@ -18,7 +18,7 @@ from evaluation.harness.results import results
 from evaluation.harness.sampler import Sampler
 from evaluation.harness.store import Store, shards_of
 from evaluation.harness.subjects import Cell
-from hypersd_ray.config.data import EncoderPool
+from hypersd_ray.config.data import ActorPool
 from hypersd_ray.trainer.run import connect
 
 Log = Callable[[str], None]
@@ -95,7 +95,7 @@ def latencies(what: Plan, log: Log = lambda _: None) -> dict[str, latency.Latenc
     return {cell.key: latency.Latency(**json.loads(store.read(cell.key, name))) for cell in firsts}
 
 
-def _on_a_node(pool: EncoderPool, work: Callable[..., None], given: tuple) -> None:
+def _on_a_node(pool: ActorPool, work: Callable[..., None], given: tuple) -> None:
     connect()
     options: dict[str, Any] = {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus or None}
     if pool.label_selector:

@@ -20,7 +20,7 @@ from hypersd_ray.diffusion.guidance import guide
 from hypersd_ray.models.checkpoint import load_component, load_unet, read_base
 from hypersd_ray.models.conditioning import Conditioning, concatenate
 from hypersd_ray.models.encoders import load_encoders
-from hypersd_ray.models.export import TCD_GRID, merge_lora, read_lora
+from hypersd_ray.models.export import TCD_GRID, alpha_of, merge_lora, read_lora
 from hypersd_ray.models.roles import STUDENT, Plain
 from hypersd_ray.training import samples
 from hypersd_ray.training.randomness import generator_of
@@ -68,8 +68,7 @@ class Sampler:
         self.unet.load_state_dict(self.bare)
         if cell.kind == "lora":
             tensors, metadata = read_lora(cell.weights)
-            rank = next(len(t) for name, t in tensors.items() if name.endswith("lora_A.weight"))
-            merge_lora(self.unet, tensors, metadata.alpha if metadata else float(rank))
+            merge_lora(self.unet, tensors, alpha_of(tensors, metadata))
         elif cell.kind == "unet":
             from pathlib import Path
 

@@ -112,14 +112,10 @@ def by_weights(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     return found
 
 
+@functools.lru_cache(maxsize=256)
 def _weights_sha256(weights: str) -> str:
     path = Path(weights)
-    return "" if not weights else _sha256(str(path / UNET_FILE if path.is_dir() else path))
-
-
-@functools.lru_cache(maxsize=256)
-def _sha256(path: str) -> str:
-    return sha256_of(path)
+    return "" if not weights else sha256_of(path / UNET_FILE if path.is_dir() else path)
 
 
 @functools.lru_cache(maxsize=16)

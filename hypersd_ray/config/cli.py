@@ -28,12 +28,37 @@ EXTRAS = {
 }  # fmt: skip
 """Packages that only some jobs need -> the extra of pyproject.toml that brings them."""
 
+RECIPE_OPTIONS = {
+    "budget": "how long to train: a first look, or the recipe of the committed LoRAs",
+    "clip": "open_clip's ViT-B-32 of OpenAI, to measure CLIP score by; empty: without",
+    "feedback": "the aesthetic predictor and ImageReward judge the single step too",
+    "full_unet": "train a full copy of the UNet in place of a LoRA",
+    "image_reward_python": "interpreter of the environment that jobs/image_reward_env.py made",
+    "init": "what training begins from: a LoRA file, or for jobs/reward.py a reward model",
+    "keep_cfg": "the LoRA samples with guidance and negative prompts; one stage in place of four",
+    "learn": "train on the reward models, on the structure loss (SOLO), or on both",
+    "lora": "LoRA file that feedback learning starts from, as jobs/tscd.py leaves it",
+    "method": "published method to train by",
+    "mode": "good at 1 to 8 steps, or in the single step alone",
+    "models": "folder of the reward models' and SOLO's files",
+    "out": "folder that is written",
+    "pairs": "preference pairs, parquet: a file or a pattern",
+    "prompts": "text file of prompts, one a line, to measure quality on",
+    "reward": "ImageReward on transformers' classes, or the authors' package",
+    "rewards": "folder of the reward models that judge the single step too; empty: none",
+    "shards": "image-text shards: a folder, a file or a pattern, any fsspec URL",
+    "steps": "optimiser steps",
+    "teacher": "folder of the base model in diffusers' layout",
+    "tokenizer": "vocabulary file of the reward model's text tokenizer",
+}
+"""A recipe's parameter -> what --help says of it; one name means one thing in every recipe."""
+
 
 class Parser(argparse.ArgumentParser):
     """One that raises what it has to complain of."""
 
-    def __init__(self, description: str | None = None):
-        super().__init__(description=description, add_help=False, allow_abbrev=False,
+    def __init__(self, description: str | None = None, epilog: str | None = None):
+        super().__init__(description=description, epilog=epilog, add_help=False, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
 
     def error(self, message: str) -> NoReturn:
@@ -45,10 +70,12 @@ def parse(
     kind: type[Config],
     description: str,
     arguments: Sequence[str] | None = None,
+    job_options: str = "",
 ) -> Config:
     """The configuration that a command line asks for.
 
-    A recipe's own parameters become options, read first; every field of its config is an option after that.
+    A recipe's own parameters become options, read first; every field of its config is an option after that. --help lists
+    both, and `job_options`: lines on what the job itself reads before.
 
     Raises:
         ConfigError, CombinationError: one line naming the field, the value and what would be accepted.
@@ -67,14 +94,15 @@ def parse(
                 raise ConfigError(f"both a recipe ({known.recipe}) and --config {known.config}: give one")
             default = _from_file(kind, known.config)
         elif known.recipe in recipes:
-            default, rest = _from_recipe(recipes[known.recipe], rest, description)
+            default, rest = _from_recipe(known.recipe, recipes[known.recipe], rest, description, job_options)
         elif known.recipe is None and {"-h", "--help"} & set(rest):
             print(parser.format_help())
             raise SystemExit(0)
         else:
             wrong = f"unknown recipe {known.recipe!r}" if known.recipe else "no recipe given"
             raise ConfigError(f"{wrong}: choose one of {', '.join(recipes)}, or --config FILE")
-        return read_options(kind, rest, description, default)
+        about = description if known.config else "Settings of the run; what is given here is in place of the recipe's."
+        return read_options(kind, rest, about, default)
     except pydantic.ValidationError as error:
         raise ConfigError(one_line(error)) from None
 
@@ -177,32 +205,47 @@ def _text(path: str) -> str:
         return file.read()
 
 
-def _from_recipe(recipe: Callable[..., Config], rest: list[str], description: str) -> tuple[Config, list[str]]:
-    parser = Parser(description)
-    signature = inspect.signature(recipe, eval_str=True)
-    for name, parameter in signature.parameters.items():
+def _from_recipe(
+    name: str, recipe: Callable[..., Config], rest: list[str], description: str, job_options: str
+) -> tuple[Config | Any, list[str]]:
+    """The recipe's config and the arguments left. Where help is asked for, that of the recipe's options is printed, and
+    without what the recipe needs there is no config: tyro then lists the settings with their classes' defaults."""
+    parser = Parser(description, job_options)
+    parser.prog += f" {name}"
+    _add_options(parser.add_argument_group(f"options of the recipe {name}"), recipe)
+    asked = bool({"-h", "--help"} & set(rest))
+    try:
+        own, left = parser.parse_known_args(rest)
+        config: Config | Any = recipe(**vars(own))
+    except (ConfigError, CombinationError, pydantic.ValidationError) as error:
+        if not asked:
+            raise
+        reason = one_line(error) if isinstance(error, pydantic.ValidationError) else str(error)
+        print(f"{parser.format_help()}\nThe defaults below are not this recipe's, which cannot be told yet: {reason}\n")
+        return tyro.MISSING_NONPROP, ["--help"]
+    if asked:
+        print(parser.format_help())
+    return config, left
+
+
+def _add_options(group: argparse._ArgumentGroup, recipe: Callable[..., Any]) -> None:
+    """An option for each parameter of the recipe."""
+    for name, parameter in inspect.signature(recipe, eval_str=True).parameters.items():
+        text, option = RECIPE_OPTIONS.get(name, ""), f"--{name.replace('_', '-')}"
         if parameter.annotation is bool:
-            parser.add_argument(
-                f"--{name.replace('_', '-')}", dest=name, action="store_true", default=parameter.default
-            )
+            group.add_argument(option, dest=name, action="store_true", default=parameter.default, help=text)
             continue
         literal = get_origin(parameter.annotation) is Literal
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
+        required = parameter.default is inspect.Parameter.empty
+        group.add_argument(
+            option,
             dest=name,
-            required=parameter.default is inspect.Parameter.empty,
+            required=required,
             default=parameter.default,
             choices=get_args(parameter.annotation) if literal else None,
             type=str if literal else parameter.annotation,
+            help=f"{text} ({'required' if required else f'default: {parameter.default!r}'})",
         )
-    try:
-        own, rest = parser.parse_known_args(rest)
-    except ConfigError:
-        if {"-h", "--help"} & set(rest):  # without a teacher there is no config whose options could be listed
-            print(parser.format_help())
-            raise SystemExit(0) from None
-        raise
-    return recipe(**vars(own)), rest
 
 
 def one_line(error: pydantic.ValidationError) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from hypersd_ray.config.base import CombinationError, Strict
-from hypersd_ray.config.data import EncoderPool
+from hypersd_ray.config.data import ActorPool
 from hypersd_ray.config.evaluate import JudgesConfig
 
 
@@ -47,9 +47,9 @@ class CompareConfig(Strict):
     gpus_per_worker: float = Field(default=0, ge=0)
     """GPUs of each training; with a share, several processes train beside each other on one. 0 trains on the CPU. The
     pools below have settings of their own."""
-    generators: EncoderPool = EncoderPool(batch_size=64, max_size=None)
+    generators: ActorPool = ActorPool(batch_size=64, max_size=None)
     """Actors that make pictures."""
-    scorers: EncoderPool = EncoderPool(batch_size=64, max_size=None)
+    scorers: ActorPool = ActorPool(batch_size=64, max_size=None)
     """Actors that judge them."""
     per_shard: int = Field(default=64, ge=1)
     """Pictures of one file."""

@@ -28,8 +28,8 @@ class FilterConfig(Strict):
     """What to do with a row whose metadata lacks a score that a filter asks for."""
 
 
-class EncoderPool(Strict):
-    """The actors that run the VAE and the text encoder. Their resources may be other machines' than the trainer's."""
+class ActorPool(Strict):
+    """Ray actors that do one kind of work side by side. Their resources may be other machines' than the trainer's."""
 
     min_size: int = Field(default=1, ge=1)
     """Actors at the start."""
@@ -38,16 +38,16 @@ class EncoderPool(Strict):
     num_cpus: float = Field(default=1, ge=0)
     """CPU cores reserved for each actor."""
     num_gpus: float = Field(default=0, ge=0)
-    """GPUs (or a share of one) reserved for each actor; 0 encodes on the CPU."""
+    """GPUs (or a share of one) reserved for each actor; 0 works on the CPU."""
     batch_size: int = Field(default=32, ge=1)
-    """Images encoded at once."""
+    """Images that an actor takes at once."""
     label_selector: dict[str, str] = Field(default_factory=dict)
     """Ray node labels that the actors' nodes must have, e.g. {"ray.io/accelerator-type": "L4"}."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number type of the frozen encoders; the rows that come out are float16 in any case."""
+    """Number type of the actors' networks; encoded rows are float16 in any case."""
 
     @model_validator(mode="after")
-    def _sizes_in_order(self) -> EncoderPool:
+    def _sizes_in_order(self) -> ActorPool:
         if self.max_size is not None and self.max_size < self.min_size:
             raise ValueError(f"max_size={self.max_size} is below min_size={self.min_size}: raise max_size")
         return self
@@ -71,7 +71,7 @@ class DataConfig(Strict):
     reader_cpus: float = Field(default=0.5, ge=0)
     """CPU cores reserved by each reading task. The cluster needs at least this much beside the training workers. 0 reserves
     none: two tasks at a time then."""
-    encoder: EncoderPool = EncoderPool()
+    encoder: ActorPool = ActorPool()
     """The actors that encode images and captions; a pool for each training worker."""
     cache: Literal["none", "disk"] = "none"
     """"disk": encode once into cache_dir and read that from then on; "none": encode while training."""

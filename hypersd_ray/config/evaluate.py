@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from hypersd_ray.config.base import Strict
-from hypersd_ray.config.data import EncoderPool
+from hypersd_ray.config.data import ActorPool
 
 SchedulerName = Literal["auto", "edges", "tcd", "ddim", "lcm"]
 EMBEDDED_TEACHER = str(Path(__file__).resolve().parents[1] / "embedded" / "teacher")
@@ -91,9 +91,9 @@ class EvaluateConfig(Strict):
     """Pictures, one at a time, over which latency and memory are measured; 0 leaves them out."""
     per_shard: int = Field(default=64, ge=1)
     """Pictures of one file: what is lost when the job is killed."""
-    generators: EncoderPool = EncoderPool(batch_size=64, max_size=None)
+    generators: ActorPool = ActorPool(batch_size=64, max_size=None)
     """Actors that make pictures."""
-    scorers: EncoderPool = EncoderPool(batch_size=64, max_size=None)
+    scorers: ActorPool = ActorPool(batch_size=64, max_size=None)
     """Actors that judge them."""
     where: Literal["ray", "local"] = "ray"
     """"ray": pools of actors, on as many nodes as there are; "local": in this process, for a few pictures."""

@@ -11,7 +11,7 @@ from hypersd_ray.config.base import CombinationError, Strict
 from hypersd_ray.config.run import OptimConfig, RunConfig, check_shares
 
 
-class PairsConfig(Strict):
+class PreferencePairsConfig(Strict):
     """Where preference pairs are."""
 
     train: tuple[str, ...]
@@ -29,7 +29,7 @@ class PairsConfig(Strict):
 class PreferenceConfig(Strict):
     """A reward model and the pairs that teach it."""
 
-    pairs: PairsConfig
+    pairs: PreferencePairsConfig
     """Preferences."""
     init: str
     """ImageReward's checkpoint, or a folder of its class, to start from."""

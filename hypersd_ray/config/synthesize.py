@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from hypersd_ray.config.base import CombinationError, Strict
-from hypersd_ray.config.data import EncoderPool
+from hypersd_ray.config.data import ActorPool
 
 
 class SynthesizeConfig(Strict):
@@ -35,7 +35,7 @@ class SynthesizeConfig(Strict):
     """Of the files; webp is lossless too, jpg has quality 95."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Number type of the model."""
-    pool: EncoderPool = EncoderPool(batch_size=16)
+    pool: ActorPool = ActorPool(batch_size=16)
     """Actors that make the images: `batch_size` images at a time on `num_gpus` each."""
 
     @model_validator(mode="after")

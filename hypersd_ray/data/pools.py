@@ -8,11 +8,11 @@ from typing import Any
 import ray
 import ray.data
 
-from hypersd_ray.config.data import EncoderPool
+from hypersd_ray.config.data import ActorPool
 from hypersd_ray.config.labels import has_labels
 
 
-def actors(pool: EncoderPool, in_flight: int | None = None) -> dict[str, Any]:
+def actors(pool: ActorPool, in_flight: int | None = None) -> dict[str, Any]:
     """Arguments of `map_batches`: `pool`'s actors with their resources. Each may hold `in_flight` tasks; None is Ray's choice."""
     return {
         "compute": ray.data.ActorPoolStrategy(
@@ -24,7 +24,7 @@ def actors(pool: EncoderPool, in_flight: int | None = None) -> dict[str, Any]:
     }
 
 
-def most(pool: EncoderPool) -> int:
+def most(pool: ActorPool) -> int:
     """Actors at most: `max_size`, or one for each node that can hold one, or for each share of a GPU that one takes."""
     if pool.max_size is not None:
         return pool.max_size
@@ -32,7 +32,7 @@ def most(pool: EncoderPool) -> int:
     return max(sum(_places(pool, node["Resources"]) for node in nodes), pool.min_size)
 
 
-def _places(pool: EncoderPool, has: Mapping[str, float]) -> int:
+def _places(pool: ActorPool, has: Mapping[str, float]) -> int:
     by_cpu = int(has.get("CPU", 0) / pool.num_cpus + 1e-9) if pool.num_cpus else None
     if not pool.num_gpus:
         return 1 if by_cpu is None else min(1, by_cpu)

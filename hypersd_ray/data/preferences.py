@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from hypersd_ray.config.base import ConfigError
-from hypersd_ray.config.preference import PairsConfig
+from hypersd_ray.config.preference import PreferencePairsConfig
 from hypersd_ray.models.rewards.preprocess import Preprocess
 
 PLAIN = {"prompt", "chosen", "rejected"}
@@ -160,7 +160,7 @@ def open_batch(pairs: Sequence[Pair], resolution: int) -> PreferenceBatch:
     return PreferenceBatch(sides[0], sides[1], tuple(p.prompt for p in pairs))
 
 
-def held_out_pairs(config: PairsConfig, limit: int) -> list[Pair]:
+def held_out_pairs(config: PreferencePairsConfig, limit: int) -> list[Pair]:
     """The first `limit` held-out pairs. Raises ConfigError when there are none."""
     files = find_files(config.held_out or config.train)
     pairs: list[Pair] = []
@@ -188,7 +188,13 @@ class PairStream:
     """
 
     def __init__(
-        self, config: PairsConfig, batch: int, rank: int, world: int, seed: int, position: Position = Position()
+        self,
+        config: PreferencePairsConfig,
+        batch: int,
+        rank: int,
+        world: int,
+        seed: int,
+        position: Position = Position(),
     ):
         self.config, self.batch, self.rank, self.world, self.seed = config, batch, rank, world, seed
         self.files, self.position = find_files(config.train), position

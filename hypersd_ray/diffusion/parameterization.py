@@ -1,4 +1,4 @@
-"""What a network's output means: one conversion to (x0, eps), at the network's boundary, and its inverse.
+"""What a network's output means: one conversion to (x0, eps), at the network's boundary.
 
 Shapes
     output, x_t, x0, eps   (B, ...)
@@ -44,26 +44,4 @@ def to_prediction(
     if parameterization == "flow":
         total = alpha_t + sigma_t  # 1 on the straight path
         return Prediction(x0=(x_t - sigma_t * output) / total, eps=(x_t + alpha_t * output) / total)
-    raise _unknown(parameterization)
-
-
-def from_prediction(
-    prediction: Prediction, alpha_t: Tensor, sigma_t: Tensor, parameterization: Parameterization
-) -> Tensor:
-    """What the network would have to output for this prediction: (B, ...), the inverse of `to_prediction`.
-
-    Raises ValueError for an unknown parameterization.
-    """
-    if parameterization == "epsilon":
-        return prediction.eps
-    if parameterization == "sample":
-        return prediction.x0
-    if parameterization == "v_prediction":
-        return alpha_t * prediction.eps - sigma_t * prediction.x0
-    if parameterization == "flow":
-        return prediction.eps - prediction.x0
-    raise _unknown(parameterization)
-
-
-def _unknown(parameterization: str) -> ValueError:
-    return ValueError(f"parameterization={parameterization!r} is not one of {', '.join(get_args(Parameterization))}")
+    raise ValueError(f"parameterization={parameterization!r} is not one of {', '.join(get_args(Parameterization))}")

@@ -124,6 +124,6 @@ def solver_times(times: Times, T: int, N: int, steps: int) -> list[Tensor]:
 
 def uniform_between(low: Tensor, high: Tensor, generator: torch.Generator) -> Tensor:
     """One integer uniform on [low, high] per element, both ends included; (B,) -> (B,)."""
-    u = torch.rand(low.shape, generator=generator, device=generator.device, dtype=torch.float64)
+    u = torch.rand(low.shape, generator=generator, device=generator.device, dtype=torch.float64).to(low.device)
     drawn = low + (u * (high - low + 1)).floor().long()
     return torch.minimum(drawn, high)  # u * n may round up to n

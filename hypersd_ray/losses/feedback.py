@@ -23,15 +23,12 @@ def loss_rm(r_w: Tensor, r_l: Tensor) -> Tensor:
     return -F.logsigmoid(r_w - r_l)
 
 
-# Eq. 12
-def loss_refl(r: Tensor, valid: Tensor | None = None) -> Tensor:
-    """ReFL: minus the mean score. Eq. 15 with alpha_d beyond every score, but for a constant."""
-    return -_mean(r, valid)
-
-
-# Eq. 15, one term of the sum over d
+# Eq. 12, and one term of Eq. 15's sum over d
 def loss_hinge(r: Tensor, alpha: float, valid: Tensor | None = None) -> Tensor:
-    """Mean of ReLU(alpha_d - r_d): samples above alpha_d are left alone, so a reward is not pushed without end."""
+    """Mean of ReLU(alpha_d - r_d): samples above alpha_d are left alone, so a reward is not pushed without end.
+
+    Eq. 12 (ReFL, minus the mean score) is this with alpha beyond every score, but for the constant alpha.
+    """
     return _mean(F.relu(alpha - r), valid)
 
 

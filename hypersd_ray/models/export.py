@@ -26,9 +26,6 @@ from torch import Tensor
 
 from hypersd_ray.models.checkpoint import FAMILIES, Family
 
-DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
-"""The file that `load_lora_weights(folder)` prefers; its own guess among other names skips some words."""
-
 TCD_GRID = 40
 """`original_inference_steps` that puts TCDScheduler's and LCMScheduler's 1, 2, 4, 5 and 8 steps on the training edges (its default of 50
 starts the last of 4 steps at 259 in place of 249, and at 8 steps jumps across an edge)."""
@@ -214,6 +211,16 @@ def read_lora(path: str | Path) -> tuple[dict[str, Tensor], LoRAMetadata | None]
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return tensors, None
+
+
+def rank_of(tensors: Mapping[str, Tensor]) -> int:
+    """The rank of a LoRA's tensors, of which `read_lora` has seen that it is one."""
+    return next(len(t) for name, t in tensors.items() if name.endswith("lora_A.weight"))
+
+
+def alpha_of(tensors: Mapping[str, Tensor], metadata: LoRAMetadata | None) -> float:
+    """The alpha of what `read_lora` gave: a file without our metadata has its scale in its tensors, so it is the rank."""
+    return float(rank_of(tensors)) if metadata is None else metadata.alpha
 
 
 @torch.no_grad()

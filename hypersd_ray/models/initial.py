@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from hypersd_ray.models.checkpoint import BaseInfo
-from hypersd_ray.models.export import read_lora
+from hypersd_ray.models.export import rank_of, read_lora
 from hypersd_ray.models.lora import Adapters
 
 
@@ -30,7 +30,7 @@ def fitting_lora(
             f"{name}={path} is a LoRA for {metadata.family} ({metadata.base_model}), teacher={info.path} is {info.family}: "
             "give a LoRA that was distilled from this teacher"
         )
-    found = next(t.shape[0] for n, t in tensors.items() if n.endswith("lora_A.weight"))
+    found = rank_of(tensors)
     if rank is not None and found != rank:
         raise ValueError(f"{name}={path} has rank {found}, lora.rank is {rank}: set lora.rank to {found}")
     with torch.device("meta"):

@@ -97,10 +97,6 @@ class Roles:
         students: list[Tensor] = list(self.named_tensors(STUDENT).values())
         torch._foreach_lerp_(averages, students, 1 - decay)
 
-    def trainable(self) -> list[nn.Parameter]:
-        """The student's parameters."""
-        return list(self.named_tensors(STUDENT).values())
-
     def load(self, role: str, tensors: Mapping[str, Tensor]) -> None:
         """Copy tensors by name into a role; raises ValueError when they do not fit."""
         raise NotImplementedError

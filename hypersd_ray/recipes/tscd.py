@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from hypersd_ray.config.base import ConfigError
-from hypersd_ray.config.data import DataConfig, EncoderPool
+from hypersd_ray.config.data import ActorPool, DataConfig
 from hypersd_ray.config.run import OptimConfig, RunConfig
 from hypersd_ray.config.tscd import LoRAConfig, TSCDConfig
 from hypersd_ray.embedded import paths
@@ -46,7 +46,7 @@ def embedded(name: str, settings: Settings | None = None, lr: float = 1e-3, seed
             shards=str(paths.DATA / "train-*.tar"),
             resolution=32,
             cache="disk",
-            encoder=EncoderPool(batch_size=64),
+            encoder=ActorPool(batch_size=64),
         ),
         distill=settings.distill,
         adversarial=adversarial,
@@ -111,9 +111,7 @@ def sd15(teacher: str, shards: str = "data/*.tar", method: Trajectory = "tscd", 
     settings = TRAJECTORIES[method](20_000, (3, 8))
     config = TSCDConfig(
         teacher=teacher,
-        data=DataConfig(
-            shards=shards, resolution=512, encoder=EncoderPool(num_gpus=0.25, max_size=4, dtype="bfloat16")
-        ),
+        data=DataConfig(shards=shards, resolution=512, encoder=ActorPool(num_gpus=0.25, max_size=4, dtype="bfloat16")),
         distill=settings.distill,
         adversarial=settings.adversarial,
         optim=OptimConfig(lr=1e-6, batch=512, accumulation=4),
@@ -132,7 +130,7 @@ def sdxl(teacher: str, shards: str = "data/*.tar", method: Trajectory = "tscd", 
         data=DataConfig(
             shards=shards,
             resolution=1024,
-            encoder=EncoderPool(num_gpus=0.5, max_size=8, batch_size=8, dtype="bfloat16"),
+            encoder=ActorPool(num_gpus=0.5, max_size=8, batch_size=8, dtype="bfloat16"),
         ),
         distill=settings.distill,
         adversarial=settings.adversarial,

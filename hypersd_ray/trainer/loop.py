@@ -33,7 +33,7 @@ from hypersd_ray.trainer.progress import Snapshot
 from hypersd_ray.trainer.storage import StorageError
 from hypersd_ray.training import samples
 from hypersd_ray.training.checkpoint import save_checkpoint, save_position
-from hypersd_ray.training.onestep import Pairs
+from hypersd_ray.training.onestep import OdePairs
 from hypersd_ray.training.protocol import Training
 from hypersd_ray.training.quality import Yardstick, objective
 
@@ -182,7 +182,7 @@ class Worker:
                 rows, self.pairs_position = next(self.pairs)
                 ends = distillation_batch(rows, self.device)
                 noise = samples.start_noise(self.pair_seed, rows["key"], tuple(ends.x0.shape[1:]))
-                batches += (Pairs(noise.to(self.device), ends.x0, ends.cond),)
+                batches += (OdePairs(noise.to(self.device), ends.x0, ends.cond),)
             self.clock.wait_ends()
             yield batches
 

@@ -39,7 +39,7 @@ from hypersd_ray.models.roles import Plain
 from hypersd_ray.training import samples
 
 
-class PairsConfig(Strict):
+class OdePairsConfig(Strict):
     """Which captions, which teacher, how its ODE is solved, and where the end points go."""
 
     teacher: str
@@ -72,7 +72,7 @@ class TeacherODE:
     """For `map_batches`: rows of encoded captions -> the same rows, their latents replaced by the ODE's end points."""
 
     def __init__(self, config: dict[str, Any]):
-        self.config = PairsConfig.model_validate(config)
+        self.config = OdePairsConfig.model_validate(config)
         self.device = "cuda" if self.config.data.encoder.num_gpus else "cpu"
         info = read_base(self.config.teacher)
         dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
@@ -91,7 +91,7 @@ class TeacherODE:
         return batch | {"latents": x0.half().cpu().numpy()}
 
 
-def check(config: PairsConfig) -> dict[str, Any]:
+def check(config: OdePairsConfig) -> dict[str, Any]:
     """What can be known before Ray starts: how the pairs are made, as their marker says.
 
     Raises:
@@ -108,7 +108,7 @@ def check(config: PairsConfig) -> dict[str, Any]:
     return made
 
 
-def make_pairs(config: PairsConfig, progress: Callable[[int, int, int], None] | None = None) -> Solved:
+def make_pairs(config: OdePairsConfig, progress: Callable[[int, int, int], None] | None = None) -> Solved:
     """Solve the ODE for every caption; one file per file of encoded captions, and files that are whole are kept.
 
     `progress(files done, files in all, rows written)`. Raises: as `check`.
@@ -171,7 +171,7 @@ def unet_fingerprint(model_path: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _solved(config: PairsConfig, urls: Sequence[str]) -> Iterator[tuple[str, Iterator[Columns]]]:
+def _solved(config: OdePairsConfig, urls: Sequence[str]) -> Iterator[tuple[str, Iterator[Columns]]]:
     """(file, its rows piece by piece), one Ray Data execution for all; a file without rows is passed over."""
     pool = config.data.encoder
     dataset = precomputed_dataset([Window(i, (url,)) for i, url in enumerate(urls)], config.data).map_batches(

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import ray
 
 from hypersd_ray.config.base import ConfigError
-from hypersd_ray.config.data import EncoderPool
+from hypersd_ray.config.data import ActorPool
 from hypersd_ray.config.feedback import FeedbackConfig
 from hypersd_ray.config.onestep import OneStepConfig
 from hypersd_ray.config.run import RunConfig
@@ -81,7 +81,7 @@ def check_actors(config: object, beside: Mapping[str, float]) -> None:
             )
 
 
-def check_pool(pool: EncoderPool, field: str, reader_cpus: float = 0.0) -> None:
+def check_pool(pool: ActorPool, field: str, reader_cpus: float = 0.0) -> None:
     """The fewest actors of a pool, and a reading task beside them; `field` is the setting that holds the pool.
 
     Raises:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hypersd_ray.diffusion.schedule import renoise
+from hypersd_ray.diffusion.segments import uniform_between
 from hypersd_ray.losses.adversarial import AdversarialKind, discriminator_loss, generator_loss
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.discriminator import LatentDiscriminator, features
@@ -15,9 +16,7 @@ from hypersd_ray.training.tscd import Pair
 
 def draw_t_star(pair: Pair, generator: torch.Generator) -> Tensor:
     """Where both are judged: uniform on [t_end, t_n] (PCM), at least 1."""
-    low, high = pair.times.t_end.clamp(min=1), pair.times.t_n
-    u = torch.rand(len(low), generator=generator, dtype=torch.float64).to(low.device)
-    return torch.minimum(low + (u * (high - low + 1)).long(), high)
+    return uniform_between(pair.times.t_end.clamp(min=1), pair.times.t_n, generator)
 
 
 def adversarial_losses(

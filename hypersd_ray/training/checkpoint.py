@@ -6,7 +6,6 @@ every rank writes its own data position.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hypersd_ray.models.rewards.weights import sha256_of
 from hypersd_ray.training.protocol import Checkpointed, Saveable
 
 MANIFEST = "manifest.json"
@@ -37,7 +37,7 @@ def save_checkpoint(folder: Path, training: Saveable, rank: int = 0, world_size:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / _file_name(part)
             save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, path)
-            files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+            files[path.name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
     if rank == 0:
         written = {"files": files, "notes": training.notes(), "world_size": world_size}
         (folder / MANIFEST).write_text(json.dumps(written))
@@ -85,7 +85,7 @@ def check_whole(folder: Path) -> dict[str, Any]:
             found = (folder / name).stat().st_size
             if found != written["size"]:
                 raise ValueError(f"{name} has {found} bytes, {written['size']} were written: it is truncated")
-            if _sha256(folder / name) != written["sha256"]:
+            if sha256_of(folder / name) != written["sha256"]:
                 raise ValueError(f"{name} is damaged: its SHA-256 is not the one that was written")
         return manifest
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -146,8 +146,3 @@ class Stored(Mapping[str, Tensor]):
 def _position_name(rank: int, world_size: int) -> str:
     """With the world size, so that a leftover of a run of another size is not taken for a part of this one."""
     return f"position-{rank:05d}-of-{world_size:05d}.json"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

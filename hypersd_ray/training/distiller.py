@@ -124,8 +124,7 @@ class Distiller:
             self.heads.step(config.adversarial.lr, hold=not finite)
         if finite:
             self.roles.ema_update(config.distill.ema_decay)
-        progress.skipped += not finite
-        progress.bad_in_a_row = 0 if finite else progress.bad_in_a_row + 1
+        progress.count(finite)
         return norm
 
     def _role_names(self) -> list[str]:

@@ -24,7 +24,7 @@ from hypersd_ray.diffusion.solver import ode_solve
 from hypersd_ray.losses.feedback import loss_drift, loss_feedback, loss_percep
 from hypersd_ray.models.checkpoint import load_unet, read_base
 from hypersd_ray.models.conditioning import Conditioning
-from hypersd_ray.models.export import merge_lora, read_lora
+from hypersd_ray.models.export import alpha_of, merge_lora, read_lora
 from hypersd_ray.models.perception.protocol import Instances
 from hypersd_ray.models.roles import STUDENT, TEACHER, LoRARoles, Roles
 from hypersd_ray.models.scoring import RewardClient
@@ -93,16 +93,12 @@ def build_roles(config: FeedbackConfig, device: torch.device | str) -> LoRARoles
     tensors, metadata = read_lora(config.tscd)
     unet = load_unet(info, torch.float32, "cpu")
     # In float32, and only then cast: merged into bfloat16 the update would round away.
-    merge_lora(unet, tensors, metadata.alpha if metadata else _own_rank(tensors))
+    merge_lora(unet, tensors, alpha_of(tensors, metadata))
     dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
     return LoRARoles(
         unet.to(device, dtype), info.schedule, info.parameterization,
         config.lora.rank, config.lora.effective_alpha, seed=config.run.seed,
     )  # fmt: skip
-
-
-def _own_rank(tensors: dict[str, Tensor]) -> float:
-    return float(len(next(t for name, t in tensors.items() if name.endswith("lora_A.weight"))))
 
 
 def predict_with_gradient(roles: Roles, x_t: Tensor, t: int, cond: Conditioning, drift: bool) -> Denoised:
@@ -274,9 +270,7 @@ class Feedback:
         """Average, clip, step; returns the gradient's norm."""
         progress = self.progress
         norm = self.student.step(learning_rate(self.config.optim, progress.step, self.steps))
-        finite = bool(torch.isfinite(norm))
-        progress.skipped += not finite
-        progress.bad_in_a_row = 0 if finite else progress.bad_in_a_row + 1
+        progress.count(bool(torch.isfinite(norm)))
         return norm
 
     def parts(self) -> Iterator[tuple[str, dict[str, Tensor]]]:

@@ -35,17 +35,17 @@ from hypersd_ray.training.tscd import Batch, Pair, consistency_loss, make_pair
 
 
 @dataclass(frozen=True)
-class Pairs:
+class OdePairs:
     """x_T (B, C, h, w): noise; x0: where the teacher's ODE ends from there; cond: its prompt."""
 
     x_T: Tensor
     x0: Tensor
     cond: Conditioning
 
-    def chunks(self, parts: int) -> list[Pairs]:
+    def chunks(self, parts: int) -> list[OdePairs]:
         """`parts` equal micro-batches."""
         ends = Batch(self.x0, self.cond).chunks(parts)
-        return [Pairs(noise, end.x0, end.cond) for noise, end in zip(self.x_T.chunk(parts), ends, strict=True)]
+        return [OdePairs(noise, end.x0, end.cond) for noise, end in zip(self.x_T.chunk(parts), ends, strict=True)]
 
 
 def single_step(roles: Roles, role: str, x_T: Tensor, cond: Conditioning, t_input: int) -> Tensor:
@@ -95,7 +95,7 @@ class OneStep(Distiller):
         super()._enter_stage()
         self.fake.forget()
 
-    def step(self, batch: Batch, pairs: Pairs | None = None) -> dict[str, Tensor]:
+    def step(self, batch: Batch, pairs: OdePairs | None = None) -> dict[str, Tensor]:
         """Several updates of the fake score, one of the student, on this worker's share; returns detached scalars.
 
         An update whose gradient has a NaN or inf on any worker is left out and the step is counted in `progress`.
@@ -184,7 +184,7 @@ class OneStep(Distiller):
         return bool(torch.isfinite(self.fake.step(learning_rate(optim, self.progress.step, self.steps))))
 
     def _learn_student(
-        self, micro: Batch, pairs: Pairs | None, generator: torch.Generator, parts: int
+        self, micro: Batch, pairs: OdePairs | None, generator: torch.Generator, parts: int
     ) -> dict[str, Tensor]:
         """Accumulate the student's (and the discriminator's) gradients of one micro-batch.
 

@@ -24,7 +24,7 @@ from hypersd_ray.training.randomness import seed_of
 MODEL = "model"
 
 
-class Pairs(Protocol):
+class PreferencePairs(Protocol):
     """What a batch of preferences has."""
 
     @property
@@ -39,7 +39,7 @@ class Pairs(Protocol):
     def prompts(self) -> Sequence[str]:
         """What both were made for."""
 
-    def chunks(self, parts: int) -> Sequence[Pairs]:
+    def chunks(self, parts: int) -> Sequence[PreferencePairs]:
         """Equal micro-batches."""
 
 
@@ -55,14 +55,14 @@ def freeze_bottom(model: ImageReward, share: float) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def scores_of_pairs(model: RewardModel, pairs: Pairs) -> tuple[Tensor, Tensor]:
+def scores_of_pairs(model: RewardModel, pairs: PreferencePairs) -> tuple[Tensor, Tensor]:
     """r(c, x_w), r(c, x_l): one call for both, so that both see the same dropout schedule."""
     both = model(torch.cat([pairs.chosen, pairs.rejected]), [*pairs.prompts, *pairs.prompts])
     return both.chunk(2)
 
 
 @torch.no_grad()
-def pairwise_accuracy(model: RewardModel, batches: Iterable[Pairs]) -> Tensor:
+def pairwise_accuracy(model: RewardModel, batches: Iterable[PreferencePairs]) -> Tensor:
     """(N,) of 1 where the preferred picture scores higher, 1/2 for a tie, else 0: its mean is the accuracy."""
     was, _ = model.training, model.eval()
     hits = []
@@ -97,7 +97,7 @@ class PreferenceTraining:
         """There is one stage: the run is finished."""
         self.progress.stage, self.progress.step = 1, 0
 
-    def step(self, batch: Pairs) -> dict[str, Tensor]:
+    def step(self, batch: PreferencePairs) -> dict[str, Tensor]:
         """One optimiser step on this worker's pairs; returns detached scalars.
 
         A step whose gradient has a NaN or inf on any worker changes nothing but the counts in `progress`.
@@ -126,9 +126,7 @@ class PreferenceTraining:
             if p.grad is None:  # a pooling layer that the score does not use
                 p.grad = torch.zeros_like(p)
         norm = self.learner.step(learning_rate(self.config.optim, progress.step, self.steps))
-        finite = bool(torch.isfinite(norm))
-        progress.skipped += not finite
-        progress.bad_in_a_row = 0 if finite else progress.bad_in_a_row + 1
+        progress.count(bool(torch.isfinite(norm)))
         return norm
 
     def parts(self) -> Iterator[tuple[str, dict[str, Tensor]]]:

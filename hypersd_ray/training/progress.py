@@ -17,6 +17,11 @@ class Progress:
     skipped: int = 0
     bad_in_a_row: int = 0
 
+    def count(self, finite: bool) -> None:
+        """Whether the latest step's gradient was finite on all workers; else it was skipped."""
+        self.skipped += not finite
+        self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
+
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     """The rate of `step` of a stage of `steps`: linear warm-up, then constant or a cosine down to a tenth."""

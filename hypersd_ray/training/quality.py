@@ -23,6 +23,7 @@ from hypersd_ray.config.rewards import RewardConfig
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import Encoders
 from hypersd_ray.models.rewards.registry import load_reward
+from hypersd_ray.models.rewards.weights import sha256_of
 from hypersd_ray.models.roles import STUDENT, Roles
 from hypersd_ray.training import samples
 from hypersd_ray.training.samples import Sampling
@@ -33,20 +34,10 @@ def latent_distance(latents: Tensor, reference: Tensor) -> Tensor:
     return (latents - reference).square().flatten(1).mean(1) / reference.var()
 
 
-def sha256(*files: Path) -> str:
-    """Of the files' bytes, one after the other."""
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
 def teacher_sha256(folder: Path) -> str:
     """Of everything that decides a trajectory: the weights of UNet and text encoders, the noise schedule."""
     weights = sorted([*folder.glob("unet/*.safetensors"), *folder.glob("text_encoder*/*.safetensors")])
-    return sha256(*weights, folder / "unet/config.json", folder / "scheduler/scheduler_config.json")
+    return sha256_of(*weights, folder / "unet/config.json", folder / "scheduler/scheduler_config.json")
 
 
 def kept(path: Path, make) -> Tensor:

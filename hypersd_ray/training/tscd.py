@@ -117,7 +117,7 @@ def line_pair(roles: Roles, batch: Batch, x_top: Tensor, x_b: Tensor, times: Tim
     """Both sides of piecewise rectified flow: the noise that names the line from x_top to x_b, and the one that the
     student sees at a time of the window drawn uniformly. Equal noises are equal velocities."""
     window = Window(times.t_n, times.t_end)
-    t = uniform_between((window.t_b + 1).cpu(), window.t_top.cpu(), generator).to(x_b.device)
+    t = uniform_between(window.t_b + 1, window.t_top, generator)
     x_t = on_line(x_top, x_b, t, window)
     return Pair(
         roles.predict(STUDENT, x_t, t, batch.cond).eps, line_eps(roles.schedule, x_top, x_b, window), times, x_top

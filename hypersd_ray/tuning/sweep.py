@@ -28,7 +28,7 @@ from ray.util.state.exception import RayStateApiException
 from hypersd_ray.config.base import CombinationError, ConfigError, RunError, Stopped
 from hypersd_ray.config.sweep import SweepConfig
 from hypersd_ray.config.tscd import TSCDConfig
-from hypersd_ray.trainer import keeping, run, storage
+from hypersd_ray.trainer import checks, keeping, run, storage
 from hypersd_ray.trainer.kinds.tscd import product
 from hypersd_ray.tuning.space import Point, applied, held, readable, searched
 from hypersd_ray.tuning.trials import new_sign, stopping_all
@@ -201,7 +201,7 @@ def fitting_trials(sweep: SweepConfig, have: dict[str, float]) -> int:
             raise ConfigError("concurrent is not set and nodes may still come (RAY_AUTOSCALING): set concurrent")
         return sweep.concurrent
     c = sweep.base
-    beside = run.beside_workers(c)
+    beside = checks.beside_workers(c)
     wanted = {
         "CPU": c.run.workers * (c.run.cpus_per_worker + beside["CPU"]),
         "GPU": c.run.workers * (c.run.gpus_per_worker + beside["GPU"]),
@@ -228,7 +228,7 @@ def _check_same(sweep: SweepConfig, folder: str) -> None:
     if storage.exists(path):
         there = yaml.safe_load(storage.read_text(path))
         for field in STATED + (BEGUN if _restorable(f"{folder}/tune") else ()):
-            if run.in_checkout(there.get(field)) != run.in_checkout(values[field]):
+            if checks.in_checkout(there.get(field)) != checks.in_checkout(values[field]):
                 raise ConfigError(
                     f"{field} differs from the sweep that is in {folder}: set name to start another sweep"
                 )
@@ -316,7 +316,7 @@ def run_sweep(sweep: SweepConfig) -> Outcome:
     if sweep.search == "optuna" and importlib.util.find_spec("optuna") is None:
         raise ConfigError("search=optuna needs it: pip install 'hypersd-ray[sweep]', or set search=random")
     sweep = from_here(sweep)
-    run.check(base_run(sweep))
+    checks.check(base_run(sweep))
     run.connect(dashboard=True)
     _check_dashboard()
     concurrent = fitting_trials(sweep, ray.cluster_resources())
@@ -366,6 +366,8 @@ def best_text(sweep: SweepConfig, outcome: Outcome) -> str:
             "too:\n# that was not measured.\n"
         )
     values = config.model_dump(mode="json")
-    if run.UPLOADED in str(run.ROOT):  # Ray deletes it after the job: paths from the checkout's root on outlast that
-        values = run.in_checkout(values)
+    if checks.UPLOADED in str(
+        checks.ROOT
+    ):  # Ray deletes it after the job: paths from the checkout's root on outlast that
+        values = checks.in_checkout(values)
     return head + yaml.safe_dump(values, sort_keys=False)

@@ -12,7 +12,7 @@ from ray._private.label_utils import validate_node_label_syntax
 from ray.autoscaler.v2.instance_manager.subscribers.cloud_resource_monitor import CloudResourceMonitor
 from ray.core.generated.instance_manager_pb2 import Instance, InstanceUpdateEvent
 
-from hypersd_ray.config.data import EncoderPool
+from hypersd_ray.config.data import ActorPool
 from hypersd_ray.config.feedback import FeedbackConfig
 from hypersd_ray.config.rewards import PlacementConfig
 from hypersd_ray.config.run import RunConfig
@@ -31,7 +31,7 @@ def training(run: RunConfig) -> Demand:
     return Demand(run.workers, {"CPU": run.cpus_per_worker, "GPU": run.gpus_per_worker}, gang=True)
 
 
-def encoders(pool: EncoderPool) -> Demand:
+def encoders(pool: ActorPool) -> Demand:
     """All actors that a pool may have, with the settings that the files' comments name."""
     assert pool.max_size is not None
     return Demand(pool.max_size, {"GPU": pool.num_gpus}, {POOL: "encode"})

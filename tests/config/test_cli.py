@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 import yaml
 
 from hypersd_ray.config.base import CombinationError, ConfigError
-from hypersd_ray.config.cli import parse
+from hypersd_ray.config.cli import RECIPE_OPTIONS, parse
 from hypersd_ray.config.data import DataConfig
 from hypersd_ray.config.tscd import TSCDConfig
 
@@ -89,3 +91,19 @@ def test_a_recipes_switch_is_an_option_without_a_value():
     assert not plain.distill.keeps_guidance and kept.distill.keeps_guidance
     assert (kept.distill.k_list, kept.distill.steps_list) == ((8,), (sum(plain.distill.steps_list),))
     assert kept.run.name == "tiny-minutes-keep-cfg"
+
+
+def test_help_explains_each_option_of_each_recipe():
+    from hypersd_ray import recipes
+
+    found = [getattr(recipes, name) for name in recipes.__all__ if name.endswith("RECIPES")]
+    assert len(found) == 5
+    names = {p for family in found for recipe in family.values() for p in inspect.signature(recipe).parameters}
+    assert names - set(RECIPE_OPTIONS) == set()
+
+
+@pytest.mark.parametrize("job", sorted((ROOT / "jobs").glob("*.py")), ids=lambda p: p.stem)
+def test_examples_are_indented(job):
+    """--help joins lines that are not: a command could not be read there, nor copied."""
+    lines = (ast.get_docstring(ast.parse(job.read_text()), clean=False) or "").splitlines()
+    assert [line for line in lines if line.startswith(("python ", "ray "))] == []

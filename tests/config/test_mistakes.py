@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import yaml
 from ray.exceptions import LocalRayletDiedError
 
 from hypersd_ray.config.base import ConfigError, RunError
-from hypersd_ray.config.cli import parse, run_job
+from hypersd_ray.config.cli import parse, read_options, run_job
+from hypersd_ray.config.evaluate import EvaluateConfig
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.recipes import RECIPES
 
@@ -86,16 +88,29 @@ def test_a_files_mistakes_are_one_line_too(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_help_is_no_mistake(capsys):
-    for arguments, said in (
-        (["--help"], "tiny, sd15, sdxl"),
-        (["tiny", "--help"], "--distill.k-list"),
-        (["sd15", "--help"], "--teacher"),
-    ):
-        with pytest.raises(SystemExit) as stopped:
-            parse(RECIPES, TSCDConfig, "The job.", arguments)
-        assert not stopped.value.code
-        assert said in capsys.readouterr().out
+ALL_HELP = {
+    "no recipe": ([], ("tiny, sd15, sdxl",)),
+    "recipe": (["tiny"], ("--budget {minutes,full}", "--keep-cfg", "--distill.k-list", "--plan")),
+    "recipe without its need": (["sd15"], ("(required)", "cannot be told yet: ", "--teacher", "--distill.k-list")),
+    "wrong value": (["sd15", "--teacher", "/nowhere"], ("cannot be told yet: teacher='/nowhere'", "--distill.k-list")),
+}
+
+
+@pytest.mark.parametrize(("arguments", "said"), ALL_HELP.values(), ids=ALL_HELP)
+def test_help_is_no_mistake_and_lists_every_setting(arguments, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(RECIPES, TSCDConfig, "The job.", [*arguments, "--help"], "  --plan  of the job")
+    assert not stopped.value.code
+    told = capsys.readouterr().out
+    assert [words for words in said if words not in told] == []
+
+
+def test_help_on_pools_that_make_and_judge_pictures_says_nothing_of_encoding(capsys):
+    with pytest.raises(SystemExit):
+        read_options(EvaluateConfig, ["--help"], "The job.")
+    told = capsys.readouterr().out
+    pools = told[told.index("generators options") :]
+    assert "--scorers.batch-size" in pools and not re.search(r"encode[ds]? ", pools.replace("encoded rows", ""))
 
 
 @pytest.mark.parametrize(

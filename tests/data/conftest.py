@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from hypersd_ray.config.data import DataConfig, EncoderPool
+from hypersd_ray.config.data import ActorPool, DataConfig
 from hypersd_ray.data.precompute import Summary, precompute
 from tests.data.data_shards import WORDS, row, write_tar
 from tests.helpers.rays import own_ray
@@ -28,7 +28,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def raw_config(shards: str) -> DataConfig:
     """`shards` read in windows of 2 shards and pools of 10 rows, encoded 5 at a time."""
-    pool = EncoderPool(batch_size=5, num_cpus=0.5)
+    pool = ActorPool(batch_size=5, num_cpus=0.5)
     return DataConfig(shards=shards, resolution=8, encoder=pool, shards_per_window=2, shuffle_rows=10)
 
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hypersd_ray.config.data import DataConfig, EncoderPool
+from hypersd_ray.config.data import ActorPool, DataConfig
 from hypersd_ray.data.plan import StreamPosition, deal_again
 from hypersd_ray.data.precompute import resolve
 from hypersd_ray.data.prefetch import Prefetch
@@ -158,7 +158,7 @@ def test_encoding_while_training_gives_the_precomputed_rows_and_resumes(raw_conf
 def test_errors_reach_the_consumer(ray_cluster, tiny_model, tmp_path):
     members = [m for i in range(8) for m in ((f"{i}.png", png(i) if i < 2 else b"x"), (f"{i}.txt", b"a cat"))]
     path = write_tar(tmp_path / "bad.tar", members)
-    bad = DataConfig(shards=str(path), resolution=8, reject_grace=4, encoder=EncoderPool(num_cpus=0.5))
+    bad = DataConfig(shards=str(path), resolution=8, reject_grace=4, encoder=ActorPool(num_cpus=0.5))
     with pytest.raises(TooManyRejectsError, match=r"6 of 8 rows rejected \(75%\).*data.max_reject_share=0.5"):
         take(bad, tiny_model, 1)
     path = write_tar(tmp_path / "none.tar", [("0.txt", b"a cat")])

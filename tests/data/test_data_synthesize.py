@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from hypersd_ray.config.base import ConfigError
-from hypersd_ray.config.data import EncoderPool
+from hypersd_ray.config.data import ActorPool
 from hypersd_ray.config.synthesize import SynthesizeConfig
 from hypersd_ray.data.synthesize import ShardMaker, image_seed, read_prompts, synthesize
 from tests.helpers.pipelines import build_pipeline
@@ -30,7 +30,7 @@ def config(model, tmp_path) -> SynthesizeConfig:
     (tmp_path / "prompts.txt").write_text("\n".join(["", *PROMPTS, "  ", ""]))
     return SynthesizeConfig(
         model=str(model), prompts=str(tmp_path / "prompts.txt"), out=str(tmp_path / "out"), images_per_prompt=2,
-        steps=2, guidance=3.0, per_shard=4, pool=EncoderPool(batch_size=2, num_cpus=0.5),
+        steps=2, guidance=3.0, per_shard=4, pool=ActorPool(batch_size=2, num_cpus=0.5),
     )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def test_shards_come_out_and_a_second_run_makes_what_is_missing(ray_cluster, con
     from hypersd_ray.config.data import DataConfig
     from hypersd_ray.data.precompute import precompute
 
-    data = DataConfig(shards=f"{config.out}/*.tar", resolution=64, encoder=EncoderPool(batch_size=8, num_cpus=0.5))
+    data = DataConfig(shards=f"{config.out}/*.tar", resolution=64, encoder=ActorPool(batch_size=8, num_cpus=0.5))
     encoded = precompute(data, config.model, f"{config.out}-latents")
     assert (encoded.rows, encoded.rejects) == (6, {})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import ray
 
-from hypersd_ray.config.data import EncoderPool
+from hypersd_ray.config.data import ActorPool
 from hypersd_ray.data import pools
 
 
@@ -26,20 +26,20 @@ def nodes(monkeypatch):
 @pytest.mark.parametrize(
     ("pool", "most"),
     [
-        (EncoderPool(max_size=None), 2),
-        (EncoderPool(max_size=None, num_cpus=0.5), 3),
-        (EncoderPool(max_size=None, num_cpus=6), 1),
-        (EncoderPool(max_size=None, num_gpus=1), 2),
-        (EncoderPool(max_size=None, num_gpus=0.1, num_cpus=0), 20),
-        (EncoderPool(max_size=None, num_gpus=0.1), 8),
-        (EncoderPool(max_size=None, num_gpus=0.4), 4),
-        (EncoderPool(max_size=None, num_gpus=2), 1),
-        (EncoderPool(max_size=None, label_selector={"pool": "!c"}), 2),
-        (EncoderPool(max_size=None, label_selector={"pool": "b"}), 1),
-        (EncoderPool(max_size=None, min_size=4), 4),
-        (EncoderPool(max_size=None, label_selector={"pool": "none yet"}), 1),
-        (EncoderPool(), 1),
-        (EncoderPool(max_size=7), 7),
+        (ActorPool(max_size=None), 2),
+        (ActorPool(max_size=None, num_cpus=0.5), 3),
+        (ActorPool(max_size=None, num_cpus=6), 1),
+        (ActorPool(max_size=None, num_gpus=1), 2),
+        (ActorPool(max_size=None, num_gpus=0.1, num_cpus=0), 20),
+        (ActorPool(max_size=None, num_gpus=0.1), 8),
+        (ActorPool(max_size=None, num_gpus=0.4), 4),
+        (ActorPool(max_size=None, num_gpus=2), 1),
+        (ActorPool(max_size=None, label_selector={"pool": "!c"}), 2),
+        (ActorPool(max_size=None, label_selector={"pool": "b"}), 1),
+        (ActorPool(max_size=None, min_size=4), 4),
+        (ActorPool(max_size=None, label_selector={"pool": "none yet"}), 1),
+        (ActorPool(), 1),
+        (ActorPool(max_size=7), 7),
     ],
 )
 def test_one_a_node_or_a_share_of_a_gpu_unless_told(nodes, pool, most):
@@ -50,6 +50,6 @@ def test_one_a_node_or_a_share_of_a_gpu_unless_told(nodes, pool, most):
 def test_ray_has_as_many_nodes_as_are_counted(ray_cluster):
     """The names of the columns are Ray's."""
     wanted = sum(one["Alive"] and one["Resources"].get("CPU", 0) >= 1 for one in ray.nodes())
-    assert pools.most(EncoderPool(max_size=None)) == max(wanted, 1)
+    assert pools.most(ActorPool(max_size=None)) == max(wanted, 1)
     name = ray.nodes()[0]["NodeID"]
-    assert pools.most(EncoderPool(max_size=None, label_selector={"ray.io/node-id": name})) == 1
+    assert pools.most(ActorPool(max_size=None, label_selector={"ray.io/node-id": name})) == 1

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 pytest.importorskip("cv2")
-from evaluation.control import ControlConfig, evaluate, table
+from evaluation.control import ControlConfig, edge_agreement, evaluate, table
 from hypersd_ray.embedded import paths
 from hypersd_ray.embedded.pictures import load_pictures
 from hypersd_ray.embedded.pretrain_controlnet import make_controlnet, train_controlnet
 from hypersd_ray.models.checkpoint import load_unet, read_base
-from hypersd_ray.models.edges import edge_agreement, edge_map
+from hypersd_ray.models.edges import edge_map
 
 
 def square(left: int, size: int = 14) -> torch.Tensor:

@@ -19,7 +19,7 @@ from evaluation.harness.prompts import read_rows
 from evaluation.harness.store import Store
 from evaluation.harness.subjects import find_subject
 from hypersd_ray.config.base import RunError
-from hypersd_ray.config.data import EncoderPool
+from hypersd_ray.config.data import ActorPool
 from hypersd_ray.config.evaluate import EvaluateConfig, JudgesConfig
 from hypersd_ray.embedded import paths
 from tests.helpers.rays import own_ray
@@ -116,7 +116,7 @@ def test_pools_of_actors_make_the_same_pictures(ray_here, folders, make_lora, pr
     )  # fmt: skip
     rows = read_rows(config)
     what = plan(config, rows, [find_subject(str(make_lora()), config)])
-    pool = EncoderPool(min_size=2, max_size=2, num_cpus=0.5, batch_size=2)
+    pool = ActorPool(min_size=2, max_size=2, num_cpus=0.5, batch_size=2)
     seen: list[tuple[int, int, int]] = []
     todo = tasks(Store(config.out), what.cells, rows, what.specs, 2)
     done = make(config.out, todo, what.specs, pool, pool, lambda *numbers: seen.append(numbers))

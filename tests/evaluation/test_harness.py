@@ -28,7 +28,7 @@ from evaluation.quality import Subject as Pipeline
 from evaluation.report.paper import comparable
 from evaluation.study.entries import Entries
 from hypersd_ray.config.base import ConfigError, RunError
-from hypersd_ray.config.data import EncoderPool
+from hypersd_ray.config.data import ActorPool
 from hypersd_ray.config.evaluate import EvaluateConfig, JudgesConfig
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.embedded import paths
@@ -47,7 +47,7 @@ def config(folders, prompts_file, tmp_path) -> EvaluateConfig:
     return EvaluateConfig(
         base=str(folders["sd"]), prompts="file", prompts_file=str(prompts_file), steps=(1, 2), reference_steps=3,
         judges=JudgesConfig(clip_score=CLIP), per_shard=4, latency_repeats=0, where="local", out=str(tmp_path / "out"),
-        generators=EncoderPool(batch_size=3), resamples=200,
+        generators=ActorPool(batch_size=3), resamples=200,
     )  # fmt: skip
 
 
@@ -294,8 +294,9 @@ def test_a_judge_that_failed_is_asked_again(config, make_lora):
     values, _ = store.read_values(cell.key, rows[:4], spec.file)
     store.write_values(cell.key, rows[:4], spec.file, values * np.nan, ["'x': ValueError: no"])
     [again] = tasks(Store(config.out), what.cells, rows, what.specs, config.per_shard)
-    assert (again.judges, again.pictures_there) == ([spec.name], True)
-    assert make_all(what).judged == 1
+    assert again.judges == [spec.name]
+    done = make_all(what)
+    assert (done.made, done.judged) == (0, 1), "the pictures are not made again"
     np.testing.assert_array_equal(Store(config.out).read_values(cell.key, rows[:4], spec.file)[0], values)
     assert not tasks(Store(config.out), what.cells, rows, what.specs, config.per_shard)
 

@@ -14,7 +14,7 @@ from evaluation.harness.run import evaluate
 from evaluation.harness.store import Store, shard_name, shards_of
 from evaluation.harness.subjects import find_subject
 from hypersd_ray.config.base import ConfigError
-from hypersd_ray.config.data import EncoderPool
+from hypersd_ray.config.data import ActorPool
 from hypersd_ray.config.evaluate import EvaluateConfig, JudgesConfig
 
 
@@ -59,7 +59,7 @@ def config(folders, prompts_file, alexnet, tmp_path):
     return EvaluateConfig(
         base=str(folders["sd"]), prompts="file", prompts_file=str(prompts_file), steps=(1, 2), reference_steps=0,
         judges=JudgesConfig(lpips=str(alexnet[1])), per_shard=4, latency_repeats=0, where="local", images_per_prompt=3,
-        out=str(tmp_path / "out"), generators=EncoderPool(batch_size=3), resamples=200,
+        out=str(tmp_path / "out"), generators=ActorPool(batch_size=3), resamples=200,
     )  # fmt: skip
 
 

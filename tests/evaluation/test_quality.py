@@ -11,6 +11,7 @@ import torch
 from evaluation import quality
 from evaluation.quality import QualityConfig, Subject, evaluate, reference_latents, reference_path, teacher_sha256
 from hypersd_ray.config.cli import run_job
+from hypersd_ray.models.rewards.weights import sha256_of
 from tests.helpers.pipelines import CAPTIONS
 
 PROMPTS = CAPTIONS[:3]
@@ -137,7 +138,7 @@ def test_command_prints_the_table_and_writes_json(config, make_lora, monkeypatch
     assert written["settings"]["sampler"] == "tcd"
     assert written["settings"]["prompts_used"] == 6
     assert written["teacher_sha256"] == teacher_sha256(config.teacher)
-    assert written["loras"][lora.stem]["sha256"] == quality.sha256(lora)
+    assert written["loras"][lora.stem]["sha256"] == sha256_of(lora)
     assert written["loras"][lora.stem]["metadata"]["hypersd_ray.k"] == "4"
     assert [(r["model"], r["steps"]) for r in written["rows"]] == [
         ("teacher", 1), ("teacher", 2), (lora.stem, 1), (lora.stem, 2),

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.diffusion.schedule import from_scheduler_config
 from hypersd_ray.embedded.text import MAX_TOKENS
 from hypersd_ray.models.conditioning import Conditioning
-from hypersd_ray.models.roles import FullRoles, LoRARoles, Roles
+from hypersd_ray.models.roles import STUDENT, FullRoles, LoRARoles, Roles
 from hypersd_ray.training.distiller import Distiller
 from hypersd_ray.training.protocol import Checkpointed
 from hypersd_ray.training.tscd import Batch
@@ -31,6 +31,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "CTM": {"k_list": (1,), "t_end": "uniform", "target": "ema"},
     "TSCD": {"k_list": (4,), "t_end": "uniform", "target": "ema"},
 }
+
+
+def student_parameters(roles: Roles) -> list[nn.Parameter]:
+    """What a step trains."""
+    return list(roles.named_tensors(STUDENT).values())
 
 
 def make_config(teacher: Any, **overrides: Any) -> TSCDConfig:

@@ -9,6 +9,7 @@ from hypersd_ray.diffusion.schedule import scaled_linear
 from hypersd_ray.losses.adversarial import discriminator_loss, generator_loss
 from hypersd_ray.models.discriminator import LatentDiscriminator, features, unet_encoder
 from hypersd_ray.models.roles import STUDENT, FullRoles, LoRARoles
+from tests.helpers.distil import student_parameters
 from tests.helpers.pipelines import TINY_SD, TINY_SDXL, call, random_inputs, randomize, tiny_unet
 
 CONFIGS = {"sd": TINY_SD, "sdxl": TINY_SDXL}
@@ -76,7 +77,7 @@ def test_who_gets_gradient(make):
     assert x_t.grad.abs().max() > 0
     assert all(p.grad is None for p in discriminator.parameters())
     assert all(p.grad is None for p in roles.unet.parameters())
-    assert all(p.grad is None for p in roles.trainable())
+    assert all(p.grad is None for p in student_parameters(roles))
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from hypersd_ray.diffusion.segments import edges
 from hypersd_ray.models.checkpoint import load_unet, read_base
 from hypersd_ray.models.export import (
-    DIFFUSERS_NAME,
     TCD_GRID,
     LoRAMetadata,
     _module_of,
@@ -76,7 +75,8 @@ def loaded_tensors(pipe):
 @pytest.mark.parametrize(("family", "layout"), product(PIPELINES, LAYOUTS))
 def test_round_trip_through_diffusers(family, layout, folders, trained, tmp_path):
     tensors, expected, modules = trained[family]
-    path = LAYOUTS[layout](tensors, tmp_path / DIFFUSERS_NAME, metadata_of(family))
+    name = "pytorch_lora_weights.safetensors"  # what `load_lora_weights(folder)` looks for
+    path = LAYOUTS[layout](tensors, tmp_path / name, metadata_of(family))
     pipe = load_pipeline(family, folders[family], tmp_path)  # the folder, as a user would
 
     loaded = loaded_tensors(pipe)

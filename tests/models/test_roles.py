@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler
 from hypersd_ray.diffusion.schedule import scaled_linear
 from hypersd_ray.models.conditioning import Conditioning, concatenate
 from hypersd_ray.models.roles import EMA, PREVIOUS, STUDENT, TEACHER, FullRoles, LoRARoles
+from tests.helpers.distil import student_parameters
 from tests.helpers.pipelines import BETAS, call, random_inputs, randomize, tiny_unet
 
 
@@ -144,7 +145,7 @@ def test_only_the_student_is_trainable(make):
     for role in (TEACHER, EMA, PREVIOUS):
         assert not roles.predict(role, x_t, t, cond).eps.requires_grad
     roles.predict(STUDENT, x_t, t, cond).eps.square().mean().backward()
-    trainable = roles.trainable()
+    trainable = student_parameters(roles)
     assert all(p.requires_grad and p.grad is not None for p in trainable)
     assert all(p.grad is None for role in (EMA, PREVIOUS) for p in roles.named_tensors(role).values())
     with roles.playing(TEACHER) as network:
@@ -180,7 +181,7 @@ def test_load_brings_a_role_back(make):
     x_t, t, cond = random_inputs("sd")
     with torch.no_grad():
         assert torch.equal(roles.predict(STUDENT, x_t, t, cond).eps, fresh.predict(STUDENT, x_t, t, cond).eps)
-    assert all(p.requires_grad for p in fresh.trainable())
+    assert all(p.requires_grad for p in student_parameters(fresh))
 
 
 @BOTH
@@ -215,19 +216,19 @@ def test_roles_in_bfloat16_keep_float32_masters():
         assert error < 0.05, make
         disturb(roles, STUDENT, 1)
         roles.predict(STUDENT, x_t, t, cond).eps.square().mean().backward()
-        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in roles.trainable())
+        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in student_parameters(roles))
 
 
 def test_the_student_steps_and_the_base_stays():
     roles = lora_roles()
     base = copy.deepcopy({n: p for n, p in roles.unet.named_parameters() if ".A." not in n and ".B." not in n})
     randomize(roles.adapters, STUDENT)
-    optimiser = torch.optim.AdamW(roles.trainable(), lr=1e-2)
+    optimiser = torch.optim.AdamW(student_parameters(roles), lr=1e-2)
     x_t, t, cond = random_inputs("sd")
-    before = [p.detach().clone() for p in roles.trainable()]
+    before = [p.detach().clone() for p in student_parameters(roles)]
     roles.denoiser(STUDENT, cond)(x_t, t).x0.square().mean().backward()
     optimiser.step()
-    assert all(not torch.equal(a, b) for a, b in zip(before, roles.trainable(), strict=True))
+    assert all(not torch.equal(a, b) for a, b in zip(before, student_parameters(roles), strict=True))
     assert all(torch.equal(base[n], dict(roles.unet.named_parameters())[n]) for n in base)
 
 
@@ -254,7 +255,7 @@ def test_checkpointed_activations_give_the_same_gradients_from_less_memory(make,
             judged = roles.predict(TEACHER, student, t, cond).eps
         with roles.playing(EMA):  # the backward pass is not the student's only because the switch says so
             judged.square().mean().backward()
-        found.append((judged.detach(), [p.grad for p in roles.trainable()], sum(kept.values())))
+        found.append((judged.detach(), [p.grad for p in student_parameters(roles)], sum(kept.values())))
     (a, gradients, more), (b, again, less) = found
     assert torch.equal(a, b)
     assert all(torch.equal(x, y) for x, y in zip(gradients, again, strict=True))

@@ -19,7 +19,6 @@ from hypersd_ray.models.rewards.clip import (
     load_pick_score,
     load_tower,
     openai_tokenizer,
-    pick_score_config,
 )
 from hypersd_ray.models.rewards.registry import load_reward
 
@@ -168,13 +167,6 @@ def test_pick_score_from_its_folder(pictures, tmp_path):
         model(pictures[:4], PROMPTS), both.diagonal() / clip.logit_scale.exp(), rtol=1e-4, atol=1e-5
     )
     assert_independent(model, pictures[:3], PROMPTS[:3])
-
-
-def test_pick_score_is_vit_h14():
-    with torch.device("meta"):
-        clip = CLIPModel(pick_score_config())
-    # the hub's count for CLIP-ViT-H-14 in transformers' layout
-    assert sum(p.numel() for p in clip.parameters()) == 986_109_441
 
 
 @pytest.mark.parametrize(

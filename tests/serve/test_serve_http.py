@@ -23,7 +23,7 @@ import openai
 import pytest
 from PIL import Image
 
-from serve.pictures import read_parameters
+from tests.helpers.pictures import read_parameters
 from tests.serve.conftest import KEY, ROOT
 
 pytestmark = pytest.mark.cluster

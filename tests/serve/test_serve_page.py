@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from serve.pictures import read_parameters
+from tests.helpers.pictures import read_parameters
 
 pytestmark = pytest.mark.cluster
 sync_api = pytest.importorskip("playwright.sync_api")

@@ -29,6 +29,7 @@ from serve.routes import models_of
 from serve.safety import Guard
 from serve.schema import request_schema
 from serve.settings import IngressSettings, ModelSettings, SafetySettings, Settings
+from tests.helpers.pictures import read_parameters
 from tests.serve.loras import write_lora
 
 CATALOG = Catalog(
@@ -140,7 +141,7 @@ def test_every_field_is_described():
 def test_a_file_knows_how_it_was_made(kind):
     parameters = {"prompt": "ein Käse 🧀\0", "seed": 3, "num_inference_steps": 4, "lora": {"name": "k4", "scale": 1.0}}
     data = pictures.encode(np.zeros((8, 8, 3), np.uint8), kind, 90, parameters)
-    assert pictures.read_parameters(data) == parameters
+    assert read_parameters(data) == parameters
     image = Image.open(io.BytesIO(data))
     assert image.format == kind.upper()
     if kind == "png":

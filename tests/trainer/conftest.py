@@ -72,9 +72,9 @@ def latents(cluster, shards: Path, teacher: Path, tmp_path_factory: pytest.TempP
 
 def data_config(shards: Path) -> Any:
     """Windows of one shard and pools of 5 rows: every position of a stream is somewhere in the middle."""
-    from hypersd_ray.config.data import DataConfig, EncoderPool
+    from hypersd_ray.config.data import ActorPool, DataConfig
 
-    pool = EncoderPool(batch_size=8, num_cpus=0.5)
+    pool = ActorPool(batch_size=8, num_cpus=0.5)
     return DataConfig(shards=str(shards), resolution=64, encoder=pool, shards_per_window=1, shuffle_rows=5)
 
 

@@ -10,7 +10,7 @@ from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.rewards import PlacementConfig
 from hypersd_ray.embedded import paths
 from hypersd_ray.recipes import FEEDBACK_RECIPES, ONESTEP_RECIPES, RECIPES
-from hypersd_ray.trainer import elastic, run
+from hypersd_ray.trainer import checks, elastic
 
 
 def with_run(**changes):
@@ -60,7 +60,7 @@ def test_actors_with_places_do_not_go_with_an_open_number(kind):
         }
     )
     with pytest.raises(ConfigError, match=rf"with {setting}\.num_cpus=0\.5: .* set {setting}\.where=local or"):
-        run.check_open_number(config)
+        checks.check_open_number(config)
 
 
 def test_an_open_number_waits_shorter_than_the_default(monkeypatch):

@@ -24,7 +24,7 @@ from hypersd_ray.training.checkpoint import save_checkpoint, save_position
 from hypersd_ray.training.quality import Quality, Yardstick, objective
 from hypersd_ray.training.samples import Sampling
 from tests.helpers.distil import make_config as distil_config
-from tests.helpers.distil import make_distiller, run_stages, snapshot
+from tests.helpers.distil import make_distiller, run_stages, snapshot, student_parameters
 from tests.helpers.pipelines import CAPTIONS
 
 CPU = torch.device("cpu")
@@ -194,7 +194,7 @@ def test_a_run_from_anothers_first_stage_is_that_run_after_it(make_micro, tmp_pa
     config = make_micro()
     whole = tscd.build(config, Place(CPU, 0))
     with torch.no_grad():
-        for p in whole.roles.trainable():
+        for p in student_parameters(whole.roles):
             p.add_(0.01)
     tensors = {n: p.detach().clone() for n, p in whole.roles.named_tensors(STUDENT).items()}
     metadata = LoRAMetadata("micro", "sd", 2, (2,), "TCDScheduler", 0.0, 4, 4.0)

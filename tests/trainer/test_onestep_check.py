@@ -15,7 +15,7 @@ from hypersd_ray.config.onestep import OneStepConfig
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.models.export import LoRAMetadata, save_diffusers_lora
 from hypersd_ray.models.lora import Adapters
-from hypersd_ray.trainer import run
+from hypersd_ray.trainer import checks, run
 from tests.helpers.pipelines import build_pipeline, randomize, tiny_unet
 
 METADATA = LoRAMetadata(
@@ -70,9 +70,9 @@ def write_config(config: TSCDConfig, tmp_path) -> None:
 
 
 def test_a_run_that_fits_is_not_refused(config, tmp_path):
-    run.check(config)
+    checks.check(config)
     write_config(config, tmp_path)
-    run.check(config)  # its own resume
+    checks.check(config)  # its own resume
 
 
 def test_a_lora_of_another_rank(config):
@@ -121,7 +121,7 @@ def test_bf16_without_a_gpu(config):
 
 def test_zero_without_deepspeed(config, monkeypatch):
     sharded = changed(config, full_unet=True, zero={"stage": 2}, lora={"rank": 8})  # what is merged may have any rank
-    run.check(sharded)
+    checks.check(sharded)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.18.1")
     refused(sharded, r"zero\.stage=2 needs DeepSpeed 0\.19\.8 or newer, it is 0\.18\.1: pip install")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -169,14 +169,14 @@ def test_a_fake_score_of_another_run(config, parts, tmp_path, change):
     ],
 )
 def test_more_workers_than_there_will_ever_be(config, monkeypatch, have, most, autoscaling, said):
-    monkeypatch.setattr(run.ray, "cluster_resources", lambda: have)
-    monkeypatch.setattr(run, "_most_there_will_be", lambda: most)
-    monkeypatch.setattr(run, "await_places", lambda *_: None)
-    monkeypatch.setattr(run.elastic, "nodes_now", lambda: [have])
+    monkeypatch.setattr(checks.ray, "cluster_resources", lambda: have)
+    monkeypatch.setattr(checks, "most_there_will_be", lambda: most)
+    monkeypatch.setattr(checks, "await_places", lambda *_: None)
+    monkeypatch.setattr(checks.elastic, "nodes_now", lambda: [have])
     monkeypatch.setenv("RAY_AUTOSCALING", autoscaling)
     nine = changed(config, run=config.run.model_dump() | {"workers": 9}, optim={"batch": 18})
     if said is None:
-        run.check_resources(nine)
+        checks.check_resources(nine)
     else:
         with pytest.raises(ValueError, match=said):
-            run.check_resources(nine)
+            checks.check_resources(nine)

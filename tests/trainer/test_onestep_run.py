@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from hypersd_ray.config.data import DataConfig, EncoderPool
+from hypersd_ray.config.data import ActorPool, DataConfig
 from hypersd_ray.config.onestep import OneStepConfig
 from hypersd_ray.embedded import paths
 from hypersd_ray.models.cards import UNetSampling, read_sampling
@@ -22,7 +22,7 @@ from hypersd_ray.models.lora import Adapters
 from hypersd_ray.models.roles import Plain
 from hypersd_ray.recipes.feedback import embedded_rewards
 from hypersd_ray.trainer import run
-from hypersd_ray.trainer.pairs import PairsConfig, make_pairs, pair_folder
+from hypersd_ray.trainer.pairs import OdePairsConfig, make_pairs, pair_folder
 from hypersd_ray.training import samples
 from tests.helpers.pipelines import build_pipeline, micro_unet, randomize
 from tests.trainer.conftest import data_config
@@ -47,13 +47,13 @@ def place(cluster, tmp_path_factory):
 @pytest.fixture(scope="module")
 def data() -> DataConfig:
     return DataConfig(
-        shards=str(paths.DATA / "val-00001.tar"), resolution=64, encoder=EncoderPool(batch_size=64, num_cpus=0.5)
+        shards=str(paths.DATA / "val-00001.tar"), resolution=64, encoder=ActorPool(batch_size=64, num_cpus=0.5)
     )
 
 
 @pytest.fixture(scope="module")
-def pairs(place, data) -> PairsConfig:
-    config = PairsConfig(
+def pairs(place, data) -> OdePairsConfig:
+    config = OdePairsConfig(
         teacher=str(place / "teacher"), out=str(place / "pairs"), data=data, steps=2, omega=2.0, seed=7
     )
     made = make_pairs(config)

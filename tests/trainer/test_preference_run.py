@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from hypersd_ray.config.base import ConfigError, RunError
-from hypersd_ray.config.preference import PairsConfig, PreferenceConfig
+from hypersd_ray.config.preference import PreferenceConfig, PreferencePairsConfig
 from hypersd_ray.embedded import paths
 from hypersd_ray.embedded.pictures import load_pictures
 from hypersd_ray.embedded.preferences import write_taste
@@ -27,7 +27,7 @@ def test_a_fitted_model_is_loaded_as_a_reward_and_a_finished_run_trains_nothing(
     save_image_reward(new_image_reward(paths.TEACHER), tmp_path / "start")
     config = PreferenceConfig.model_validate(
         {
-            "pairs": PairsConfig(train=("pairs.parquet",), held_out=("pairs.parquet",), resolution=32),
+            "pairs": PreferencePairsConfig(train=("pairs.parquet",), held_out=("pairs.parquet",), resolution=32),
             "init": "start", "freeze": 0.0, "steps": 4, "optim": {"lr": 1e-3, "batch": 4}, "eval_every": 2,
             "run": {"name": "reward", "out": "runs", "checkpoint_every": 2, "log_every": 1},
         }
@@ -64,7 +64,7 @@ def test_nan_and_too_few_cpus_are_one_line(cluster, tmp_path, monkeypatch):
     pairs = (str(tmp_path / "pairs.parquet"),)
     config = PreferenceConfig.model_validate(
         {
-            "pairs": PairsConfig(train=pairs, held_out=pairs, resolution=32),
+            "pairs": PreferencePairsConfig(train=pairs, held_out=pairs, resolution=32),
             "init": str(tmp_path / "start"), "freeze": 0.0, "steps": 9, "optim": {"lr": 1e30, "batch": 4},
             "run": {"name": "nan", "out": str(tmp_path / "runs"), "max_bad_steps": 2},
         }

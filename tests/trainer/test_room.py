@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from hypersd_ray.config.base import ConfigError
-from hypersd_ray.config.data import EncoderPool
+from hypersd_ray.config.data import ActorPool
 from hypersd_ray.config.run import RunConfig
 from hypersd_ray.embedded import paths
 from hypersd_ray.recipes.feedback import feedback_sd15
@@ -59,9 +59,9 @@ def test_workers_and_pools(cluster_of):
     room.check_workers(RunConfig(workers=2))
     with pytest.raises(ConfigError, match=r"run\.workers=2 with run\.gpus_per_worker=1 need 2 GPU, the cluster has 0"):
         room.check_workers(RunConfig(workers=2, gpus_per_worker=1))
-    room.check_pool(EncoderPool(min_size=1, num_cpus=1.5), "pool", reader_cpus=0.5)
+    room.check_pool(ActorPool(min_size=1, num_cpus=1.5), "pool", reader_cpus=0.5)
     with pytest.raises(ConfigError, match=r"pool\.min_size=2 with pool\.num_cpus=1 and a reader .* need 2\.5 CPU"):
-        room.check_pool(EncoderPool(min_size=2, max_size=2), "pool", reader_cpus=0.5)
+        room.check_pool(ActorPool(min_size=2, max_size=2), "pool", reader_cpus=0.5)
 
 
 @pytest.mark.parametrize("job", [synthesize, pairs])

@@ -17,7 +17,8 @@ from ray.data.extensions import ArrowTensorArray
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.data.plan import shard_order
 from hypersd_ray.data.sources import find_shards
-from hypersd_ray.trainer.run import check, train
+from hypersd_ray.trainer.checks import check
+from hypersd_ray.trainer.run import train
 from tests.trainer.helpers import folder_of, job, metrics, write_config
 
 pytestmark = pytest.mark.cluster

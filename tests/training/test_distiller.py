@@ -22,6 +22,7 @@ from tests.helpers.distil import (
     run_stages,
     same,
     snapshot,
+    student_parameters,
 )
 
 
@@ -75,9 +76,9 @@ def test_a_step_is_adamw_on_the_mean_gradient_and_an_ema(tmp_path):
         pair = make_pair(by_hand.roles, half, by_hand.null, config.distill, 0, generator)
         losses.append((pair.student - pair.target).square().mean())
     mean = (losses[0] + losses[1]) / 2
-    optimizer = torch.optim.AdamW(by_hand.roles.trainable(), lr=1e-3, weight_decay=0)
+    optimizer = torch.optim.AdamW(student_parameters(by_hand.roles), lr=1e-3, weight_decay=0)
     mean.backward()
-    norm = torch.cat([p.grad.flatten() for p in by_hand.roles.trainable()]).norm()
+    norm = torch.cat([p.grad.flatten() for p in student_parameters(by_hand.roles)]).norm()
     optimizer.step()
     metrics = d.step(batch)
     assert float(metrics["loss"]) == pytest.approx(mean.item(), rel=1e-5)
@@ -171,13 +172,13 @@ def test_the_adversarial_losses_reach_only_whom_they_should(tmp_path):
     head_parameters = list(d.discriminator.parameters())
     heads.backward(retain_graph=True)
     assert all(p.grad is not None for p in head_parameters)
-    assert all(p.grad is None for p in d.roles.trainable())
+    assert all(p.grad is None for p in student_parameters(d.roles))
     seen = [p.grad.clone() for p in head_parameters]
     student.backward()
     assert all(torch.equal(p.grad, g) for p, g in zip(head_parameters, seen, strict=True))
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in d.roles.trainable())
-    assert any(float(p.grad.abs().max()) > 0 for p in d.roles.trainable())
-    trainable = {id(p) for p in d.roles.trainable()}
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in student_parameters(d.roles))
+    assert any(float(p.grad.abs().max()) > 0 for p in student_parameters(d.roles))
+    trainable = {id(p) for p in student_parameters(d.roles)}
     assert all(p.grad is None for p in d.roles.unet.parameters() if id(p) not in trainable)
 
 

@@ -20,7 +20,7 @@ from hypersd_ray.models.scoring import LocalBackend, RewardClient
 from hypersd_ray.training.feedback import Feedback, FeedbackBatch, build_roles
 from hypersd_ray.training.pictures import decode
 from hypersd_ray.training.watch import HackingWatch
-from tests.helpers.distil import InMemory, same, snapshot
+from tests.helpers.distil import InMemory, same, snapshot, student_parameters
 from tests.helpers.pipelines import build_pipeline, randomize, tiny_unet
 
 PROMPTS = ("a drawn panda", "a drawn bicycle", "a twemoji panda", "a red apple")
@@ -160,7 +160,7 @@ def test_both_parts_add_up(folder, tscd, batch, encoders):
         state = generator.get_state()
         feedback._backward(batch, generator, 1, watch=False)
         assert not torch.equal(generator.get_state(), state)
-        return torch.cat([p.grad.flatten() for p in feedback.roles.trainable()])
+        return torch.cat([p.grad.flatten() for p in student_parameters(feedback.roles)])
 
     structure = StructureConfig(model=PerceptionConfig(checkpoint="x"), weight=3.0)
     both = gradients(structure=structure)

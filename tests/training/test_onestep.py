@@ -13,9 +13,9 @@ from hypersd_ray.losses.dmd import dmd_gradient
 from hypersd_ray.models.roles import EMA, FAKE, STUDENT, TEACHER, FullRoles
 from hypersd_ray.models.scoring import LocalBackend, RewardClient
 from hypersd_ray.training.checkpoint import load_checkpoint, save_checkpoint
-from hypersd_ray.training.onestep import OneStep, Pairs, single_step
+from hypersd_ray.training.onestep import OdePairs, OneStep, single_step
 from hypersd_ray.training.rewarded import Rewarded
-from tests.helpers.distil import make_config, make_distiller, same, snapshot
+from tests.helpers.distil import make_config, make_distiller, same, snapshot, student_parameters
 from tests.helpers.pipelines import BETAS, call, micro_unet, tiny_unet, tiny_vae
 from tests.training.onestep_parts import batch_of, config, copies, differ, inputs, null_of, one_step
 
@@ -36,7 +36,9 @@ def test_student_and_fake_score_learn_and_the_base_stays(family, tmp_path):
     assert set(metrics) == {"loss", "consistency", "dmd", "fake_score", "grad_norm"}
     assert all(bool(torch.isfinite(value)) and not value.requires_grad for value in metrics.values())
     assert training.progress.step == 2 and training.progress.skipped == 0
-    assert all(p.grad is None for p in [*training.roles.named_tensors(FAKE).values(), *training.roles.trainable()])
+    assert all(
+        p.grad is None for p in [*training.roles.named_tensors(FAKE).values(), *student_parameters(training.roles)]
+    )
 
 
 def test_the_students_gradient_is_eq_10(tmp_path):
@@ -48,7 +50,7 @@ def test_the_students_gradient_is_eq_10(tmp_path):
     x_T = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     x = single_step(roles, STUDENT, x_T, cond, 1000)
     training.matching_loss(x, cond, torch.Generator().manual_seed(7)).backward()
-    got = [p.grad.clone() for p in roles.trainable()]
+    got = [p.grad.clone() for p in student_parameters(roles)]
     training.student.optimizer.zero_grad()
 
     generator = torch.Generator().manual_seed(7)
@@ -62,7 +64,7 @@ def test_the_students_gradient_is_eq_10(tmp_path):
         fake = roles.predict(FAKE, x_t, t, cond).x0
         gradient = dmd_gradient(x, b + 2.0 * (a - b), fake)
     x.backward(gradient / x.numel())
-    for mine, theirs in zip(roles.trainable(), got, strict=True):
+    for mine, theirs in zip(student_parameters(roles), got, strict=True):
         torch.testing.assert_close(mine.grad, theirs, rtol=2e-3, atol=1e-6)
     assert sum(g.abs().sum() for g in got) > 0
 
@@ -140,7 +142,7 @@ def test_regression_learns_pairs(tmp_path):
     x_T, _, cond = inputs(4, seed=3)
     with torch.no_grad():
         near = single_step(training.roles, TEACHER, x_T, cond, 801) * 0.9 + 0.1
-    losses = [float(training.step(batch_of(), Pairs(x_T, near, cond))["regression"]) for _ in range(40)]
+    losses = [float(training.step(batch_of(), OdePairs(x_T, near, cond))["regression"]) for _ in range(40)]
     assert losses[-1] < 0.2 * losses[0]
 
 

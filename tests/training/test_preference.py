@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from hypersd_ray.config.base import ConfigError
-from hypersd_ray.config.preference import PairsConfig, PreferenceConfig
+from hypersd_ray.config.preference import PreferenceConfig, PreferencePairsConfig
 from hypersd_ray.config.run import OptimConfig
 from hypersd_ray.data.preferences import PairStream, Position, held_out_pairs, is_held_out, open_batch, read_pairs
 from hypersd_ray.embedded import paths
@@ -66,7 +66,7 @@ def test_what_cannot_be_read(tmp_path):
     with pytest.raises(ConfigError, match=r"p\.parquet cannot be read"):
         read_pairs(str(tmp_path / "p.parquet"))
     with pytest.raises(ConfigError, match="nothing matches"):
-        held_out_pairs(PairsConfig(train=(str(tmp_path / "q*"),)), 1)
+        held_out_pairs(PreferencePairsConfig(train=(str(tmp_path / "q*"),)), 1)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,9 @@ def folder(tmp_path_factory):
 
 
 def make_config(folder, **changes) -> PreferenceConfig:
-    pairs = PairsConfig(train=(str(folder / "train.parquet"),), held_out=(str(folder / "val.parquet"),), resolution=32)
+    pairs = PreferencePairsConfig(
+        train=(str(folder / "train.parquet"),), held_out=(str(folder / "val.parquet"),), resolution=32
+    )
     settings = dict(
         pairs=pairs, init=str(folder / "start"), freeze=0.0, steps=60,
         optim=OptimConfig(lr=1e-3, batch=16, warmup=5),
@@ -102,7 +104,7 @@ def test_pairs_of_two_ranks_are_an_epochs_and_resume(folder):
 
 
 def test_prompts_are_on_one_side_only(folder):
-    config = PairsConfig(train=(str(folder / "train.parquet"),), held_out_share=0.3)
+    config = PreferencePairsConfig(train=(str(folder / "train.parquet"),), held_out_share=0.3)
     aside = {p.prompt for p in held_out_pairs(config, 10_000)}
     every = [p.prompt for p in read_pairs(config.train[0])]
     assert 0.15 < sum(is_held_out(p, 0.3) for p in every) / len(every) < 0.45

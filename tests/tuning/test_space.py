@@ -151,7 +151,7 @@ def test_the_best_of_an_uploaded_job_outlasts_the_upload(sweep, monkeypatch):
     root = "/tmp/ray/s/runtime_resources/working_dir_files/_ray_pkg_0a1b"
     there = sweep.base.model_copy(update={"teacher": f"{root}/hypersd_ray/embedded/teacher"})
     base = Trial("base", {}, [], "finished")
-    monkeypatch.setattr(sweeps.run, "ROOT", Path(root))
+    monkeypatch.setattr(sweeps.checks, "ROOT", Path(root))
     text = sweeps.best_text(sweep.model_copy(update={"base": there}), Outcome("", [base], base))
     assert "_ray_pkg_" not in text and yaml.safe_load(text)["teacher"] == "hypersd_ray/embedded/teacher"
 

@@ -21,7 +21,7 @@ from evaluation.sweep import compare, draw_parallel, objective_difference, table
 from hypersd_ray.config.sweep import SweepConfig
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.trainer import keeping, run
-from hypersd_ray.trainer.run import in_checkout
+from hypersd_ray.trainer.checks import in_checkout
 from hypersd_ray.training.quality import Quality, objective
 from hypersd_ray.tuning import sweep as sweeps
 from tests.chaos.faults import record

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTokenizer
 
 from hypersd_ray.models.checkpoint import load_component
 from hypersd_ray.models.rewards.preprocess import Fit, Preprocess
@@ -165,18 +165,3 @@ def load_pick_score(folder: str | Path) -> PickScore:
     if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         return PickScore(clip, _own_tokenizer(folder))
     return PickScore(clip, openai_tokenizer(length))
-
-
-def pick_score_config() -> CLIPConfig:
-    """ViT-H/14 as published (986M parameters)."""
-    return CLIPConfig(
-        projection_dim=1024,
-        text_config={
-            "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-            "hidden_act": "gelu", "projection_dim": 1024,
-        },
-        vision_config={
-            "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
-            "hidden_act": "gelu", "projection_dim": 1024, "patch_size": 14, "image_size": 224,
-        },
-    )  # fmt: skip

@@ -63,12 +63,13 @@ def load_weights(
     module.load_state_dict({name: tensors[name] for name in own})
 
 
-def sha256_of(path: str | Path) -> str:
-    """The file's hash, for the convention that stands beside a figure."""
+def sha256_of(*paths: str | Path) -> str:
+    """Of the files' bytes, one after the other."""
     digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+    for path in paths:
+        with Path(path).open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
     return digest.hexdigest()
 
 

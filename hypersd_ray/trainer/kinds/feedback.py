@@ -18,7 +18,7 @@ from hypersd_ray.diffusion.segments import edges
 from hypersd_ray.models.checkpoint import read_base
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import load_vae
-from hypersd_ray.models.export import LoRAMetadata, read_lora
+from hypersd_ray.models.export import LoRAMetadata, rank_of, read_lora
 from hypersd_ray.models.initial import fitting_lora
 from hypersd_ray.models.merge import Part, concatenate_loras
 from hypersd_ray.models.perception.coco import CocoAnnotations, crop_square
@@ -142,8 +142,7 @@ def export(config: FeedbackConfig, state: Feedback, stage: int, folder: Path | N
         return
     with storage.local_copy(config.tscd, "tscd") as path:
         tensors, found = read_lora(path)
-    rank = len(next(t for name, t in tensors.items() if name.endswith("lora_A.weight")))
-    tscd = tscd_metadata(config, found, rank)
+    tscd = tscd_metadata(config, found, rank_of(tensors))
     feedback = {name: p.detach().cpu() for name, p in student_tensors(state.roles).items()}
     alpha, recipe = config.lora.effective_alpha, config.run.name
     above = tscd.extra | {"above": Path(config.tscd).name}

@@ -12,7 +12,7 @@ from hypersd_ray.config.onestep import OneStepConfig
 from hypersd_ray.models.cards import UNetCard, save_unet_with_card
 from hypersd_ray.models.checkpoint import load_unet, read_base
 from hypersd_ray.models.encoders import load_vae
-from hypersd_ray.models.export import TIMESTEP, LoRAMetadata, merge_lora
+from hypersd_ray.models.export import TIMESTEP, LoRAMetadata, merge_lora, rank_of
 from hypersd_ray.models.initial import fitting_lora
 from hypersd_ray.models.roles import EMA, STUDENT
 from hypersd_ray.trainer import storage
@@ -54,8 +54,7 @@ def build(config: OneStepConfig, place: Place) -> OneStep:
 
     def begin(student: UNet2DConditionModel) -> None:
         if tensors is not None:
-            rank = next(t.shape[0] for n, t in tensors.items() if n.endswith("lora_A.weight"))
-            merge_lora(student, tensors, alpha=rank)
+            merge_lora(student, tensors, alpha=rank_of(tensors))
 
     roles, null = build_roles(config, place.device, begin)
     if tensors is not None and not config.full_unet:
