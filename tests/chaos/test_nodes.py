@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -132,8 +134,31 @@ run_job(lambda: run.train(TSCDConfig.model_validate(yaml.safe_load(Path({config!
 """
 
 
+ASK_FOR_TOO_MUCH = """
+import time, ray
+from ray.util.placement_group import placement_group
+ray.init(logging_level="ERROR")
+group = placement_group([{"GPU": 1}] * 50)
+print("asked", flush=True)
+time.sleep(3600)
+"""
+
+
+@contextmanager
+def asking_for_too_much(variables: dict[str, str]) -> Iterator[None]:
+    """Another job, whose request the autoscaler can never meet."""
+    other = subprocess.Popen([sys.executable, "-c", ASK_FOR_TOO_MUCH], env=variables, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "asked\n"
+        yield
+    finally:
+        other.kill()
+        other.wait()
+
+
 def test_a_cluster_grows_trains_and_shrinks(cluster, make, tmp_path):
-    """4 workers with a "GPU" each on an empty cluster; and 5 where 4 is the most, refused within a minute."""
+    """4 workers with a "GPU" each on an empty cluster, whatever another job asks for; and 5 where 4 is the most, refused
+    within a minute."""
     with growing(4, tmp_path) as empty:
         assert empty.gpus() == 0
 
@@ -158,10 +183,11 @@ def test_a_cluster_grows_trains_and_shrinks(cluster, make, tmp_path):
         assert told.endswith("raise max_workers in the cluster's file, or lower run.workers")
         record("5 GPU workers where the autoscaler may have 4", "stopped with one line", None, took)
 
-        begun = time.monotonic()
-        process = start("grown", 4)
-        assert until(lambda: empty.gpus() == 4, 300), "four nodes came"
-        came = time.monotonic() - begun
+        with asking_for_too_much(empty.environment):
+            begun = time.monotonic()
+            process = start("grown", 4)
+            assert until(lambda: empty.gpus() == 4, 300), "four nodes came"
+            came = time.monotonic() - begun
         said, _ = process.communicate(timeout=900)
         assert process.returncode == 0, said
         lines = [json.loads(line) for line in (tmp_path / "grown.trace").read_text().splitlines()]
