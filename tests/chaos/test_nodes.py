@@ -57,11 +57,14 @@ def test_a_notice_of_preemption(cluster, make, assert_unchanged, unbroken, tmp_p
         took = time.monotonic() - noticed
         (saved,) = checkpoints(config)
         assert 4 <= int(saved.removeprefix("checkpoint_")) < 12, "none is due before the stage's end at 12"
+        left = time.monotonic()
         two.remove_node(node_of(two, node), allow_graceful=False)
+        gone = time.monotonic() - left
         said, _ = process.communicate(timeout=500)
         assert process.returncode == 0, said
     told = story(trace)
-    assert told.restarts == 1 and told.lost < 8
+    # A step takes a second or more: none is made again but what was trained between the checkpoint and the node's end.
+    assert told.restarts == 1 and told.lost <= gone + 2
     assert_unchanged(config, told)
     record(f"preemption notice, node gone {took:.0f} s after it", "checkpoint at the notice, same weights", told)
 
