@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,11 +157,16 @@ def _wrap(text: str, width: int) -> list[str]:
     return lines
 
 
+def _rows(metrics: Path) -> Iterator[dict[str, Any]]:
+    """The lines but for torn ones, which a killed process leaves."""
+    for line in metrics.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            yield json.loads(line)
+
+
 def draw_curves(metrics: Path, path: Path) -> None:
     """Every loss of `metrics.jsonl` against the step, with the stages' borders."""
-    rows = {
-        row["step"]: row for row in map(json.loads, metrics.read_text().splitlines())
-    }  # a resumed run writes a step twice
+    rows = {row["step"]: row for row in _rows(metrics)}  # a resumed run writes a step twice
     steps = sorted(rows)
     names = [n for n in CURVES if any(n in row for row in rows.values())]
     names += sorted({n for row in rows.values() for n in row if n.partition("/")[0] in CURVE_GROUPS})

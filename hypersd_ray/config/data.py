@@ -67,7 +67,7 @@ class DataConfig(Strict):
     max_reject_share: float = Field(default=0.5, ge=0, le=1)
     """The job stops when more than this share of the rows is rejected."""
     reject_grace: int = Field(default=200, ge=0)
-    """Rows seen before max_reject_share counts."""
+    """Rows seen before max_reject_share counts. A lost shard counts as many as the whole ones have in the mean."""
     reader_cpus: float = Field(default=0.5, ge=0)
     """CPU cores reserved by each reading task. The cluster needs at least this much beside the training workers. 0 reserves
     none: two tasks at a time then."""

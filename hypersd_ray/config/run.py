@@ -67,7 +67,8 @@ class RunConfig(Strict):
     """Where nodes come by need (RAY_AUTOSCALING): seconds without a place for the workers and without a node on its way,
     after which the job ends."""
     storage_patience_s: float = Field(default=300, ge=0)
-    """Seconds for which a checkpoint or product that cannot be written to `out` is tried again, before the run stops."""
+    """Seconds for which a checkpoint or product that cannot be written to `out`, or a checkpoint that cannot be read, is
+    tried again, before the run stops."""
     stop_patience_s: float = Field(default=60, ge=0)
     """Seconds that a job which is told to stop (SIGTERM, `ray job stop`) waits for the checkpoint of its last step. Ray
     itself waits 3 s: set RAY_JOB_STOP_WAIT_TIME_S at the head to this or more."""

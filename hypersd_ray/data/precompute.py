@@ -15,7 +15,6 @@ import itertools
 import json
 import operator
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -293,13 +292,14 @@ def _table(pieces: list[Columns]) -> pa.Table:
 def _totals(urls: Sequence[str], footers: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What the marker says of all shards that are done."""
     done = [footers[url] for url in urls if url in footers]
-    reasons: Counter[str] = Counter()
+    counter = rejects.RejectCounter(None, 1.0, 0)
     for footer in done:
-        reasons.update(footer["rejects"])
+        counter.count(footer["file"], footer["seen"], footer["rejects"])
+    total = counter.summary()
     return {
         "rows": sum(f["rows"] for f in done),
-        "seen": sum(f["seen"] for f in done),
-        "rejects": dict(reasons.most_common()),
+        "seen": total["seen"],
+        "rejects": total["rejects"],
         "columns": next((f["columns"] for f in done if f["columns"]), {}),
         "files": {f["file"]: f["rows"] for f in done},
     }

@@ -80,9 +80,13 @@ def read_rows(url: str, format: str, config: DataConfig) -> Iterator[Cropped | R
 
 
 def patiently(
-    reader: Callable[[str], Iterator[T]], url: str, waits_s: Sequence[float] = STORAGE_WAITS_S
+    reader: Callable[[str], Iterator[T]],
+    url: str,
+    waits_s: Sequence[float] = STORAGE_WAITS_S,
+    final: type[Exception] | tuple[type[Exception], ...] = (),
 ) -> Iterator[T]:
-    """What `reader(url)` gives, each once: where storage fails on the way it is read again, after a wait, from there on."""
+    """What `reader(url)` gives, each once: where storage fails on the way it is read again, after a wait, from there on.
+    What is `final` is no failure of storage's, and raised at once."""
     given = 0
     for wait_s in (*waits_s, None):
         try:
@@ -90,8 +94,8 @@ def patiently(
                 given += 1
                 yield item
             return
-        except Exception:  # storage clients raise exceptions of every kind; a shard's own faults never come so far
-            if wait_s is None:
+        except Exception as error:  # storage clients raise exceptions of every kind
+            if wait_s is None or isinstance(error, final):
                 raise
             time.sleep(wait_s)
 

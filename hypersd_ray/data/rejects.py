@@ -21,13 +21,14 @@ class TooManyRejectsError(ValueError):
     """More rows were rejected than data.max_reject_share allows."""
 
 
-WHOLE_SHARD = frozenset({"unreadable_shard", "truncated_shard"})
+WHOLE_SHARD = frozenset({"unreadable_shard", "truncated_shard", "no_image_column"})
 """Reasons that are a shard's, not a row's."""
 
 
 class RejectCounter:
     """Rows seen and rejected, by reason, each shard once; the rejects as JSON lines in a file. Knows no Ray.
 
+    Nobody knows how many rows a lost shard had: it counts as the whole ones do in the mean, what was read of it included.
     A shard is read again in the next epoch, after a worker's death, or by another rank: only its first report counts.
     `path` (None = no file) may be any fsspec URL. An existing file is continued: the shards it already lists are
     counted, but not listed twice. Object stores cannot append: there each report is a file of its own beside `path`,
@@ -38,6 +39,8 @@ class RejectCounter:
         self.path, self.max_share, self.grace = path, max_share, grace
         self.seen = 0
         self.reasons: Counter[str] = Counter()
+        self._whole_shards = self._whole_rows = 0
+        self._lost: list[tuple[str, int]] = []  # why, and the rows that were read of it
         self._shards: dict[str, dict[str, Any]] = {}
         self._listed, self._parts = set(), 0
         if path is not None:
@@ -51,10 +54,15 @@ class RejectCounter:
                 self._list(shard, rejects)
             return
         known = self._shards[shard]["rejects"]
-        lost = [(reason, key) for reason, key in rejects if reason in WHOLE_SHARD and reason not in known]
-        if lost:  # it was whole in an earlier epoch: the user should know, its rows stay counted as they were
-            known.update({reason: 1 for reason, _ in lost})
-            self._list(shard, lost)
+        lost = [(reason, key) for reason, key in rejects if reason in WHOLE_SHARD]
+        if (
+            lost and not WHOLE_SHARD & known.keys()
+        ):  # it was whole in an earlier epoch: the rows that it kept then are lost
+            reason, kept = lost[0][0], self._shards[shard]["seen"] - sum(known.values())
+            known[reason] = max(1, kept - (seen - len(rejects)))
+            self.reasons[reason] += known[reason]
+            self._list(shard, lost[:1])
+            self._changed()
 
     def count(self, shard: str, seen: int, reasons: Mapping[str, int]) -> bool:
         """`report` without listing, for what an earlier run has listed; -> whether the shard is new."""
@@ -63,7 +71,24 @@ class RejectCounter:
         self._shards[shard] = {"seen": seen, "rejects": dict(reasons)}
         self.seen += seen
         self.reasons.update(reasons)
+        lost = sorted(WHOLE_SHARD & reasons.keys())
+        if lost:
+            self._lost.append((lost[0], seen))
+        else:
+            self._whole_shards, self._whole_rows = self._whole_shards + 1, self._whole_rows + seen
+        self._changed()
         return True
+
+    def _changed(self) -> None:
+        """The counts are others now; for who shows them."""
+
+    def _unread(self) -> Counter[str]:
+        """Rows of lost shards that nobody read, by reason."""
+        mean = round(self._whole_rows / self._whole_shards) if self._whole_shards else 0
+        unread: Counter[str] = Counter()
+        for reason, seen in self._lost:
+            unread[reason] += max(0, mean - seen)
+        return unread
 
     def _list(self, shard: str, rejects: Sequence[tuple[str, str]]) -> None:
         if self.path is None:
@@ -80,17 +105,25 @@ class RejectCounter:
         return self._shards.get(shard, {"seen": 0, "rejects": {}})
 
     def summary(self) -> dict[str, Any]:
-        """{"seen": rows, "rejected": rows, "rejects": {reason: rows}}, the most frequent reason first."""
-        return {"seen": self.seen, "rejected": self.reasons.total(), "rejects": dict(self.reasons.most_common())}
+        """{"seen": rows, "rejected": rows, "rejects": {reason: rows}}, the most frequent reason first; with those that lost
+        shards are taken to have had."""
+        unread = self._unread()
+        reasons = self.reasons + unread
+        return {
+            "seen": self.seen + unread.total(),
+            "rejected": reasons.total(),
+            "rejects": dict(reasons.most_common()),
+        }
 
     def verdict(self) -> str | None:
         """What to tell the user when the share is past its limit, else None."""
-        rejected = self.reasons.total()
-        if self.seen < max(self.grace, 1) or rejected <= self.max_share * self.seen:
+        total = self.summary()
+        seen, rejected = total["seen"], total["rejected"]
+        if seen < max(self.grace, 1) or rejected <= self.max_share * seen:
             return None
-        reason, count = self.reasons.most_common(1)[0]
+        reason, count = next(iter(total["rejects"].items()))
         return (
-            f"{rejected} of {self.seen} rows rejected ({rejected / self.seen:.0%}), more than "
+            f"{rejected} of {seen} rows rejected ({rejected / seen:.0%}), more than "
             f"data.max_reject_share={self.max_share}: most often {reason} ({count}), "
             f"listed in {self.path or 'no file'}; mend the data or data.filters, or raise data.max_reject_share"
         )
@@ -104,11 +137,9 @@ class GaugedCounter(RejectCounter):
         self.run = run
         self.gauge = Gauge("hypersd_rejected", description="Rows rejected so far.", tag_keys=("run", "reason"))
 
-    def count(self, shard: str, seen: int, reasons: Mapping[str, int]) -> bool:
-        is_new = super().count(shard, seen, reasons)
-        for reason in reasons if is_new else ():
-            self.gauge.set(self.reasons[reason], tags={"run": self.run, "reason": reason})
-        return is_new
+    def _changed(self) -> None:
+        for reason, rows in self.summary()["rejects"].items():
+            self.gauge.set(rows, tags={"run": self.run, "reason": reason})
 
 
 RejectLog = ray.remote(num_cpus=0)(GaugedCounter)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import ray
 
 from hypersd_ray.config.data import DataConfig
-from hypersd_ray.data.reading import Cropped, Reject, read_rows
+from hypersd_ray.data.reading import Cropped, Reject, patiently, read_rows
 
 
 class ReadShard:
@@ -68,24 +68,27 @@ class ReadLatents:
             DamagedShardError: the file is gone or no whole parquet file: it is our own product, not the user's data.
         """
         url, window, part, parts = (batch[name][0] for name in ("url", "window", "part", "parts"))
-        try:
-            with fsspec.open(str(url), "rb") as raw:
-                file = pq.ParquetFile(raw)
-                for group in range(file.num_row_groups):
-                    table = file.read_row_group(group)
-                    if parts > 1:
-                        table = table.take(np.flatnonzero(table.column("row").to_numpy() % parts == part))
-                    yield table.append_column("window", pa.array(np.full(len(table), window, dtype=np.int64)))
-        except (FileNotFoundError, pa.ArrowInvalid, pa.ArrowKeyError) as error:
-            reason = (
-                "is not there"
-                if isinstance(error, FileNotFoundError)
-                else f"is damaged ({' '.join(str(error).split()):.120})"
-            )
-            raise DamagedShardError(
-                f"{MARK}data.shards: {url} {reason}; make it again with jobs/precompute.py (delete it first), or train from the "
-                f"pictures{MARK}"
-            ) from None
+        for table in patiently(_row_groups, str(url), final=DamagedShardError):
+            if parts > 1:
+                table = table.take(np.flatnonzero(table.column("row").to_numpy() % parts == part))
+            yield table.append_column("window", pa.array(np.full(len(table), window, dtype=np.int64)))
+
+
+def _row_groups(url: str) -> Iterator[pa.Table]:
+    try:
+        with fsspec.open(url, "rb") as raw:
+            file = pq.ParquetFile(raw)
+            yield from map(file.read_row_group, range(file.num_row_groups))
+    except (FileNotFoundError, pa.ArrowInvalid, pa.ArrowKeyError) as error:
+        reason = (
+            "is not there"
+            if isinstance(error, FileNotFoundError)
+            else f"is damaged ({' '.join(str(error).split()):.120})"
+        )
+        raise DamagedShardError(
+            f"{MARK}data.shards: {url} {reason}; make it again with jobs/precompute.py (delete it first), or train from the "
+            f"pictures{MARK}"
+        ) from None
 
 
 class DamagedShardError(ValueError):

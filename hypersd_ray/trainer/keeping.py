@@ -7,6 +7,7 @@ between would lose it, and it does not know a damaged one.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,27 +53,32 @@ def name_of(step: int, damaged: tuple[str, ...] = ()) -> str:
 
 
 def resume(
-    folder: str, state: Training, rank: int, world: int, device: torch.device, tell: Callable[[str], None]
+    folder: str,
+    state: Training,
+    rank: int,
+    world: int,
+    device: torch.device,
+    tell: Callable[[str], None],
+    patience_s: float,
 ) -> Found:
-    """Load the newest checkpoint of the run's folder that is whole on every worker into `state`.
+    """Load the newest checkpoint of the run's folder that is whole on every worker into `state`. What storage refuses to
+    read is not taken for damage: it is tried again for `patience_s` seconds.
 
     Raises:
         RunError: there are checkpoints and none is whole; on all workers at once.
+        StorageError: one cannot be read; perhaps on this worker alone.
         ValueError: one is whole and of another configuration.
     """
     damaged: list[str] = []
     last = ""
-    for name in names(folder):
+    for name in storage.patiently(functools.partial(names, folder), folder, patience_s, storage.READING):
         path, error = f"{folder}/{name}", ""
         positions: list[dict[str, Any]] = []
         with contextlib.ExitStack() as stack:
             try:
-                local = stack.enter_context(storage.local_folder(path))
-                manifest = check_whole(local)
-                positions = load_positions(local, rank, world)
-            except Exception as caught:
-                if not isinstance(caught, DamagedCheckpoint) and not storage.is_trouble(caught):
-                    raise
+                read = functools.partial(_read, stack, path, rank, world)
+                local, manifest, positions = storage.patiently(read, path, patience_s, storage.READING)
+            except DamagedCheckpoint as caught:
                 error = str(caught)
             # before anything is loaded: a share of a ZeRO state is loaded by all workers or by none
             if not most(int(bool(error)), device):
@@ -88,6 +94,18 @@ def resume(
             "start another run, or delete them to start this one anew"
         )
     return Found(None, [])
+
+
+def _read(
+    stack: contextlib.ExitStack, path: str, rank: int, world: int
+) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
+    """A whole checkpoint where it can be loaded from for as long as `stack` lasts, its manifest and the data positions."""
+    stack.close()  # an earlier try's copy
+    try:
+        local = stack.enter_context(storage.local_folder(path))
+        return local, check_whole(local), load_positions(local, rank, world)
+    except FileNotFoundError as error:
+        raise DamagedCheckpoint(f"{path} has lost a file: {error}") from error
 
 
 def uploader(

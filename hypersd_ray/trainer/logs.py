@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,8 +54,8 @@ class JsonLines:
         # JSON has no NaN
         numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self.unwritten.append(json.dumps({"step": step} | numbers) + "\n")
-        with storage.tolerant(), self.local.open("a") as file:  # a log does not end a run: with the next line, then
-            file.write("".join(self.unwritten))
+        with storage.tolerant():  # a log does not end a run: with the next line, then
+            _append(self.local, "".join(self.unwritten).encode())
             self.unwritten.clear()
 
     def picture(self, step: int, name: str, image: Tensor) -> None:
@@ -67,6 +68,21 @@ class JsonLines:
 
     def close(self) -> None:
         self.flush()
+
+
+def _append(path: Path, lines: bytes) -> None:
+    """All of `lines` at the file's end, or nothing: a full disk takes a part. A torn line of a killed process stays one."""
+    with path.open("a+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        if size:
+            file.seek(size - 1)
+            lines = lines if file.read(1) == b"\n" else b"\n" + lines
+        try:
+            while lines:
+                lines = lines[file.write(lines) :]
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 class TensorBoard:

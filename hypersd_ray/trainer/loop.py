@@ -128,7 +128,8 @@ class Worker:
     def _resume(self, given: LoopArguments) -> tuple[StreamPosition, StreamPosition]:
         """Of the images and of the pairs."""
         tell = lambda line: self.board.tell.remote(line)
-        found = keeping.resume(self.folder, self.distiller, self.rank, self.world, self.device, tell)
+        patience_s = self.config.run.storage_patience_s
+        found = keeping.resume(self.folder, self.distiller, self.rank, self.world, self.device, tell, patience_s)
         self.last_checkpoint, self.damaged = found.path or "none yet", found.damaged
         pairs = () if given.pairs is None else given.pairs.urls
         return self._position(found, "images", given.urls), self._position(found, "pairs", pairs)

@@ -126,7 +126,7 @@ def train(
         keeping.mend_record(folder)
         try:
             with (
-                stopping(board, config.run.stop_patience_s, sign, config.run.name),
+                stopping(board, config.run.stop_patience_s, sign, config.run.name, folder),
                 elastic.start_timeout(config.run),
                 elastic.room_told(config, board),
             ):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,16 +28,20 @@ class Trainer(TorchTrainer):
 
 @contextmanager
 def stopping(
-    board: ray.actor.ActorHandle, patience_s: float, sign: ray.actor.ActorHandle | None = None, run: str = ""
+    board: ray.actor.ActorHandle,
+    patience_s: float,
+    sign: ray.actor.ActorHandle | None = None,
+    run: str = "",
+    folder: str = "",
 ) -> Iterator[None]:
-    """For as long as the block lasts SIGTERM and SIGINT ask the workers to write a checkpoint and return; after `patience_s`,
-    or at a second one, the process ends. In another thread than the main one no signal comes: there `sign` asks
+    """For as long as the block lasts SIGTERM and SIGINT ask the workers to write a checkpoint into `folder` and return; after
+    `patience_s`, with a line, or at a second one, the process ends. In another thread than the main one no signal comes: there `sign` asks
     the run called `run`, if there is one."""
     if threading.current_thread() is not threading.main_thread():
         with _looking(board, sign, run):
             yield
         return
-    timer = threading.Timer(patience_s, os._exit, (1,))
+    timer = threading.Timer(patience_s, _give_up, (patience_s, folder))
     timer.daemon = True
 
     def asked(number: int) -> None:
@@ -49,6 +55,18 @@ def stopping(
             yield
         finally:
             timer.cancel()
+
+
+def _give_up(patience_s: float, folder: str) -> None:
+    """End this process, in which nothing else would: its main thread waits for the workers."""
+    with contextlib.suppress(OSError):  # nobody reads any more
+        print(
+            f"error: no checkpoint within {patience_s:g} s of the signal: the same command goes on from the newest one in "
+            f"{folder}; raise run.stop_patience_s={patience_s:g}",
+            file=sys.stderr,
+            flush=True,
+        )
+    os._exit(1)
 
 
 @contextmanager

@@ -11,15 +11,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import fsspec
 
 from hypersd_ray.config.base import RunError
 from hypersd_ray.config.run import RunConfig
 
+T = TypeVar("T")
+
 
 class StorageError(RunError):
-    """What could not be written for longer than the run was to wait. It may be one worker's trouble alone."""
+    """What could not be written or read for longer than the run was to wait. It may be one worker's trouble alone."""
 
 
 def is_url(path: str) -> bool:
@@ -88,34 +91,39 @@ def tolerant() -> Iterator[None]:
             raise
 
 
-def patiently(action: Callable[[], None], what: str, patience_s: float) -> None:
-    """`action`, again and again while storage refuses it; says so at the first refusal and when it is over.
+WRITING = "written", "make room or mend the storage, set run.out to another"
+READING = "read", "mend the storage, delete what cannot be read"
+
+
+def patiently(action: Callable[[], T], what: str, patience_s: float, doing: tuple[str, str] = WRITING) -> T:
+    """What `action` gives, tried again and again while storage refuses it; says so at the first refusal and when it is over.
 
     Raises:
         StorageError: refused for `patience_s` seconds; one line with what, why and the settings.
     """
+    done, mend = doing
     begun, pause, refused = time.monotonic(), 0.5, False
     while True:
         try:
-            action()
+            result = action()
         except Exception as error:
             if not is_trouble(error):
                 raise
             waited, reason = time.monotonic() - begun, " ".join(str(error).split())[:200]
             if waited >= patience_s:
                 raise StorageError(
-                    f"{what} could not be written for {waited:.0f} s ({reason}): make room or mend the storage, set run.out "
-                    f"to another, or raise run.storage_patience_s={patience_s:g}"
+                    f"{what} could not be {done} for {waited:.0f} s ({reason}): {mend}, or raise "
+                    f"run.storage_patience_s={patience_s:g}"
                 ) from error
             if not refused:
-                print(f"{what} cannot be written ({reason}), trying again for {patience_s:g} s", file=sys.stderr)
+                print(f"{what} cannot be {done} ({reason}), trying again for {patience_s:g} s", file=sys.stderr)
             refused = True
             time.sleep(min(pause, max(0.0, patience_s - waited)))
             pause = min(2 * pause, 5.0)
         else:
             if refused:
-                print(f"{what} is written, after {time.monotonic() - begun:.0f} s", file=sys.stderr)
-            return
+                print(f"{what} is {done}, after {time.monotonic() - begun:.0f} s", file=sys.stderr)
+            return result
 
 
 def remove(path: str) -> None:

@@ -58,7 +58,7 @@ def load_positions(folder: Path, rank: int, world_size: int) -> list[dict]:
     """
     try:
         written = json.loads((folder / MANIFEST).read_text())["world_size"]
-    except (OSError, ValueError, KeyError, TypeError):  # `check_whole` says what is wrong there
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # `check_whole` says what is wrong there
         return []
     ranks = [rank] if written == world_size else range(written)
     found = []
@@ -78,6 +78,7 @@ def check_whole(folder: Path) -> dict[str, Any]:
 
     Raises:
         DamagedCheckpoint: it is not; one line says which file.
+        OSError: storage refuses to read it, which says nothing about the checkpoint.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -88,7 +89,7 @@ def check_whole(folder: Path) -> dict[str, Any]:
             if sha256_of(folder / name) != written["sha256"]:
                 raise ValueError(f"{name} is damaged: its SHA-256 is not the one that was written")
         return manifest
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(
             f"{folder} is not a whole checkpoint of this run: {' '.join(str(error).split())}"
         ) from error
@@ -100,11 +101,14 @@ def load_checkpoint(folder: Path, training: Checkpointed) -> None:
     Raises:
         DamagedCheckpoint: the folder is incomplete or damaged.
         ValueError: it is of another configuration; one line says which.
+        OSError: storage refuses to read it.
     """
     manifest = check_whole(folder)
     try:
         training.load(Parts(folder, manifest["files"]), manifest["notes"])
     except Exception as error:  # what the readers raise at a damaged file is of every kind
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder} is not a whole checkpoint of this run: {reason}") from error
 

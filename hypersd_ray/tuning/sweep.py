@@ -172,9 +172,17 @@ class _StageEnds(TuneReportCallback):
             super().after_report(run_context, [metrics[0] | {RUNG: rung(self.sweep, stage)}], checkpoint)
 
 
-def run_trial(point: dict[str, float], values: dict[str, Any], runs_per_node: int, sign: ray.actor.ActorHandle) -> None:
+def run_trial(
+    point: dict[str, float],
+    values: dict[str, Any],
+    runs_per_node: int,
+    sign: ray.actor.ActorHandle,
+    autoscaling: str = "",
+) -> None:
     """Ray Tune's function trainable; `values` are the sweep's. A trial that was killed goes on where its run stands.
-    `sign` tells it to stop."""
+    `sign` tells it to stop; `autoscaling` is the driver's RAY_AUTOSCALING, which is set at the head and not where a trial
+    may be."""
+    os.environ["RAY_AUTOSCALING"] = autoscaling
     sweep = SweepConfig.model_validate(values)
     config = trial_run(sweep, point, f"trial-{tune.get_context().get_trial_id()}")
     for record in keeping.read_quality(storage.run_folder(config.run)):
@@ -282,7 +290,13 @@ def _tuner(sweep: SweepConfig, folder: str, concurrent: int, sign: ray.actor.Act
     computing = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
     runs_per_node = math.ceil(concurrent / max(1, computing))
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, values=sweep.model_dump(mode="json"), runs_per_node=runs_per_node, sign=sign),
+        tune.with_parameters(
+            run_trial,
+            values=sweep.model_dump(mode="json"),
+            runs_per_node=runs_per_node,
+            sign=sign,
+            autoscaling=os.environ.get("RAY_AUTOSCALING", ""),
+        ),
         ALMOST_NOTHING,
     )
     if _restorable(folder):

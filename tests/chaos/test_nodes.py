@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -55,11 +57,14 @@ def test_a_notice_of_preemption(cluster, make, assert_unchanged, unbroken, tmp_p
         took = time.monotonic() - noticed
         (saved,) = checkpoints(config)
         assert 4 <= int(saved.removeprefix("checkpoint_")) < 12, "none is due before the stage's end at 12"
+        left = time.monotonic()
         two.remove_node(node_of(two, node), allow_graceful=False)
+        gone = time.monotonic() - left
         said, _ = process.communicate(timeout=500)
         assert process.returncode == 0, said
     told = story(trace)
-    assert told.restarts == 1 and told.lost < 8
+    # A step takes a second or more: none is made again but what was trained between the checkpoint and the node's end.
+    assert told.restarts == 1 and told.lost <= gone + 2
     assert_unchanged(config, told)
     record(f"preemption notice, node gone {took:.0f} s after it", "checkpoint at the notice, same weights", told)
 
@@ -132,8 +137,31 @@ run_job(lambda: run.train(TSCDConfig.model_validate(yaml.safe_load(Path({config!
 """
 
 
+ASK_FOR_TOO_MUCH = """
+import time, ray
+from ray.util.placement_group import placement_group
+ray.init(logging_level="ERROR")
+group = placement_group([{"GPU": 1}] * 50)
+print("asked", flush=True)
+time.sleep(3600)
+"""
+
+
+@contextmanager
+def asking_for_too_much(variables: dict[str, str]) -> Iterator[None]:
+    """Another job, whose request the autoscaler can never meet."""
+    other = subprocess.Popen([sys.executable, "-c", ASK_FOR_TOO_MUCH], env=variables, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "asked\n"
+        yield
+    finally:
+        other.kill()
+        other.wait()
+
+
 def test_a_cluster_grows_trains_and_shrinks(cluster, make, tmp_path):
-    """4 workers with a "GPU" each on an empty cluster; and 5 where 4 is the most, refused within a minute."""
+    """4 workers with a "GPU" each on an empty cluster, whatever another job asks for; and 5 where 4 is the most, refused
+    within a minute."""
     with growing(4, tmp_path) as empty:
         assert empty.gpus() == 0
 
@@ -158,10 +186,11 @@ def test_a_cluster_grows_trains_and_shrinks(cluster, make, tmp_path):
         assert told.endswith("raise max_workers in the cluster's file, or lower run.workers")
         record("5 GPU workers where the autoscaler may have 4", "stopped with one line", None, took)
 
-        begun = time.monotonic()
-        process = start("grown", 4)
-        assert until(lambda: empty.gpus() == 4, 300), "four nodes came"
-        came = time.monotonic() - begun
+        with asking_for_too_much(empty.environment):
+            begun = time.monotonic()
+            process = start("grown", 4)
+            assert until(lambda: empty.gpus() == 4, 300), "four nodes came"
+            came = time.monotonic() - begun
         said, _ = process.communicate(timeout=900)
         assert process.returncode == 0, said
         lines = [json.loads(line) for line in (tmp_path / "grown.trace").read_text().splitlines()]

@@ -12,11 +12,13 @@ import click
 import pydantic
 import pytest
 import yaml
+from ray._private import ray_constants
 from ray._private.label_utils import validate_node_label_syntax
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.serve.schema import ServeDeploySchema
 
 from hypersd_ray.config.cli import parse
+from hypersd_ray.config.run import RunConfig
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.recipes import RECIPES
 from hypersd_ray.recipes.feedback import feedback_sdxl
@@ -207,6 +209,16 @@ def test_pods_run_without_root_and_hold_no_secret(name):
 def test_jobs_wait_for_nodes(name):
     head = spec_of(name).headGroupSpec.template["spec"]["containers"][0]
     assert {"name": "RAY_AUTOSCALING", "value": "1"} in head["env"]
+
+
+@pytest.mark.parametrize("name", ["raycluster", "rayjob"])
+def test_a_pod_that_is_taken_away_has_time_for_a_checkpoint(name):
+    """Ray drains its node for longer than a run waits for a checkpoint, and is done before Kubernetes kills the pod."""
+    for group in spec_of(name).workerGroupSpecs:
+        pod = group.template["spec"]
+        (drain,) = (e for e in pod["containers"][0]["env"] if e["name"] == "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S")
+        assert hasattr(ray_constants, drain["name"]), "Ray reads it under this name"
+        assert RunConfig().stop_patience_s < float(drain["value"]) < pod["terminationGracePeriodSeconds"]
 
 
 def test_kubernetes_own_schema_is_strict():

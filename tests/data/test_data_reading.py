@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 
 from hypersd_ray.config.data import DataConfig, FilterConfig
 from hypersd_ray.data.reading import Cropped, Reject, patiently, read_parquet, read_rows, read_tar
+from hypersd_ray.data.tasks import DamagedShardError, ReadLatents
 from tests.data.data_shards import EMBEDDED, png, row, write_tar
 
 
@@ -133,6 +136,21 @@ def test_storage_that_fails_for_a_while_costs_no_row(tmp_path):
     failures = [PermissionError("expired")] * 3
     with pytest.raises(PermissionError, match="expired"):
         list(patiently(flaky, str(path), waits_s=(0, 0)))
+
+
+def test_latents_too_are_read_again_and_a_damaged_file_is_not(tmp_path):
+    path, aside = tmp_path / "a.parquet", tmp_path / "aside"
+    pq.write_table(pa.table({"row": [0, 1, 2, 3]}), aside)
+    path.symlink_to(path)  # reading it raises OSError
+    threading.Timer(0.3, lambda: aside.replace(path)).start()
+    item = {"url": np.array([str(path)]), "window": np.array([7]), "part": np.array([1]), "parts": np.array([2])}
+    (table,) = ReadLatents()(item)
+    assert table.to_pydict() == {"row": [1, 3], "window": [7, 7]}
+    path.write_bytes(b"PAR1 but not really")
+    begun = time.monotonic()
+    with pytest.raises(DamagedShardError, match="is damaged"):
+        list(ReadLatents()(item))
+    assert time.monotonic() - begun < 1, "no wait would mend it"
 
 
 @pytest.mark.parametrize("reader", [read_tar, read_parquet])

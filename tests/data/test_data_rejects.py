@@ -8,7 +8,7 @@ import fsspec
 import pytest
 
 from hypersd_ray.config.data import DataConfig
-from hypersd_ray.data.rejects import RejectCounter, TooManyRejectsError, check, start_reject_log, told
+from hypersd_ray.data.rejects import GaugedCounter, RejectCounter, TooManyRejectsError, check, start_reject_log, told
 
 BROKEN = [("broken_image", "k1"), ("broken_image", "k2"), ("empty_caption", "k3")]
 
@@ -37,14 +37,39 @@ def test_a_shard_counts_once_and_is_listed_once(tmp_path):
     assert len(lines(path)) == 4
 
 
-def test_a_shard_that_was_whole_and_is_lost_later_is_listed_and_not_counted(tmp_path):
+def test_a_shard_that_was_whole_and_is_lost_later_is_listed_and_its_rows_are_rejected(tmp_path):
     path = tmp_path / "rejects.jsonl"
     counter = RejectCounter(str(path), 0.5, 0)
     counter.report("a.tar", 10, BROKEN)
     for _ in range(2):
         counter.report("a.tar", 1, [("unreadable_shard", "")])
-    assert counter.summary() == {"seen": 10, "rejected": 3, "rejects": {"broken_image": 2, "empty_caption": 1}}
+    assert counter.summary() == {
+        "seen": 10, "rejected": 10, "rejects": {"unreadable_shard": 7, "broken_image": 2, "empty_caption": 1},
+    }  # fmt: skip
     assert lines(path)[3:] == [{"reason": "unreadable_shard", "shard": "a.tar", "key": ""}]
+
+
+def test_a_lost_shard_counts_as_many_rows_as_a_whole_one(tmp_path):
+    """Nine of ten gone are 90% of the data, whatever comes first; of a cut one what was read is there."""
+    counter = RejectCounter(None, 0.5, 1000)
+    for name in "abcdefgh":
+        counter.report(name, 1, [("unreadable_shard", "")])
+    counter.report("cut", 101, [("truncated_shard", "k99")])
+    assert counter.verdict() is None, "nothing is known of how many rows a shard has"
+    counter.report("whole", 1000, [])
+    assert counter.summary() == {
+        "seen": 10_000, "rejected": 8900, "rejects": {"unreadable_shard": 8000, "truncated_shard": 900},
+    }  # fmt: skip
+    assert "8900 of 10000 rows rejected (89%)" in counter.verdict()
+
+
+def test_the_gauge_hears_of_a_loss_in_a_later_epoch(monkeypatch):
+    counter = GaugedCounter(None, 0.5, 0, "run")
+    shown = {}
+    monkeypatch.setattr(counter.gauge, "set", lambda value, tags: shown.update({tags["reason"]: value}))
+    counter.report("a.tar", 10, BROKEN)
+    counter.report("a.tar", 1, [("unreadable_shard", "")])
+    assert shown == {"broken_image": 2, "empty_caption": 1, "unreadable_shard": 7}
 
 
 def test_the_verdict_waits_for_the_grace_and_names_the_knob(tmp_path):

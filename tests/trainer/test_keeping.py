@@ -44,10 +44,10 @@ def folder(tmp_path):
     return tmp_path
 
 
-def going_on(folder):
+def going_on(folder, patience_s=0.0):
     """(what was found, the state, what was told)."""
     state, told = make_distiller(distil_config(folder), seed=9), []
-    return keeping.resume(str(folder), state, 0, 1, CPU, told.append), state, told
+    return keeping.resume(str(folder), state, 0, 1, CPU, told.append, patience_s), state, told
 
 
 def damage(folder, step, file="student.safetensors"):
@@ -77,6 +77,28 @@ def test_a_truncated_one_falls_back_to_the_one_before_and_says_so(folder, file):
     assert keeping.name_of(4, found.damaged) == "checkpoint_00000004"
 
 
+def refuse(folder, step):
+    """Reading it raises OSError, and not FileNotFoundError, until what is returned is called."""
+    manifest = folder / keeping.name_of(step) / "manifest.json"
+    aside = manifest.rename(manifest.with_suffix(".aside"))
+    manifest.symlink_to(manifest)
+    return lambda: aside.replace(manifest)
+
+
+def test_storage_that_refuses_a_read_for_a_while_is_no_damage(folder, capsys):
+    threading.Timer(0.3, refuse(folder, 3)).start()
+    found, state, told = going_on(folder, patience_s=60)
+    assert (found.path, found.damaged, told) == (f"{folder}/checkpoint_00000003", (), [])
+    assert state.progress.step == 3
+    assert f"{folder}/checkpoint_00000003 is read, after" in capsys.readouterr().err
+
+
+def test_storage_that_goes_on_refusing_a_read_sends_no_run_back(folder):
+    refuse(folder, 3)
+    with pytest.raises(StorageError, match=r"checkpoint_00000003 could not be read for 0 s \(.*storage_patience_s=0"):
+        going_on(folder)
+
+
 def test_what_is_missing_is_damage_too(folder):
     (folder / keeping.name_of(3) / "position-00000-of-00001.json").unlink()
     shutil.rmtree(folder / keeping.name_of(2))
@@ -98,7 +120,7 @@ def test_without_a_whole_one_a_run_does_not_begin_anew_by_itself(folder):
 def test_another_configuration_is_not_damage(folder):
     state = make_distiller(distil_config(folder, lora={"rank": 2}))
     with pytest.raises(ValueError, match="checkpoint_00000003 is not a whole checkpoint of this run"):
-        keeping.resume(str(folder), state, 0, 1, CPU, print)
+        keeping.resume(str(folder), state, 0, 1, CPU, print, 0.0)
 
 
 def test_orphans_are_removed_and_the_newest_kept(folder):

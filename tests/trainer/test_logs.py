@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 
 import pytest
 import torch
 
+from evaluation.pictures import draw_curves
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.trainer import storage
 from hypersd_ray.trainer.checks import check
@@ -27,6 +29,30 @@ def test_json_lines_go_on_and_hold_no_nan(tmp_path):
         {"step": 1, "loss": 0.5},
         {"step": 2, "loss": None},
     ]
+
+
+def test_a_disk_that_takes_half_a_line_leaves_none(tmp_path):
+    log, path = JsonLines(str(tmp_path)), tmp_path / "metrics.jsonl"
+    log.scalars(1, {"loss": 0.5})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 7, limits[1]))
+    try:
+        log.scalars(2, {"loss": 0.25})
+        before = path.read_text()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert before == '{"step": 1, "loss": 0.5}\n'
+    log.scalars(3, {"loss": 0.125})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_a_line_that_a_killed_process_tore_costs_no_other_and_no_picture(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "consistency": 0.5}\n{"step": 2, "cons')
+    JsonLines(str(tmp_path)).scalars(3, {"consistency": 0.25})
+    assert path.read_text().splitlines()[1:] == ['{"step": 2, "cons', '{"step": 3, "consistency": 0.25}']
+    draw_curves(path, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").exists()
 
 
 def test_json_lines_at_a_url_outlive_a_process_that_dies(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -35,3 +37,22 @@ def test_encoding_is_told_now_and_then_and_at_its_end(capsys):
         "encoding  shard 1/3  100 images",
         "encoding  shard 3/3  300 images",
     ]
+
+
+DEAF = """
+import os, signal, time, types
+from hypersd_ray.trainer.stopping import stopping
+board = types.SimpleNamespace(ask_to_stop=types.SimpleNamespace(remote=lambda: None))  # its workers never answer
+with stopping(board, 0.5, folder="/runs/x"):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+"""
+
+
+def test_a_job_whose_workers_take_too_long_to_stop_says_what_to_raise():
+    ended = subprocess.run([sys.executable, "-c", DEAF], capture_output=True, text=True, check=False, timeout=120)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1] == (
+        "error: no checkpoint within 0.5 s of the signal: the same command goes on from the newest one in /runs/x; raise "
+        "run.stop_patience_s=0.5"
+    )

@@ -6,13 +6,14 @@ import sys
 
 import pytest
 import ray
+from ray.core.generated.autoscaler_pb2 import AutoscalingState
 
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.data import ActorPool
 from hypersd_ray.config.run import RunConfig
 from hypersd_ray.embedded import paths
 from hypersd_ray.recipes.feedback import feedback_sd15
-from hypersd_ray.trainer import room
+from hypersd_ray.trainer import places, room
 from hypersd_ray.trainer import run as trainer_run
 from jobs import pairs, synthesize
 
@@ -62,6 +63,24 @@ def test_workers_and_pools(cluster_of):
     room.check_pool(ActorPool(min_size=1, num_cpus=1.5), "pool", reader_cpus=0.5)
     with pytest.raises(ConfigError, match=r"pool\.min_size=2 with pool\.num_cpus=1 and a reader .* need 2\.5 CPU"):
         room.check_pool(ActorPool(min_size=2, max_size=2), "pool", reader_cpus=0.5)
+
+
+def test_another_jobs_impossible_request_is_not_ours_and_waiting_says_for_what(cluster_of):
+    state = AutoscalingState(autoscaler_state_version=3)
+    state.infeasible_gang_resource_requests.add(details="aa11:PACK|PENDING")
+    state.pending_instance_requests.add(ray_node_type_name="gpu", count=2)
+    state.failed_instance_requests.add(ray_node_type_name="spot", reason="no\ncapacity")
+    assert places.understood(state, "aa11").infeasible
+    now = places.understood(state, "bb22")
+    assert not now.infeasible and (now.speaks, now.coming) == (True, 2)
+    cluster_of({"CPU": 4.0})
+    assert places.waiting_line(RunConfig(workers=2), {"CPU": 3.0, "GPU": 1.0}, now, 61.2) == (
+        "waiting for nodes since 61 s: 2 workers need 6 CPU (now 4), 2 GPU (now 0); 2 on their way; 1 were refused, the last "
+        "spot: no capacity"
+    )
+    assert "the autoscaler says nothing" in places.waiting_line(
+        RunConfig(), {"CPU": 1.0}, places.understood(AutoscalingState(), "bb22"), 30.0
+    )
 
 
 @pytest.mark.parametrize("job", [synthesize, pairs])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hypersd_ray.config.cli import parse
 from hypersd_ray.config.sweep import SpaceConfig, SweepConfig
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.recipes import RECIPES, SWEEP_RECIPES
+from hypersd_ray.trainer import run
 from hypersd_ray.trainer.kinds.tscd import check
 from hypersd_ray.tuning import sweep as sweeps
 from hypersd_ray.tuning.space import applied, held, point_of, readable, searched
@@ -96,6 +98,24 @@ def test_trials_run_side_by_side_only_as_far_as_all_their_workers_fit(sweep, mon
     with pytest.raises(ConfigError, match="set concurrent"):
         fitting_trials(sweep, {"CPU": 4.0})
     assert fitting_trials(seven, {"CPU": 4.0}) == 7
+
+
+@pytest.mark.parametrize("here", ["", "1"])
+def test_a_trial_knows_whether_nodes_may_come_wherever_it_is(sweep, monkeypatch, tmp_path, here):
+    """RAY_AUTOSCALING is the head's: the driver's word counts, also against a node's own."""
+    monkeypatch.setenv("RAY_AUTOSCALING", "0" if here else "1")  # a worker node's
+    seen = []
+
+    def train(*args, **kwargs):
+        seen.append(os.environ["RAY_AUTOSCALING"])
+        return run.Result(str(tmp_path), {})
+
+    monkeypatch.setattr(run, "train", train)
+    monkeypatch.setattr(
+        sweeps, "_StageEnds", lambda sweep: None
+    )  # Ray Train's callback is for Ray Tune's sessions only
+    sweeps.run_trial({}, sweep.model_dump(mode="json"), 1, None, autoscaling=here)
+    assert seen == [here]
 
 
 def test_trials_have_names_of_their_own_and_share_what_is_made_once(sweep):
