@@ -4,6 +4,7 @@ python jobs/feedback.py tiny --lora runs/tiny-minutes/lora/tscd-k1.safetensors  
 python jobs/feedback.py tiny --lora LORA --learn reward                                         # without structure
 python jobs/feedback.py sd15 --teacher PATH --lora LORA --models FOLDER --data.shards 's3://...'
 ray job submit --working-dir . -- python jobs/feedback.py tiny --lora LORA                      # on a cluster
+python jobs/feedback.py sdxl --plan                             # no training: throughput to 256 GPUs, and the limit
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ from hypersd_ray.recipes import FEEDBACK_RECIPES
 
 def main() -> None:
     """Train, say where everything is, and draw."""
+    if "--plan" in sys.argv:
+        from hypersd_ray.tuning.plan import print_plan
+
+        print_plan(FEEDBACK_RECIPES, FeedbackConfig, sys.argv[1:])
+        return
     config = parse(FEEDBACK_RECIPES, FeedbackConfig, __doc__)
     from hypersd_ray.trainer import run  # Ray and torch come after the configuration is known to be right
 

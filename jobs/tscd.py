@@ -23,42 +23,18 @@ from hypersd_ray.recipes import RECIPES
 
 def main() -> None:
     """Train, draw, and say where everything is."""
-    arguments, rates = split_plan(sys.argv[1:])
-    if rates is not None:
-        print_plan(arguments, rates)
+    if "--plan" in sys.argv:
+        from hypersd_ray.tuning.plan import print_plan
+
+        print_plan(RECIPES, TSCDConfig, sys.argv[1:])
         return
-    config = parse(RECIPES, TSCDConfig, __doc__, arguments)
+    config = parse(RECIPES, TSCDConfig, __doc__)
     from hypersd_ray.trainer import run  # Ray and torch come after the configuration is known to be right
 
     result = run.train(config)
     report(config, result)
     for path in draw(config, result.folder):
         print(f"picture  {path}")
-
-
-def split_plan(arguments: list[str]) -> tuple[list[str], list[str] | None]:
-    """The command line without `--plan [name=number ...]`, and those; None where it is not asked for."""
-    if "--plan" not in arguments:
-        return arguments, None
-    at = arguments.index("--plan")
-    end = at + 1
-    while end < len(arguments) and "=" in arguments[end] and not arguments[end].startswith("-"):
-        end += 1
-    return arguments[:at] + arguments[end:], arguments[at + 1 : end]
-
-
-def print_plan(arguments: list[str], rates: list[str]) -> None:
-    """The plan of the run that `arguments` ask for. The teacher may be left out where the recipe's name says the family: no
-    weight is read, and no cluster asked for."""
-    from hypersd_ray.models.shapes import write_shape
-    from hypersd_ray.tuning.plan import plan
-
-    recipe = next((argument for argument in arguments if argument in ("sd15", "sdxl")), None)
-    with tempfile.TemporaryDirectory() as folder:
-        if recipe is not None and not any(argument.partition("=")[0] == "--teacher" for argument in arguments):
-            write_shape(Path(folder), "sdxl" if recipe == "sdxl" else "sd")
-            arguments = [*arguments, "--teacher", folder]
-        print(plan(parse(RECIPES, TSCDConfig, __doc__ or "", arguments), rates))
 
 
 def draw(config: TSCDConfig, folder: str) -> list[str]:
