@@ -4,9 +4,10 @@
 
 Both sides read the same encoded latents, build the same state, make the same step (`hypersd_ray/training`), write the same logs and
 as many checkpoints to the same disk, on gloo and the CPU, one thread a worker. The plain side reads its rows before it begins, so
-that it pays nothing for data, and tells nobody of its checkpoints. What counts of a round is the wall clock between the first step
-that is logged after the start's and the last one, by the logs' own times: all that lies between is in it. Rounds are short, begin with
-either side in turn, and the ratio is the median of the rounds', with the 95% bootstrap interval of that median. `--workers 1` and `4` show how the step grows with workers, for `--plan`.
+that it pays nothing for data, and tells nobody of its checkpoints. What counts of a round is the wall clock from the first step in
+the logs, the tenth, to the last, by the logs' own times: all that lies between is in it. Rounds are short and begin with either side
+in turn; the ratio is the median of the rounds', with the 95% bootstrap interval of that median. `--workers 1` and `4` show how the
+step grows with workers, for `--plan`.
 """
 
 from __future__ import annotations
