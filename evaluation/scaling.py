@@ -4,12 +4,12 @@
     python evaluation/scaling.py --parameters 200000000 --seconds-per-image 0.1
 
 A worker is a process in a gloo group. What its GPU would compute is a wait of `seconds_per_image` for each of its images, so
-that four workers need no cores for that; the gradients' all-reduce and the checkpoints, four times their bytes, hashed and
-written by rank 0 while the others wait, are the training's own. The plan is given the rates of two probes, an all-reduce of
-two workers with an eighth of the gradients and a checkpoint of one worker of its full size (smaller ones are written faster),
-and says what a step will take; the steps are then measured. Medians count. The plan gives every worker a link of its own, here
-all bytes go over one memory; so it is asked twice, with the probe's link for each and with it shared out: what is measured
-should lie between.
+that four workers need no cores for that; the gradients' all-reduce and the checkpoints, four times their bytes, written and
+hashed by rank 0 while the others wait, are the training's own, but for the copy to run.out that the loop makes of each: there
+is none here. The plan is given the rates of two probes, an all-reduce of two workers with an eighth of the gradients and a
+checkpoint of one worker of its full size (smaller ones are written faster), and says what a step will take; the steps are
+then measured. Medians count. The plan gives every worker a link of its own, here all bytes go over one memory; so it is asked
+twice, with the probe's link for each and with it shared out: what is measured should lie between.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Examples:
     python jobs/feedback.py tiny --lora LORA --learn reward                                         # without structure
     python jobs/feedback.py sd15 --teacher PATH --lora LORA --models FOLDER --data.shards 's3://...'
     ray job submit --working-dir . -- python jobs/feedback.py tiny --lora LORA                      # on a cluster
+    python jobs/feedback.py sdxl --plan                             # no training: throughput to 256 GPUs, and the limit
 """
 
 from __future__ import annotations
@@ -15,14 +16,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
 
-from hypersd_ray.config.cli import parse, run_job
+from hypersd_ray.config.cli import PLAN_OPTIONS, parse, run_job
 from hypersd_ray.config.feedback import FeedbackConfig
 from hypersd_ray.recipes import FEEDBACK_RECIPES
 
 
 def main() -> None:
     """Train, say where everything is, and draw."""
-    config = parse(FEEDBACK_RECIPES, FeedbackConfig, __doc__)
+    if "--plan" in sys.argv:
+        from hypersd_ray.tuning.plan import print_plan
+
+        print_plan(FEEDBACK_RECIPES, FeedbackConfig, sys.argv[1:])
+        return
+    config = parse(FEEDBACK_RECIPES, FeedbackConfig, __doc__, sys.argv[1:], PLAN_OPTIONS)
     from hypersd_ray.trainer import run  # Ray and torch come after the configuration is known to be right
 
     result = run.train(config)

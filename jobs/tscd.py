@@ -13,59 +13,29 @@ Examples:
 from __future__ import annotations
 
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
 
-from hypersd_ray.config.cli import parse, run_job
+from hypersd_ray.config.cli import PLAN_OPTIONS, parse, run_job
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.recipes import RECIPES
-
-PLAN_OPTIONS = """options of the job:
-  --plan [NAME=NUMBER ...]  train nothing: print the throughput to 256 GPUs and what limits it; NAME=NUMBER is a rate
-                            in place of an assumed one
-"""
 
 
 def main() -> None:
     """Train, draw, and say where everything is."""
-    arguments, rates = split_plan(sys.argv[1:])
-    if rates is not None:
-        print_plan(arguments, rates)
+    if "--plan" in sys.argv:
+        from hypersd_ray.tuning.plan import print_plan
+
+        print_plan(RECIPES, TSCDConfig, sys.argv[1:])
         return
-    config = parse(RECIPES, TSCDConfig, __doc__, arguments, PLAN_OPTIONS)
+    config = parse(RECIPES, TSCDConfig, __doc__, sys.argv[1:], PLAN_OPTIONS)
     from hypersd_ray.trainer import run  # Ray and torch come after the configuration is known to be right
 
     result = run.train(config)
     report(config, result)
     for path in draw(config, result.folder):
         print(f"picture  {path}")
-
-
-def split_plan(arguments: list[str]) -> tuple[list[str], list[str] | None]:
-    """The command line without `--plan [name=number ...]`, and those; None where it is not asked for."""
-    if "--plan" not in arguments:
-        return arguments, None
-    at = arguments.index("--plan")
-    end = at + 1
-    while end < len(arguments) and "=" in arguments[end] and not arguments[end].startswith("-"):
-        end += 1
-    return arguments[:at] + arguments[end:], arguments[at + 1 : end]
-
-
-def print_plan(arguments: list[str], rates: list[str]) -> None:
-    """The plan of the run that `arguments` ask for. The teacher may be left out where the recipe's name says the family: no
-    weight is read, and no cluster asked for."""
-    from hypersd_ray.models.shapes import write_shape
-    from hypersd_ray.tuning.plan import plan
-
-    recipe = next((argument for argument in arguments if argument in ("sd15", "sdxl")), None)
-    with tempfile.TemporaryDirectory() as folder:
-        if recipe is not None and not any(argument.partition("=")[0] == "--teacher" for argument in arguments):
-            write_shape(Path(folder), "sdxl" if recipe == "sdxl" else "sd")
-            arguments = [*arguments, "--teacher", folder]
-        print(plan(parse(RECIPES, TSCDConfig, __doc__ or "", arguments), rates))
 
 
 def draw(config: TSCDConfig, folder: str) -> list[str]:

@@ -52,6 +52,11 @@ RECIPE_OPTIONS = {
     "tokenizer": "vocabulary file of the reward model's text tokenizer",
 }
 """A recipe's parameter -> what --help says of it; one name means one thing in every recipe."""
+PLAN_OPTIONS = """options of the job:
+  --plan [NAME=NUMBER ...]  train nothing: print the throughput to 256 GPUs and what limits it; NAME=NUMBER is a rate
+                            in place of an assumed one
+"""
+"""Of --help, where a job has --plan."""
 
 
 class Parser(argparse.ArgumentParser):

@@ -159,6 +159,27 @@ def _first_stage_trained(sweep: SweepConfig) -> int:
     return 2 if sweep.warm_start or sweep.base.first_stage else 1
 
 
+class ASHA(AsyncHyperBandScheduler):
+    """ASHA whose rungs outlast the sweep's process: Ray Tune keeps its trials and what Optuna knows, the scheduler it keeps as it
+    was before the first result."""
+
+    def __init__(self, sweep: SweepConfig):
+        super().__init__(time_attr=RUNG, grace_period=1, max_t=_last_rung(sweep), reduction_factor=sweep.reduction)
+        self.sweep = sweep
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Of a trial that was there before: the stages that Ray Tune has heard of, from the trial's own records. It hears of others
+        when the trial goes on, and is asked whether that may."""
+        super().on_trial_add(tune_controller, trial)
+        heard = (trial.last_result or {}).get(RUNG)
+        if heard is None:
+            return
+        for record in keeping.read_quality(f"{sweep_folder(self.sweep)}/trials/trial-{trial.trial_id}"):
+            result = {RUNG: rung(self.sweep, record["stage"]), METRIC: record[METRIC]}
+            if result[RUNG] <= heard:
+                self.on_trial_result(tune_controller, trial, result)
+
+
 class _StageEnds(TuneReportCallback):
     """Ray Tune hears of the ends of stages alone: between them there is no quality to judge a trial by."""
 
@@ -301,16 +322,13 @@ def _tuner(sweep: SweepConfig, folder: str, concurrent: int, sign: ray.actor.Act
     )
     if _restorable(folder):
         return tune.Tuner.restore(folder, trainable=trainable, resume_unfinished=True, resume_errored=True)
-    asha = AsyncHyperBandScheduler(
-        time_attr=RUNG, grace_period=1, max_t=_last_rung(sweep), reduction_factor=sweep.reduction
-    )
     search = _search(sweep, concurrent)
     return tune.Tuner(
         trainable,
         param_space=searched(sweep.space),
         tune_config=tune.TuneConfig(
             metric=METRIC, mode="min", num_samples=sweep.trials, search_alg=search,
-            scheduler=asha if sweep.scheduler == "asha" else FIFOScheduler(),
+            scheduler=ASHA(sweep) if sweep.scheduler == "asha" else FIFOScheduler(),
             trial_name_creator=lambda trial: f"trial-{trial.trial_id}",
             trial_dirname_creator=lambda trial: f"trial-{trial.trial_id}",
         ),

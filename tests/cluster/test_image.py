@@ -50,6 +50,15 @@ def test_the_images_ray_is_the_one_the_project_asks_for():
     assert extras <= {"default", "train", "tune", "data", "serve"}
 
 
+def test_clusters_get_extras_that_there_are_and_all_that_their_jobs_need():
+    there = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for path in (DOCKERFILE, CLUSTER / "local.yaml"):
+        (named,) = re.findall(r"""['"]\.\[(.*?)\]['"]""", path.read_text())
+        extras = set(named.split(","))
+        assert extras <= set(there), path
+        assert extras >= {"cloud", "data", "sweep", "zero"}, path
+
+
 def test_every_cluster_file_names_that_image_and_version():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     tag = f"hypersd-ray:{version}-ray{image_version()}"

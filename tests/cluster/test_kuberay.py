@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+import jsonschema
 import pydantic
 import pytest
 import yaml
@@ -55,6 +57,26 @@ def test_every_field_is_one_that_kuberay_or_kubernetes_knows(name):
     assert spec.authOptions and spec.authOptions.mode == "token"
     assert spec.enableInTreeAutoscaling and spec.autoscalerOptions and spec.autoscalerOptions.version == "v2"
     assert spec.headGroupSpec.rayStartParams["num-cpus"] == "0"
+
+
+def strict(schema: Any) -> Any:
+    """The same with no properties but those that it names, as `kubectl apply` has it."""
+    if isinstance(schema, list):
+        return [strict(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = "properties" in schema and not schema.get("x-kubernetes-preserve-unknown-fields")
+    more = {"additionalProperties": False} if closed and schema.get("type") == "object" else {}
+    return more | {key: strict(part) for key, part in schema.items()}
+
+
+@pytest.mark.skipif("HYPERSD_KUBERAY_CRDS" not in os.environ, reason="HYPERSD_KUBERAY_CRDS, a folder of KubeRay's CRDs")
+@pytest.mark.parametrize("name", NAMES)
+def test_kuberays_own_definitions_take_the_files(name):
+    """No package has them: ray-operator/config/crd/bases of a checkout of KubeRay."""
+    crd = yaml.safe_load((Path(os.environ["HYPERSD_KUBERAY_CRDS"]) / f"ray.io_{name}s.yaml").read_text())
+    (schema,) = [v["schema"]["openAPIV3Schema"] for v in crd["spec"]["versions"] if v["name"] == "v1"]
+    jsonschema.validate(the(name), strict(schema))
 
 
 def test_the_volume_that_all_mount_is_shared_and_there():

@@ -16,9 +16,12 @@ from hypersd_ray.config.feedback import FeedbackConfig
 from hypersd_ray.config.run import RunConfig
 from hypersd_ray.config.sweep import SweepConfig
 from hypersd_ray.config.tscd import TSCDConfig
+from hypersd_ray.models.checkpoint import Family, read_base
 from hypersd_ray.models.discriminator import LatentDiscriminator
+from hypersd_ray.models.shapes import write_shape
 from hypersd_ray.recipes import FEEDBACK_RECIPES, RECIPES, SWEEP_RECIPES
-from hypersd_ray.recipes.tscd import sdxl
+from hypersd_ray.recipes.tscd import sd15, sdxl
+from hypersd_ray.tuning.plan import Hardware, filled, row, work_of
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/cluster.md").read_text()
@@ -104,3 +107,23 @@ def test_the_figures_follow_from_the_code(tmp_path):
     assert f"{gpus} x {pool.min_size} x {pool.num_gpus} = {gpus * pool.min_size * pool.num_gpus:g}" in PAGE
     assert pool.max_size is not None
     assert f"{gpus} x {pool.max_size} x {pool.num_gpus} = {gpus * pool.max_size * pool.num_gpus:g}" in PAGE
+
+
+def test_the_plans_are_what_the_code_plans(tmp_path):
+    shapes: tuple[Family, ...] = ("sd", "sdxl")
+    for family in shapes:
+        write_shape(tmp_path / family, family)
+    small, large = sd15(str(tmp_path / "sd")), sdxl(str(tmp_path / "sdxl"))
+    full = large.model_copy(update={"full_unet": True})
+    lines, reduce_bites_from = {w: f"| {w} |" for w in (8, 16, 32, 64, 128, 256)}, []
+    for config in (small, large, full):
+        info = read_base(config.teacher)
+        work, hardware = work_of(config, info), filled(Hardware(), config, info)
+        rows = [row(work, hardware, w) for w in lines]
+        for r in rows:
+            shares = f"{r.all_reduce / r.step:.1%} | {r.checkpoint / r.step:.1%}"
+            lines[r.workers] += f" {r.images_s:.1f} | {shares} | {r.encoders} |"
+        reduce_bites_from.append(next((r.workers for r in rows if "all-reduce" in r.limits), None))
+    assert "\n".join(lines.values()) in PAGE
+    assert reduce_bites_from == [256, None, 64]
+    assert "from 256 GPUs on" in PAGE and "from 64 GPUs on" in PAGE

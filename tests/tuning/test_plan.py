@@ -12,7 +12,17 @@ import pytest
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.models.checkpoint import read_base
 from hypersd_ray.recipes import RECIPES
-from hypersd_ray.tuning.plan import Hardware, Work, all_reduce_seconds, limits, parse_hardware, plan, row, work_of
+from hypersd_ray.tuning.plan import (
+    Hardware,
+    Work,
+    all_reduce_seconds,
+    limits,
+    parse_hardware,
+    plan,
+    row,
+    split_plan,
+    work_of,
+)
 
 HARDWARE = Hardware(seconds_per_image=0.28, encoder_images_s=20)
 
@@ -32,18 +42,19 @@ def test_a_row_by_hand():
     assert made.compute == pytest.approx(0.28 * 16)
     assert made.checkpoint == pytest.approx(0.5)
     assert made.images_s == pytest.approx(512 / made.step)
-    assert made.encoders == math.ceil(made.images_s / 20) and made.rewards == math.ceil(made.images_s / 60)
+    assert made.encoders == math.ceil(made.images_s / 20) and made.rewards == 0
     assert made.read == pytest.approx(made.images_s * 449e3 / 1e9)
     assert made.limits == (
         "encoders",
         "checkpoints",
-    )  # 5.1 GPUs beside 32 and half a second of five; reward actors: 1.7
+    )  # 5.1 GPUs beside 32 and half a second of five
     assert (
         limits([row(work, HARDWARE, w) for w in (1, 8, 32)])
         == "limits: encoders, from 1 GPUs; checkpoints, from 32 GPUs"
     )
-    slow = replace(HARDWARE, reward_images_s=10)
-    assert row(work, slow, 32).limits[0] == "reward actors"
+    feedback, slow = replace(work, judged=2), replace(HARDWARE, reward_images_s=20)
+    assert row(feedback, HARDWARE, 32).rewards == math.ceil(2 * made.images_s / 60)
+    assert row(feedback, slow, 32).limits[0] == "reward actors" and "reward actors" not in row(work, slow, 32).limits
     # 300 workers and 512 images: some compute two, the others wait for them
     assert "batch too small" in row(work, HARDWARE, 300).limits
 
@@ -68,7 +79,7 @@ def test_the_tiny_recipes_plan():
 @pytest.mark.parametrize(
     ("given", "said"),
     [("storgae=2", "unknown rate 'storgae'; there are data"), ("storage=fast", "must be a number above 0"),
-     ("storage=0", "must be a number above 0")],
+     ("storage=0", "must be a number above 0"), ("gpus_per_node=0.5", "gpus_per_node must be a whole number of at least 1")],
 )  # fmt: skip
 def test_wrong_rates_are_one_line(given, said):
     with pytest.raises(ConfigError, match=said):
@@ -80,17 +91,22 @@ def test_an_unknown_step_is_asked_for():
         plan(RECIPES["tiny"]())
 
 
-def test_the_job_prints_it_and_trains_nothing(monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("tscd_job", Path(__file__).parents[2] / "jobs" / "tscd.py")
-    job = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(job)
+def test_the_jobs_print_it_and_train_nothing(monkeypatch, capsys):
+    def said(name: str, *arguments: str) -> str:
+        spec = importlib.util.spec_from_file_location(f"{name}_job", Path(__file__).parents[2] / "jobs" / f"{name}.py")
+        job = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(job)
+        monkeypatch.setattr("sys.argv", [f"{name}.py", *arguments])
+        job.main()
+        return capsys.readouterr().out
+
     given = ["tiny", "--plan", "storage=2", "seconds_per_image=0.01", "--optim.batch", "64"]
-    assert job.split_plan(given) == (["tiny", "--optim.batch", "64"], ["storage=2", "seconds_per_image=0.01"])
-    assert job.split_plan(["tiny"]) == (["tiny"], None)
-    monkeypatch.setattr("sys.argv", ["tscd.py", "sd15", "--plan"])  # no teacher's folder: its published shape
-    job.main()
-    assert "seconds_per_image=0.032" in (said := capsys.readouterr().out) and "| 256 | " in said
-    monkeypatch.setattr("sys.argv", ["tscd.py", *given])
-    job.main()
-    said = capsys.readouterr().out
-    assert "storage=2" in said and "| 256 | " in said and "limit" in said
+    assert split_plan(given) == (["tiny", "--optim.batch", "64"], ["storage=2", "seconds_per_image=0.01"])
+    tscd = said("tscd", "sd15", "--plan")  # no teacher's folder: its published shape
+    assert "seconds_per_image=0.032" in tscd and "| 256 | " in tscd and "reward" not in tscd
+    feedback = said("feedback", "sd15", "--plan")
+    # SD1.5's LoRA and Adam's two moments; pictures from noise for the rewards, real ones noised for the structure
+    assert "67.3M trained parameters: 269 MB of gradients a step, 807 MB a checkpoint" in feedback
+    assert "limits: reward actors, from 1 GPUs" in feedback and "judge 2 pictures for each image" in feedback
+    tiny = said("tscd", *given)
+    assert "storage=2" in tiny and "| 256 | " in tiny and "limit" in tiny

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pickle
 import random
 from pathlib import Path
 
 import pytest
 import yaml
-from ray.tune.schedulers import AsyncHyperBandScheduler
+from ray import tune
 
 from hypersd_ray.config.base import CombinationError, ConfigError
 from hypersd_ray.config.cli import parse
 from hypersd_ray.config.sweep import SpaceConfig, SweepConfig
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.recipes import RECIPES, SWEEP_RECIPES
-from hypersd_ray.trainer import run
+from hypersd_ray.trainer import keeping, run
 from hypersd_ray.trainer.kinds.tscd import check
 from hypersd_ray.tuning import sweep as sweeps
 from hypersd_ray.tuning.space import applied, held, point_of, readable, searched
@@ -134,14 +135,47 @@ def test_asha_judges_after_every_stage_that_trials_train_but_the_last(sweep):
     for changes, trained in (({}, (2, 3, 4)), ({"reduction": 3.0}, (2, 3, 4)), ({"warm_start": False}, (1, 2, 3, 4))):
         changed = sweep.model_copy(update=changes)
         *ends, last = (sweeps.rung(changed, stage) for stage in trained)
-        asha = AsyncHyperBandScheduler(
-            time_attr=sweeps.RUNG, metric="objective", mode="min", max_t=sweeps._last_rung(changed), reduction_factor=changed.reduction
-        )  # fmt: skip
+        asha = sweeps.ASHA(changed)
         *milestones, top = sorted(milestone for milestone, _ in asha._brackets[0]._rungs)
         assert milestones == pytest.approx(ends), "each of these ends is a rung of its own"
         assert ends[-1] < last < top == sweeps._last_rung(changed), (
             "the last is none: what ends by itself is not killed"
         )
+
+
+def test_ashas_rungs_outlast_the_sweeps_process(sweep, tmp_path):
+    """As Ray Tune restores it: the scheduler as it was before the first result, then each trial with its last result."""
+    base = sweep.base.model_copy(update={"run": sweep.base.run.model_copy(update={"out": str(tmp_path)})})
+    sweep = sweep.model_copy(update={"base": base, "reduction": 2.0})
+    fresh = pickle.dumps(sweeps.ASHA(sweep))
+
+    def restored(heard: dict[str, dict[int, float]]) -> sweeps.ASHA:
+        asha = pickle.loads(fresh)
+        asha.set_search_properties("objective", "min")
+        for name, objectives in heard.items():
+            trial = tune.experiment.Trial("run_trial", stub=True, trial_id=name)
+            stage = max(objectives, default=None)
+            if stage is not None:
+                trial.update_last_result({sweeps.RUNG: sweeps.rung(sweep, stage), "objective": objectives[stage]})
+            asha.on_trial_add(None, trial)
+        return asha
+
+    def decision(asha: sweeps.ASHA, name: str, stage: int, value: float) -> str:
+        result = {sweeps.RUNG: sweeps.rung(sweep, stage), "objective": value}
+        return asha.on_trial_result(None, tune.experiment.Trial("run_trial", stub=True, trial_id=name), result)
+
+    heard = {"good": {2: 0.2, 3: 0.1, 4: 0.1}, "stopped": {2: 0.9}, "on": {2: 0.3}, "new": {}}
+    for name, objectives in heard.items():
+        for stage, value in objectives.items():
+            record = {"stage": stage, "objective": value}
+            keeping.append_quality(f"{sweep_folder(sweep)}/trials/trial-{name}", record, 0)
+    # this one's end came when the process was gone already: it is not heard of, and will be judged
+    keeping.append_quality(f"{sweep_folder(sweep)}/trials/trial-on", {"stage": 3, "objective": 0.5}, 0)
+    asha = restored(heard)
+    rungs = [recorded for _, recorded in reversed(asha._brackets[0]._rungs)]
+    assert rungs == [{"good": -0.2, "stopped": -0.9, "on": -0.3}, {"good": -0.1}, {}]
+    assert decision(asha, "on", 3, 0.5) == "STOP" and decision(asha, "new", 2, 0.4) == "STOP"
+    assert decision(restored({"new": {}}), "new", 2, 0.4) == "CONTINUE", "were it the first, it would go on"
 
 
 def test_paths_are_as_they_are_from_here(sweep, tmp_path, monkeypatch):
