@@ -338,6 +338,11 @@ def _tuner(sweep: SweepConfig, folder: str, concurrent: int, sign: ray.actor.Act
     )  # fmt: skip
 
 
+def _ended(sweep: SweepConfig, records: list[dict[str, Any]]) -> bool:
+    """Whether a run came to the end of its last stage: that is measured after its LoRA is written."""
+    return bool(records) and records[-1]["stage"] == sweep.base.stages
+
+
 def run_sweep(sweep: SweepConfig) -> Outcome:
     """Train the base, then the trials; or go on where the sweep of that name stands.
 
@@ -356,7 +361,9 @@ def run_sweep(sweep: SweepConfig) -> Outcome:
     _check_same(sweep, folder)
     concurrent = _settled(folder, concurrent)
     base = base_run(sweep)
-    run.train(base)
+    # Where it has come to its end before, workers would start for nothing.
+    if not _ended(sweep, keeping.read_quality(storage.run_folder(base.run))):
+        run.train(base)
     print(f"base done; {sweep.trials} trials, {concurrent} at a time, {sweep.search}, {sweep.scheduler}", flush=True)
     # Ray Tune's own handler would end an interrupted sweep as if all of it were done.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
@@ -367,8 +374,7 @@ def run_sweep(sweep: SweepConfig) -> Outcome:
     for result in results:
         name = Path(result.path).name
         records = keeping.read_quality(f"{folder}/trials/{name}")
-        ended = bool(records) and records[-1]["stage"] == sweep.base.stages
-        state = "failed" if result.error else "finished" if ended else "stopped"
+        state = "failed" if result.error else "finished" if _ended(sweep, records) else "stopped"
         trials.append(Trial(name, dict(result.config or {}), records, state))
         if result.error:
             print(f"{name} failed: {str(result.error).strip().splitlines()[-1]}", flush=True)
