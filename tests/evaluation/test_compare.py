@@ -69,7 +69,7 @@ def test_three_rates_then_three_seeds_at_the_best(make_config):
     assert any("dmd-lr?-seed2" in line and "to do" in line for line in lines)
 
 
-def test_new_noise_between_steps_goes_to_samplers_that_have_gamma(make_config):
+def test_new_noise_between_steps_goes_to_samplers_that_have_gamma(make_config, make_lora):
     comparison = Comparison(make_config(methods=("lcm", "pd", "tcd"), noisy_steps=(4,), rates=(1.0,), seeds=(0,)))
     comparison.begin()
     found = {}
@@ -79,7 +79,7 @@ def test_new_noise_between_steps_goes_to_samplers_that_have_gamma(make_config):
         (folder / "lora").mkdir(parents=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(first.model_dump(mode="json")))
         for steps in (2, 4, 8):
-            (folder / KINDS[kind_of(first)].product(first, steps)).touch()
+            shutil.copy(make_lora(), folder / KINDS[kind_of(first)].product(first, steps))
         comparison.there.finish(piece, runs=[str(folder)], seconds=0.0, teacher_passes=0)
         config = comparison.evaluation(steps=(2, 4, 8))
         for noisy in ((), (4,)):

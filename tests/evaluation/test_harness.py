@@ -22,7 +22,7 @@ from evaluation.harness.prompts import Row, coco_manifest, read_rows
 from evaluation.harness.run import evaluate, make_all
 from evaluation.harness.sampler import Sampler
 from evaluation.harness.store import Store, part_of, shard_name
-from evaluation.harness.subjects import How, Subject, find_baseline, find_subject, run_how, run_subject, teacher
+from evaluation.harness.subjects import Cell, How, Subject, find_baseline, find_subject, run_how, run_subject, teacher
 from evaluation.quality import QualityConfig
 from evaluation.quality import Subject as Pipeline
 from evaluation.report.paper import comparable
@@ -36,6 +36,7 @@ from hypersd_ray.models.cards import UNetCard, save_unet_with_card
 from hypersd_ray.models.checkpoint import read_base
 from hypersd_ray.recipes import RECIPES
 from hypersd_ray.trainer.kinds import KINDS
+from hypersd_ray.training import samples
 from hypersd_ray.training.samples import Sampling
 from tests.helpers.pipelines import CAPTIONS, tiny_unet
 
@@ -135,6 +136,13 @@ def test_a_cell_is_named_by_what_decides_its_pictures(config, make_lora, tmp_pat
     assert len(keys) == 2 * 6
 
 
+def test_keys_stay_what_they_were():
+    """Pictures are kept under them: a key that changes loses all that users have made."""
+    how = How("edges", 0.5, 3.0, (1000, 300, 0), 4, (999,))
+    keys = [Cell("m", "lora", "/base", "/w", "b", "w", 2, 0, one).key for one in (how, How("tcd"))]
+    assert keys == ["8f854c7e01cdbafbaa27ba3f", "810ef727d0adc58a7937ee70"]
+
+
 def test_a_unet_of_one_time_step_is_sampled_from_it(config, folders, tmp_path):
     card = UNetCard(str(folders["sd"]), read_base(folders["sd"]), (800,), "tiny")
     folder = save_unet_with_card(tiny_unet("sd"), tmp_path / "unet", "unet", card)
@@ -167,6 +175,13 @@ def test_a_pipelines_folder_is_sampled_as_it_is_asked(config, folders, tmp_path)
     assert how(folders["sd"]) == How("edges", guidance=config.teacher_guidance)
 
 
+def test_the_teacher_is_named_as_any_model(config):
+    assert find_subject("teacher", config).name == "teacher" and find_subject("base=teacher", config).name == "base"
+    assert find_subject("base=teacher", config).parts == find_subject("teacher", config).parts
+    named = config.model_copy(update={"baseline": "guided=teacher", "teacher_steps": 7})
+    assert (find_baseline(named).name, list(find_baseline(named).parts)) == ("guided", [7])
+
+
 def test_a_recipe_says_how_its_model_is_sampled():
     few = [Sampling(4, (1000, 750, 500, 250, 0), eta=1.0), Sampling(1, (1000, 0))]
     assert run_how(few, 4) == How("edges", 1.0, times=(1000, 750, 500, 250, 0))
@@ -191,7 +206,35 @@ def test_an_eta_that_is_asked_for_goes_before_the_recipes(config, make_lora, tmp
         how(lines, 4, eta=0.5)
 
 
-@pytest.mark.parametrize("how", [How("edges", eta=1.0), How("tcd", eta=0.5), How("lcm"), How("edges", guidance=3.0)])
+def test_a_run_is_guided_where_it_keeps_guidance_or_is_asked_to(config, make_lora, tmp_path):
+    folder, run = tmp_path / "run", RECIPES["tiny"]()
+    product = folder / KINDS["tscd"].product(run, 2)
+    product.parent.mkdir(parents=True)
+
+    def how(**changes) -> How:
+        return run_subject("run", folder, run, config.model_copy(update=changes | {"steps": (2,)})).parts[2][1]
+
+    shutil.copy(make_lora(), product)
+    assert how() == How("edges") and how(scheduler="tcd") == How("tcd")
+    assert how(guidance=2.0, eta=0.5) == How("edges", 0.5, 2.0) and how(guidance=2.0, scheduler="tcd").guidance == 2
+    shutil.copy(make_lora(guidance="kept"), product)
+    assert how() == How("edges", guidance=3.0) and how(scheduler="tcd") == How("tcd", guidance=3.0)
+    assert how(guidance=2.0).guidance == 2 and how(teacher_guidance=7.5).guidance == 7.5
+
+
+def test_a_guided_sampler_keeps_its_noise_times_and_windows(config):
+    """And without them it is the teacher's own, bit for bit: pictures that are kept stay right."""
+    sampler, row = Sampler(config.base), read_rows(config)[:1]
+    latents = lambda how: sampler(Subject("x", "base", config.base, {2: ("", how)}).cells(0, "float32")[0], row).latents
+    guided = latents(How("edges", guidance=3.0))
+    x_T = samples.start_noise(0, [row[0].key], sampler.shape)
+    cond = sampler.conditioning([row[0].prompt])
+    assert torch.equal(guided, samples.teacher_samples(sampler.roles, x_T, cond, sampler.null, 2, 3.0))
+    for other in (How("edges", 1.0, 3.0), How("edges", guidance=3.0, times=(1000, 300, 0)), How("edges", guidance=3.0, windows=2)):
+        assert not torch.equal(latents(other), guided), other
+
+
+@pytest.mark.parametrize("how", [How("edges", eta=1.0), How("tcd", eta=0.5), How("lcm"), How("edges", 1.0, 3.0)])
 def test_a_picture_does_not_depend_on_its_batch(config, make_lora, how):
     rows = read_rows(config)[:4]
     subject = Subject("x", "lora", config.base, {2: (str(make_lora()), how)})
