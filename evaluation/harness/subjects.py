@@ -211,7 +211,9 @@ def _how(config: EvaluateConfig, metadata: LoRAMetadata | UNetSampling | None, s
         raise ConfigError(f"--steps {steps} with --scheduler {scheduler}: each must be within 1..{limit}")
     if eta and scheduler in ("ddim", "lcm") and config.eta is not None:
         raise ConfigError(f"--eta {eta:g} with --scheduler {scheduler}, which has no such thing: use tcd or edges")
-    return How(scheduler, eta if scheduler in ("tcd", "edges") else 0.0, _guidance(config, metadata), timesteps=timesteps)
+    return How(
+        scheduler, eta if scheduler in ("tcd", "edges") else 0.0, _guidance(config, metadata), timesteps=timesteps
+    )
 
 
 def _guidance(config: EvaluateConfig, metadata: LoRAMetadata | UNetSampling | None) -> float:

@@ -43,6 +43,8 @@ def make_lora(folders, tmp_path) -> Callable[..., Path]:
             scheduler="TCDScheduler", eta=0.0, rank=4, alpha=2.0, extra=extra,
         )  # fmt: skip
         tensors = {name: p.detach() for name, p in adapters.named_tensors(STUDENT).items()}
-        return save_diffusers_lora(tensors, tmp_path / f"{'-'.join([family, str(size), *extra.values()])}.safetensors", metadata)
+        return save_diffusers_lora(
+            tensors, tmp_path / f"{'-'.join([family, str(size), *extra.values()])}.safetensors", metadata
+        )
 
     return make
