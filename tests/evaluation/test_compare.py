@@ -203,6 +203,9 @@ def test_what_cannot_be_compared_is_one_line(make_config):
         Comparison(make_config(select="captions"))
     with pytest.raises(ConfigError, match=r"--select pick_score has no weights here: give --judges\.pick-score"):
         Comparison(make_config(select="pick_score"))
+    with pytest.raises(ConfigError, match="--select image_reward: tscd-feedback learns from that judge"):
+        Comparison(make_config(select="image_reward", methods=("lcm", "tscd-feedback")))
+    Comparison(make_config(select="image_reward", methods=("lcm",)))
     first = Comparison(make_config(methods=("lcm",), budget=64))
     first.begin()
     for changes, said in (({"select": "hps_v21"}, "select=clip_score"), ({"seeds": (1, 0)}, "first seed=0")):
