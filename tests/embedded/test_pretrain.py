@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
@@ -57,5 +58,13 @@ def test_a_style_is_another_base_model_in_its_unet_alone(tmp_path):
             for folder in (tmp_path / "out/teacher", paths.TEACHER)
         )
         assert set(ours) == set(theirs) and all(ours[n].equal(theirs[n]) for n in ours) == same, part
+    pickled = tmp_path / "pickled"  # loading it would run what it holds
+    shutil.copytree(paths.TEACHER, pickled)
+    file = next((pickled / "unet").glob("*.safetensors"))
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    refused = run("--style", "noto", "--start", pickled)
+    assert refused.returncode == 2 and refused.stderr.startswith(f"error: --start {pickled} cannot be loaded: ")
+    assert refused.stderr.count("\n") == 1
     nothing = run("--style", "fluent")
     assert nothing.returncode == 2 and "--style fluent: 0 of" in nothing.stderr and nothing.stderr.count("\n") == 1
