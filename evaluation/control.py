@@ -61,8 +61,8 @@ class ControlConfig(Strict):
     """x_T and the bootstrap are functions of it."""
     batch: int = Field(default=64, ge=1)
     """Pictures at a time."""
-    out: Path = Path("runs/control.json")
-    """The JSON file that is written."""
+    out: Path | None = None
+    """The JSON file that is written; None is runs/control-KIND.json."""
     grid: Path | None = None
     """A picture that is written too: the first pictures' hints and what each model made of them."""
     columns: int = Field(default=10, ge=1)
@@ -203,6 +203,11 @@ def table(report: Report) -> str:
     return "\n".join(lines)
 
 
+def out_file(config: ControlConfig, report: Report) -> Path:
+    """The JSON file of the report: each kind of hints has its own."""
+    return config.out or Path(f"runs/control-{report.settings['kind']}.json")
+
+
 def main() -> None:
     """Measure, print the table, write the JSON file."""
     config = tyro.cli(ControlConfig, description=__doc__)
@@ -213,9 +218,10 @@ def main() -> None:
         show=lambda name, pictures: seen.update({name: pictures[: config.columns]}),
     )
     print(table(report))
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(json.dumps(asdict(report), indent=1) + "\n")
-    print(f"\nwritten to {config.out}", file=sys.stderr)
+    out = out_file(config, report)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(asdict(report), indent=1) + "\n")
+    print(f"\nwritten to {out}", file=sys.stderr)
     if config.grid is not None:
         from evaluation.pictures import draw_grid
 

@@ -33,7 +33,7 @@ from evaluation.harness.plan import plan
 from evaluation.harness.prompts import Row, read_rows
 from evaluation.harness.store import Store, shards_of
 from evaluation.harness.subjects import find_subject
-from hypersd_ray.config.base import Strict
+from hypersd_ray.config.base import ConfigError, Strict
 from hypersd_ray.config.cli import read_options, run_job
 from hypersd_ray.config.data import ActorPool
 from hypersd_ray.config.evaluate import EvaluateConfig, JudgesConfig
@@ -78,9 +78,11 @@ def bare(config: ThroughputConfig, rows: list[Row]) -> float:
     device = "cuda" if config.generators.num_gpus else "cpu"
     checker: dict[str, Any] = {"safety_checker": None} if read_base(config.base).family == "sd" else {}
     dtype = getattr(torch, config.generators.dtype)
-    pipe = DiffusionPipeline.from_pretrained(config.base, local_files_only=True, torch_dtype=dtype, **checker).to(
-        device
-    )
+    safely: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
+    try:
+        pipe = DiffusionPipeline.from_pretrained(config.base, **safely, torch_dtype=dtype, **checker).to(device)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--base {config.base} cannot be loaded: {' '.join(str(error).split())}") from None
     pipe.scheduler = TCDScheduler.from_config(pipe.scheduler.config, original_inference_steps=TCD_GRID)
     pipe.load_lora_weights(str(config.lora))
     pipe.fuse_lora()

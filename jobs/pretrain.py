@@ -31,7 +31,7 @@ from hypersd_ray.embedded.pictures import load_pictures
 from hypersd_ray.embedded.pretrain_unet import train_unet
 from hypersd_ray.embedded.pretrain_vae import train_vae
 from hypersd_ray.embedded.text import make_text_encoder, train_tokenizer
-from hypersd_ray.models.checkpoint import read_base
+from hypersd_ray.models.checkpoint import load_component, read_base
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def main() -> None:
     images, captions = load_pictures(config.data, "train")
     vae_path = config.out / "vae"
     if vae_path.exists():
-        vae = AutoencoderKL.from_pretrained(vae_path)
+        vae = load_component(AutoencoderKL, vae_path)
     else:
         vae = train_vae(images, config.out, config.vae_steps, seed=config.seed, device=config.device)
     tokenizer_path = config.out / "tokenizer"
@@ -109,7 +109,12 @@ def fine_tune(config: PretrainConfig, start: Path) -> None:
     if len(chosen) < 2:
         raise ConfigError(f"--style {config.style}: {len(chosen)} of {len(captions)} pictures in {config.data} have it")
     print(f"{len(chosen)} of {len(captions)} pictures")
-    pipeline = StableDiffusionPipeline.from_pretrained(start, local_files_only=True, safety_checker=None)
+    try:
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            start, local_files_only=True, use_safetensors=True, safety_checker=None
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--start {start} cannot be loaded: {' '.join(str(error).split())}") from None
     train_unet(
         pipeline.vae.eval().requires_grad_(False), pipeline.tokenizer, pipeline.text_encoder, images[chosen],
         [captions[i] for i in chosen], config.out, config.start_steps, lr=config.start_lr, seed=config.seed,

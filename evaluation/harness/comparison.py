@@ -25,7 +25,7 @@ from evaluation.harness.plan import plan
 from evaluation.harness.prompts import Row, read_rows, selection_captions
 from evaluation.harness.run import evaluate
 from evaluation.harness.subjects import TEACHER, Subject, base_sha256, find_baseline, read_run, run_subject, teacher
-from evaluation.harness.telling import told
+from evaluation.harness.telling import learns_from, told
 from hypersd_ray.config.base import ConfigError, RunError
 from hypersd_ray.config.compare import CompareConfig
 from hypersd_ray.config.evaluate import EvaluateConfig, JudgesConfig
@@ -81,6 +81,11 @@ class Comparison:
                 TRAININGS[method](budget=config.budget)
             except ConfigError as error:
                 raise ConfigError(f"--budget {config.budget} with method {method}: {error}") from None
+            if config.select in learns_from(method, config.budget, chosen_judges(self.evaluation())):
+                raise ConfigError(
+                    f"--select {config.select}: {method} learns from that judge, and its rate would be chosen by what it was "
+                    "trained on; select another, such as clip_score"
+                )
         if base_sha256(config.teacher) != base_sha256(str(paths.TEACHER)):
             raise ConfigError(
                 f"--teacher {config.teacher}: the recipes of a comparison (hypersd_ray/recipes/methods.py) train the embedded "

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import open_clip
 import torch
 from torch import Tensor
 
@@ -30,6 +31,8 @@ from hypersd_ray.models.rewards.protocol import RewardModel
 from hypersd_ray.models.rewards.registry import ARCHITECTURES, load_reward
 from hypersd_ray.models.rewards.weights import sha256_of
 
+AS_TENSORS = ", on tensors (within a grey level of PIL's)"
+"""How all judges resize: see hypersd_ray/models/rewards/preprocess.py."""
 FEATURES, OBJECTS = "clip_features", "objects"
 MOST_OBJECTS = 20
 """Found objects kept of a picture, the surest."""
@@ -50,6 +53,7 @@ class MetricCard:
         better: "higher" or "lower".
         note: what to beware of.
         cases: what a single picture is ranked by, where that is not the number itself.
+        published: the judge is a reward model of the sizes that its authors published.
     """
 
     name: str
@@ -61,6 +65,7 @@ class MetricCard:
     better: Literal["higher", "lower"] = "higher"
     note: str = ""
     cases: str = ""
+    published: bool = False
 
 
 @dataclass(frozen=True)
@@ -211,12 +216,32 @@ def reward_card(spec: JudgeSpec) -> MetricCard:
     config = RewardConfig.model_validate_json(spec.config)
     name = config.name
     title, scale, model = TITLES[name]
+    published = is_published(config)
     architecture = config.architecture or ARCHITECTURES.get(name, "")
-    own = Path(config.checkpoint).is_dir() or (config.tower and Path(config.tower).is_dir())
-    network = "a small network of the class" if own and name != "pick_score" else architecture or model.__name__
+    network = (architecture or model.__name__) if published else "a small network of the class"
     return MetricCard(
-        spec.name, title, f"{model.__name__} ({network}), {Path(config.checkpoint).name}", spec.sha256, model.convention, scale
+        spec.name, title, f"{model.__name__} ({network}), {Path(config.checkpoint).name}", spec.sha256,
+        f"{model.convention}{AS_TENSORS}", scale, published=published,
     )  # fmt: skip
+
+
+def is_published(config: RewardConfig) -> bool:
+    """Whether a judge's network has the sizes of the published one: a file is loaded into nothing else, a folder says."""
+    folder = Path(config.tower or config.checkpoint)
+    if not folder.is_dir():
+        return not config.architecture or config.architecture == ARCHITECTURES.get(config.name)
+    try:
+        if config.name == "pick_score":  # a CLIP ViT-H/14
+            return json.loads((folder / "config.json").read_text())["projection_dim"] == 1024
+        ours = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+    except (OSError, ValueError, KeyError):  # ImageReward's folders are the embedded world's alone
+        return False
+    theirs = open_clip.get_model_config(ARCHITECTURES[config.name])
+    vision = ("width", "layers", "patch_size")
+    same = ours.get("embed_dim") == theirs["embed_dim"] and ours.get("quick_gelu", False) == theirs.get(
+        "quick_gelu", False
+    )
+    return same and all(ours["vision_cfg"].get(n) == theirs["vision_cfg"].get(n) for n in vision)
 
 
 def card_rows(cards: Sequence[MetricCard]) -> list[dict[str, Any]]:

@@ -7,11 +7,13 @@ the part's weights, and the most that its activations take; CUDA's allocator cou
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from evaluation.harness.subjects import Cell
 from hypersd_ray.training import samples
 
 WARM_UP = 2
+CPU_INFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,16 @@ def device_name(device: str) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name()
     return f"CPU {platform.machine()}"
+
+
+def file_name(device: str, repeats: int, threads: int) -> str:
+    """Of a cell's measurement in the store, with a hash of this machine's GPU or CPU and the threads: elsewhere it is measured
+    again, for milliseconds are of one machine."""
+    name = device_name(device) if not device.startswith("cuda") or torch.cuda.is_available() else ""
+    if not device.startswith("cuda"):
+        lines = CPU_INFO.read_text().splitlines() if CPU_INFO.is_file() else []
+        name += next((line for line in lines if line.startswith("model name")), platform.processor())
+    return f"latency-{device}-{hashlib.sha256(f'{name} {threads}'.encode()).hexdigest()[:8]}-{repeats}.json"
 
 
 def measure(sampler: Sampler, cell: Cell, rows: Sequence[Row], repeats: int) -> Latency:

@@ -20,6 +20,7 @@ from ray.exceptions import RayError
 
 from evaluation.harness.judges import JudgeSpec, load_judge, specs_from_json, specs_to_json, try_judge
 from evaluation.harness.prompts import Row
+from evaluation.harness.reach import check_reached
 from evaluation.harness.sampler import PARTS, Sampler
 from evaluation.harness.store import Store, shard_name, shards_of
 from evaluation.harness.subjects import Cell
@@ -84,19 +85,22 @@ def make(
     """Make and judge. `progress(shards done, shards in all, pictures made)`; `local` is in this process, without Ray.
 
     Raises:
-        ConfigError, RunError: weights that do not fit, no space; one line. What was done is kept.
+        ConfigError, RunError: weights that do not fit, a folder that not all nodes see, no space; one line. What was done
+            is kept.
     """
     if not todo:
         return Done(0, 0, {}, 0.0)
     if not local:
         connect()
-    store = Store(out)
-    for cell in {task.cell.key: task.cell for task in todo}.values():
-        store.write_cell(cell)
+    store, cells = Store(out), list({task.cell.key: task.cell for task in todo}.values())
     begun, done, made, judged = time.perf_counter(), 0, 0, 0
     failures: dict[str, int] = {}
     firsts: dict[str, str] = {}
     try:
+        if not local:
+            check_reached(store, cells, specs, (generators, scorers))
+        for cell in cells:
+            store.write_cell(cell)
         pools = _here if local else _on_ray
         for row in pools(store.out, todo, specs, generators, scorers):
             if row["error"]:

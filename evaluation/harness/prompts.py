@@ -54,6 +54,17 @@ def read_rows(config: EvaluateConfig, log: Callable[[str], None] = lambda _: Non
     return distinct[: config.limit]
 
 
+def coco_images(config: EvaluateConfig) -> list[int]:
+    """How many pictures coco5k's manifest is of, and the least and the greatest of their ids; empty for other prompts and
+    where the manifest does not say."""
+    if config.prompts != "coco5k":
+        return []
+    with fsspec.open(config.prompts_file, "rb") as file:
+        table = pq.read_table(io.BytesIO(file.read()))
+    ids = set(table["image_id"].to_pylist()) if "image_id" in table.column_names else set()
+    return [len(ids), min(ids), max(ids)] if ids else []
+
+
 def _read_file(config: EvaluateConfig, log: Callable[[str], None]) -> list[Row]:
     path = config.prompts_file
     try:

@@ -40,7 +40,7 @@ from evaluation.harness.measures import (
     vendi_measure,
 )
 from evaluation.harness.plan import Plan
-from evaluation.harness.prompts import Row
+from evaluation.harness.prompts import Row, coco_images
 from evaluation.harness.sampler import PARTS
 from evaluation.harness.store import Store, shards_of
 from evaluation.harness.subjects import Cell, base_sha256, by_weights
@@ -183,7 +183,7 @@ def results(what: Plan, done: Done, speeds: dict[str, Latency]) -> dict[str, Any
     return {
         "settings": config.model_dump(mode="json"),
         "prompts": {
-            "name": config.prompts, "count": len(what.rows),
+            "name": config.prompts, "count": len(what.rows), "images": coco_images(config),
             "sha256": hashlib.sha256("\n".join(f"{r.key}\t{r.prompt}" for r in what.rows).encode()).hexdigest(),
             "first": [[row.key, row.prompt] for row in what.rows[:12]],
         },

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
+import torch
 
 from evaluation.harness import latency, lpips
 from evaluation.harness.judges import JudgeSpec
 from evaluation.harness.making import Done, make, tasks
 from evaluation.harness.plan import Plan
 from evaluation.harness.prompts import Row
+from evaluation.harness.reach import check_reached
 from evaluation.harness.results import results
 from evaluation.harness.sampler import Sampler
 from evaluation.harness.store import Store, shards_of
@@ -22,6 +25,7 @@ from hypersd_ray.config.data import ActorPool
 from hypersd_ray.trainer.run import connect
 
 Log = Callable[[str], None]
+T = TypeVar("T")
 
 
 def evaluate(what: Plan, log: Log = lambda _: None) -> dict[str, Any]:
@@ -72,7 +76,7 @@ def compare_pairs(what: Plan, spec: JudgeSpec, log: Log = lambda _: None) -> Non
     if config.where == "local":
         lpips.measure_pairs(*given)
     else:
-        _on_a_node(pool, lpips.measure_pairs, given)
+        _on_a_node(what, pool, lpips.measure_pairs, given)
 
 
 def latencies(what: Plan, log: Log = lambda _: None) -> dict[str, latency.Latency]:
@@ -81,31 +85,41 @@ def latencies(what: Plan, log: Log = lambda _: None) -> dict[str, latency.Latenc
     pool = config.generators
     device = "cuda" if pool.num_gpus else "cpu"
     firsts = [cells[0] for cells in what.groups.values()]
-    name = f"latency-{device}-{config.latency_repeats}.json"
-    todo = [cell for cell in firsts if name not in store.names(cell.key)]
-    if todo:
-        log(f"latency of {len(todo)} models and numbers of steps")
-        arguments = [cell.to_json() for cell in todo]
-        rows = [(row.key, row.prompt) for row in what.rows[: config.latency_repeats]]
-        given = (store.out, arguments, rows, config.latency_repeats, device, name)
-        if config.where == "local":
-            _latencies(*given)
-        else:
-            _on_a_node(pool, _latencies, given)
+    rows = [(row.key, row.prompt) for row in what.rows[: config.latency_repeats]]
+    given = (store.out, [cell.to_json() for cell in firsts], rows, config.latency_repeats, device)
+    here = "RAY_ADDRESS" not in os.environ and not ray.is_initialized()  # Ray would be started on this machine
+    name = latency.file_name(device, config.latency_repeats, threads_of(pool)) if here else ""
+    if config.where == "local":
+        name = _latencies(*given)
+    elif not name or any(name not in store.names(cell.key) for cell in firsts):
+        log(f"latency of {len(firsts)} models and numbers of steps, where this machine's is not known")
+        name = _on_a_node(what, pool, _latencies, given)
     return {cell.key: latency.Latency(**json.loads(store.read(cell.key, name))) for cell in firsts}
 
 
-def _on_a_node(pool: ActorPool, work: Callable[..., None], given: tuple) -> None:
+def threads_of(pool: ActorPool) -> int:
+    """Of an actor of `pool`: Ray gives it as many as it has CPUs, if the environment does not say."""
+    return int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, int(pool.num_cpus))
+
+
+def _on_a_node(what: Plan, pool: ActorPool, work: Callable[..., T], given: tuple) -> T:
     connect()
+    between = [] if what.between is None else [what.between]
+    check_reached(Store(what.config.out), what.cells, between, (pool,))
     options: dict[str, Any] = {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus or None}
     if pool.label_selector:
         options["label_selector"] = pool.label_selector
-    ray.get(ray.remote(work).options(**options).remote(*given))
+    return ray.get(ray.remote(work).options(**options).remote(*given))
 
 
-def _latencies(out: str, cells: list[str], rows: list[tuple[str, str]], repeats: int, device: str, name: str) -> None:
+def _latencies(out: str, cells: list[str], rows: list[tuple[str, str]], repeats: int, device: str) -> str:
+    """Measure what was not measured on this machine; the name that such files have."""
     store, sampler, base = Store(out), None, ""
+    name = latency.file_name(device, repeats, torch.get_num_threads())
     for cell in map(Cell.from_json, cells):
+        if name in store.names(cell.key):
+            continue
         if sampler is None or base != cell.base:
             sampler, base = Sampler(cell.base, device, cell.dtype), cell.base
         store.write(cell.key, name, latency.measure(sampler, cell, [Row(*r) for r in rows], repeats).to_json().encode())
+    return name

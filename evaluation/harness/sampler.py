@@ -107,11 +107,12 @@ class Sampler:
         how, roles = cell.how, self.roles
         if how.scheduler != "edges":
             return self._by_diffusers(cell, x_T, cond, keys)
+        denoiser = roles.denoiser(STUDENT, cond)
         if how.guidance > 1:
-            null = self.null.with_time_ids(cond.time_ids)
-            return samples.teacher_samples(roles, x_T, cond, null, cell.steps, how.guidance)
+            scale = torch.full((len(x_T),), how.guidance, device=x_T.device)
+            denoiser = roles.guided(STUDENT, cond, self.null, scale)
         sampling = samples.Sampling(cell.steps, how.times, how.eta, how.windows)
-        return samples.student_samples(roles, STUDENT, x_T, cond, sampling, cell.seed, keys)
+        return samples.sample(roles.schedule, denoiser, x_T, sampling, cell.seed, keys)
 
     def _by_diffusers(self, cell: Cell, x_T: Tensor, cond: Conditioning, keys: Sequence[str]) -> Tensor:
         """The loop of diffusers' pipelines around one of its schedulers."""

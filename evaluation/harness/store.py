@@ -5,7 +5,7 @@
     {out}/cells/{cell key}/{shard}.{judge}.npz             one judge's values
     {out}/cells/{cell key}/{shard}.{judge}.failed          on which pictures it failed: it is asked again the next time
     {out}/cells/{cell key}/{measure}.{hash}.draws.npz      resamples of a measure of the whole set, see results.py
-    {out}/cells/{cell key}/latency-{device}-{repeats}.json of the parts
+    {out}/cells/{cell key}/latency-{device}-{hash of the machine and threads}-{repeats}.json of the parts
 
 A shard's name is a hash of its rows' keys, so that a longer list of prompts finds the pictures of a shorter one.
 """

@@ -20,7 +20,7 @@ from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.evaluate import EvaluateConfig
 from hypersd_ray.models.cards import UNetSampling, read_sampling
 from hypersd_ray.models.checkpoint import read_base
-from hypersd_ray.models.export import GUIDANCE, KEPT, TCD_GRID, LoRAMetadata, read_lora
+from hypersd_ray.models.export import GUIDANCE, KEPT, TCD_GRID, LoRAMetadata, read_lora, read_metadata
 from hypersd_ray.models.rewards.weights import sha256_of
 from hypersd_ray.trainer.kinds import KINDS, AnyConfig, kind_of
 from hypersd_ray.training.samples import Sampling
@@ -142,9 +142,10 @@ def find_subject(spec: str, config: EvaluateConfig) -> Subject:
         ConfigError, ValueError: there is none, or its files do not fit; one line.
     """
     read_base(config.base)
-    name, path = _named(spec)
+    name, spec = _named(spec)
     if spec == TEACHER:
-        return teacher(config, config.steps)
+        return replace(teacher(config, config.steps), name=name or TEACHER)
+    path = Path(spec).expanduser()
     if path.suffix == ".safetensors":
         if not path.is_file():
             raise ConfigError(
@@ -172,41 +173,49 @@ def _pipeline(name: str, path: Path, config: EvaluateConfig) -> Subject:
         return replace(teacher(config, config.steps), name=name)
     parts = {n: ("", _how(config, None, n)) for n in config.steps}
     if config.scheduler == "auto" and config.guidance > 1:
-        parts = {n: ("", replace(how, scheduler="edges", eta=0.0)) for n, (_, how) in parts.items()}
+        parts = {n: ("", replace(how, scheduler="edges")) for n, (_, how) in parts.items()}
     return Subject(name, "base", str(path), parts)
 
 
 def find_baseline(config: EvaluateConfig) -> Subject:
-    """`config.baseline`; the word teacher is the base at its own number of steps, under a name that says so.
+    """`config.baseline`; the word teacher is the base at its own number of steps, under a name that says so, or its own.
 
     Raises: as `find_subject`.
     """
-    if config.baseline == TEACHER:
-        return replace(teacher(config, [config.teacher_steps]), name=f"{TEACHER} at {config.teacher_steps}")
+    name, spec = _named(config.baseline)
+    if spec == TEACHER:
+        return replace(teacher(config, [config.teacher_steps]), name=name or f"{TEACHER} at {config.teacher_steps}")
     return find_subject(config.baseline, config)
 
 
-def _named(spec: str) -> tuple[str, Path]:
+def _named(spec: str) -> tuple[str, str]:
     match = re.match(r"^([\w. +-]+)=(.+)$", spec)
-    return (match[1], Path(match[2]).expanduser()) if match else ("", Path(spec).expanduser())
+    return (match[1], match[2]) if match else ("", spec)
 
 
 def _how(config: EvaluateConfig, metadata: LoRAMetadata | UNetSampling | None, steps: int) -> How:
     """What the command line says, else what the LoRA or the UNet's folder says of itself, else TCD."""
-    scheduler, timesteps, guidance = config.scheduler, None, config.guidance
+    scheduler, timesteps = config.scheduler, None
+    own = SCHEDULERS.get(metadata.scheduler, "tcd") if metadata else "tcd"
     if scheduler == "auto":
-        scheduler = SCHEDULERS.get(metadata.scheduler, "tcd") if metadata else "tcd"  # type: ignore[assignment]
-        if metadata and metadata.timesteps:
-            timesteps = _some(metadata.timesteps, steps)
-    if metadata and metadata.extra.get(GUIDANCE) == KEPT and guidance == 1:
-        guidance = config.teacher_guidance  # it was made to be guided
+        scheduler = own  # type: ignore[assignment]
+    if metadata and metadata.timesteps and scheduler == own:
+        timesteps = _some(metadata.timesteps, steps)
     eta = config.eta if config.eta is not None else metadata.eta if metadata and scheduler == "tcd" else 0.0
     limit = TCD_GRID if scheduler in ("tcd", "lcm") else 1000
     if not 1 <= steps <= limit:
         raise ConfigError(f"--steps {steps} with --scheduler {scheduler}: each must be within 1..{limit}")
     if eta and scheduler in ("ddim", "lcm") and config.eta is not None:
         raise ConfigError(f"--eta {eta:g} with --scheduler {scheduler}, which has no such thing: use tcd or edges")
-    return How(scheduler, eta if scheduler in ("tcd", "edges") else 0.0, guidance, timesteps=timesteps)
+    return How(
+        scheduler, eta if scheduler in ("tcd", "edges") else 0.0, _guidance(config, metadata), timesteps=timesteps
+    )
+
+
+def _guidance(config: EvaluateConfig, metadata: LoRAMetadata | UNetSampling | None) -> float:
+    """The few-step models' scale; what was made to be guided has the teacher's where the command line names none."""
+    kept = metadata is not None and metadata.extra.get(GUIDANCE) == KEPT
+    return config.teacher_guidance if kept and config.guidance == 1 else config.guidance
 
 
 def _some(timesteps: Sequence[int], steps: int) -> tuple[int, ...] | None:
@@ -243,18 +252,23 @@ def _run(name: str, folder: Path, config: EvaluateConfig) -> Subject:
 
 
 def run_subject(name: str, folder: Path, run: AnyConfig, config: EvaluateConfig) -> Subject:
-    """A run's products, each number of steps by the LoRA and the sampler that the recipe has for it; an eta that the command
-    line names goes before the recipe's.
+    """A run's products, each number of steps by the LoRA and the sampler that the recipe has for it; an eta or a guidance
+    that the command line names goes before the recipe's.
 
     Raises:
         ConfigError: the run has not left its LoRA yet.
+        ValueError: the LoRA cannot be read; one line.
     """
     kind, parts = KINDS[kind_of(run)], {}
     for steps in config.steps:
         weights = folder / kind.product(run, steps)
         if not weights.is_file():
             raise ConfigError(f"{weights} does not exist: the run has not finished, or trained the full UNet")
-        how = run_how(kind.samplings(run), steps) if config.scheduler == "auto" else _how(config, None, steps)
+        metadata = read_metadata(weights)
+        if config.scheduler == "auto":
+            how = replace(run_how(kind.samplings(run), steps), guidance=_guidance(config, metadata))
+        else:
+            how = _how(config, metadata, steps)
         if config.eta is not None and how.scheduler == "edges":
             if config.eta and how.windows is not None:
                 raise ConfigError(

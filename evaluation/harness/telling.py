@@ -80,8 +80,17 @@ def diverged(comparison: Comparison) -> list[str]:
 
 def learns_from_feedback(method: str, budget: int) -> bool:
     """Whether a chain has a run of feedback."""
+    return bool(_feedback(method, budget))
+
+
+def learns_from(method: str, budget: int, judges: JudgesConfig) -> set[str]:
+    """Measures whose judge a method is trained by, or by a network that the judge shares, before anything is trained."""
+    return {name for config in _feedback(method, budget) for name in _learned(config, judges)}
+
+
+def _feedback(method: str, budget: int) -> list[FeedbackConfig]:
     chain, lora = TRAININGS[method](budget=budget), str(paths.LORAS / "tscd-k1.safetensors")  # any that is there
-    return any(isinstance(link.config(lora), FeedbackConfig) for link in chain.then)
+    return [config for link in chain.then if isinstance(config := link.config(lora), FeedbackConfig)]
 
 
 def learned(comparison: Comparison) -> dict[str, list[str]]:

@@ -16,7 +16,18 @@ from evaluation.harness.prompts import Row
 from evaluation.harness.store import Store, picture_name, shard_of
 from evaluation.report.paper import FID_REMARK, TABLE_2
 from evaluation.report.plots import quality_plots
-from evaluation.report.tables import as_csv, latency_rows, latex, markdown, paper_rows, tables
+from evaluation.report.tables import (
+    SPEED,
+    as_csv,
+    escape,
+    latex,
+    latex_list,
+    markdown,
+    paper_rows,
+    speed_words,
+    speeds,
+    tables,
+)
 
 GRID_PROMPTS = 8
 CASES = 4
@@ -57,12 +68,15 @@ class Pictures:
 def write_report(results: dict[str, Any], rows: Sequence[Row], folder: Path, title: str = "Evaluation") -> list[Path]:
     """The four files in `folder`; `rows` are the prompts of `results`."""
     found = tables(results)
-    words = "\n\n".join([summary(results, title), *results.get("remarks", [])])
+    words = [summary(results, title), *results.get("remarks", [])]
+    about = provenance_rows(results)
+    told = "\n".join(f"- {name}: {value}" for name, value in about)
+    in_latex = [*map(escape, [title, *words]), latex(found, results), escape(FID_REMARK), latex_list(about)]
     texts = {
         "report.html": page(results, rows, title),
-        "report.md": f"# {title}\n\n{words}\n\n{markdown(found, results)}\n\n{FID_REMARK}\n\n{provenance_text(results)}\n",
-        "report.csv": as_csv(results),
-        "report.tex": latex(found),
+        "report.md": "\n\n".join([f"# {title}", *words, markdown(found, results), FID_REMARK, told]) + "\n",
+        "report.csv": as_csv(found, results),
+        "report.tex": "\n\n".join(in_latex) + "\n",
     }
     for name, text in texts.items():
         write_whole(folder / name, text)
@@ -90,11 +104,6 @@ def summary(results: dict[str, Any], title: str) -> str:
             "Models trained from several seeds are one row: the mean over them; sd is the spread of their means."
         )
     return " ".join(said)
-
-
-def provenance_text(results: dict[str, Any]) -> str:
-    """In lines."""
-    return "\n".join(f"- {name}: {value}" for name, value in provenance_rows(results))
 
 
 def provenance_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
@@ -142,7 +151,7 @@ def page(results: dict[str, Any], rows: Sequence[Row], title: str) -> str:
     return environment.get_template("page.html.j2").render(
         title=title, summary=summary(results, title), tables=found, cards=results["cards"], plain=plain,
         plots={table.name: quality_plots(results, table.name, table.title) for table in found},
-        latency=latency_rows(results), grids=grids(results, rows, pictures), cases=cases(results, pictures),
+        speeds=speeds(results), columns=SPEED, timed=speed_words(results), grids=grids(results, rows, pictures), cases=cases(results, pictures),
         small=pictures.small(results["rows"][0]["cells"][0]), fid=FID_REMARK, provenance=provenance_rows(results),
         baseline=results["baseline"], paper=[] if paper_rows(results) else TABLE_2, settings=results["settings"],
         notes=results.get("remarks", []),

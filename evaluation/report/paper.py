@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from hypersd_ray.models.checkpoint import BaseInfo
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,23 @@ FID_REMARK = (
 )
 
 
-COCO_PROMPTS = 5000
-"""Of COCO2017-val: fewer are another setting."""
+COCO_IMAGES = [5000, 139, 581781]
+"""COCO2017-val: how many pictures, the least and the greatest of their ids."""
+WIDTHS = {"sd": 768, "sdxl": 2048}
+"""family -> cross_attention_dim of the paper's UNet: SD2 and small models are of other widths."""
+NOTE = (
+    "The paper's rows are of the original bases, Stable Diffusion 1.5 and SDXL 1.0; a fine-tune of one cannot be told "
+    "from it by its sizes, and its numbers do not compare."
+)
 
 
-def comparable(family: str, prompts: str, count: int, embedded: bool) -> tuple[PaperRow, ...]:
-    """The rows whose setting is ours; none where it is another model or other prompts, or not all of them."""
-    if embedded or prompts != "coco5k" or count != COCO_PROMPTS:
+def comparable(base: BaseInfo, prompts: dict[str, Any]) -> tuple[PaperRow, ...]:
+    """The rows whose setting is ours; none where it is another model or other prompts, or not all of them. `prompts` as in the
+    results of an evaluation."""
+    same_base = (
+        base.unet_config.get("cross_attention_dim") == WIDTHS[base.family] and base.parameterization == "epsilon"
+    )
+    whole = prompts["name"] == "coco5k" and prompts["count"] == COCO_IMAGES[0] and prompts.get("images") == COCO_IMAGES
+    if not same_base or not whole:
         return ()
-    return tuple(row for row in (*TABLE_2, *CONFERENCE) if row.family == family)
+    return tuple(row for row in (*TABLE_2, *CONFERENCE) if row.family == base.family)

@@ -33,7 +33,8 @@ class CompareConfig(Strict):
     """Numbers of steps at which all noise between two steps is new (TCD's gamma = 1) where a method's sampler has gamma: TCD,
     TSCD and what is built on it. At others they add none; LCM, Turbo and DMD always do, the rest never."""
     select: str = "clip_score"
-    """The judge whose mean over all numbers of steps chooses the learning rate: one that no method learns from."""
+    """The judge whose mean, over the numbers of `steps` that a method is made for, chooses its learning rate. One that a method
+    of the comparison learns from is refused."""
     selection_prompts: int = Field(default=128, ge=2)
     """Captions of the training pictures on which the rate is chosen; the held-out ones are for the table alone."""
     prompts: int = Field(default=512, ge=2)

@@ -223,6 +223,21 @@ def alpha_of(tensors: Mapping[str, Tensor], metadata: LoRAMetadata | None) -> fl
     return float(rank_of(tensors)) if metadata is None else metadata.alpha
 
 
+def read_metadata(path: str | Path) -> LoRAMetadata | None:
+    """What a file says of itself, as `read_lora` has it, without reading its tensors.
+
+    Raises:
+        ValueError: not a safetensors file, or metadata of ours that is not whole; one line with the file.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return LoRAMetadata.from_strings(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is not a safetensors file that can be read: {str(error).splitlines()[0]}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 @torch.no_grad()
 def merge_lora(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor], alpha: float) -> None:
     """W := W + (alpha / rank) B A, in place, for each module of `tensors`; `unet` is bare, without adapters.

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hypersd_ray.diffusion.schedule import Schedule
 from hypersd_ray.diffusion.segments import edges
-from hypersd_ray.diffusion.solver import consistency_sample, ode_solve
+from hypersd_ray.diffusion.solver import Denoiser, consistency_sample, ode_solve
 from hypersd_ray.diffusion.windows import straight_sample
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.roles import TEACHER, Roles
@@ -68,14 +69,21 @@ def student_samples(
     `keys` names the samples: the noise of eta > 0 is then a function of (seed, key), whatever the batch.
     """
     how = Sampling(sampling) if isinstance(sampling, int) else sampling
-    denoiser = roles.denoiser(role, cond)
+    return sample(roles.schedule, roles.denoiser(role, cond), x_T, how, seed, keys)
+
+
+@torch.no_grad()
+def sample(
+    schedule: Schedule, denoiser: Denoiser, x_T: Tensor, how: Sampling, seed: int, keys: Sequence[str] | None = None
+) -> Tensor:
+    """The x_0 that a denoiser, guided or not, comes to; `keys` as in `student_samples`."""
     if how.windows is not None:
-        times = how.times or edges(roles.schedule.T, how.steps)[::-1]
-        return straight_sample(roles.schedule, denoiser, x_T, times, how.windows)
+        times = how.times or edges(schedule.T, how.steps)[::-1]
+        return straight_sample(schedule, denoiser, x_T, times, how.windows)
     generator: torch.Generator | list[torch.Generator] | None = None
     if how.eta > 0:
         generator = generator_of(seed, "eta") if keys is None else [generator_of(seed, "eta", key) for key in keys]
-    return consistency_sample(roles.schedule, denoiser, x_T, how.steps, how.eta, generator, how.times)
+    return consistency_sample(schedule, denoiser, x_T, how.steps, how.eta, generator, how.times)
 
 
 def tile(rows: Sequence[Tensor], gap: int = 2) -> Tensor:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
+from hypersd_ray.config.base import ConfigError
 from hypersd_ray.embedded import paths
 
 JOB = Path(__file__).parents[2] / "jobs" / "pretrain.py"
@@ -59,3 +63,17 @@ def test_a_style_is_another_base_model_in_its_unet_alone(tmp_path):
         assert set(ours) == set(theirs) and all(ours[n].equal(theirs[n]) for n in ours) == same, part
     nothing = run("--style", "fluent")
     assert nothing.returncode == 2 and "--style fluent: 0 of" in nothing.stderr and nothing.stderr.count("\n") == 1
+
+
+def test_a_base_of_pickles_is_refused(tmp_path):
+    """Loading it would run what it holds. The job's own function, in this process: a start costs more than the test."""
+    shutil.copy(paths.DATA / "val-00001.tar", tmp_path / "train-00000.tar")
+    shutil.copytree(paths.TEACHER, tmp_path / "pickled")
+    file = next((tmp_path / "pickled" / "unet").glob("*.safetensors"))
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    job = runpy.run_path(str(JOB))
+    config = job["PretrainConfig"](tmp_path / "out", data=tmp_path, start=tmp_path / "pickled", start_steps=(2,))
+    with pytest.raises(ConfigError, match=r"--start .*/pickled cannot be loaded: ") as caught:
+        job["fine_tune"](config, config.start)
+    assert "\n" not in str(caught.value)

@@ -31,18 +31,20 @@ def prompts_file(tmp_path) -> Path:
 
 @pytest.fixture
 def make_lora(folders, tmp_path) -> Callable[..., Path]:
-    """make_lora(family, size) -> a LoRA file of rank 4 and alpha 2; size 0 leaves B at zero."""
+    """make_lora(family, size, **extra) -> a LoRA file of rank 4 and alpha 2; size 0 leaves B at zero."""
 
-    def make(family: str = "sd", size: float = 0.05) -> Path:
+    def make(family: str = "sd", size: float = 0.05, **extra: str) -> Path:
         adapters = Adapters(tiny_unet(family), rank=4, alpha=2.0)
         adapters.add(STUDENT, trainable=False)
         if size:
             randomize(adapters, STUDENT, seed=1, size=size)
         metadata = LoRAMetadata(
             base_model=str(folders[family]), family=read_base(folders[family]).family, k=4, steps=(4, 8),
-            scheduler="TCDScheduler", eta=0.0, rank=4, alpha=2.0,
+            scheduler="TCDScheduler", eta=0.0, rank=4, alpha=2.0, extra=extra,
         )  # fmt: skip
         tensors = {name: p.detach() for name, p in adapters.named_tensors(STUDENT).items()}
-        return save_diffusers_lora(tensors, tmp_path / f"{family}-{size}.safetensors", metadata)
+        return save_diffusers_lora(
+            tensors, tmp_path / f"{'-'.join([family, str(size), *extra.values()])}.safetensors", metadata
+        )
 
     return make

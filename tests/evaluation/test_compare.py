@@ -91,7 +91,7 @@ def test_a_sweep_whose_best_is_at_an_edge_goes_on(make_config):
     assert rates("lcm") == [0.0003333, 0.001, 0.003, 0.0001111] and comparison.best("lcm") == 0.0003333
 
 
-def test_new_noise_between_steps_goes_to_samplers_that_have_gamma(make_config):
+def test_new_noise_between_steps_goes_to_samplers_that_have_gamma(make_config, make_lora):
     comparison = Comparison(make_config(methods=("lcm", "pd", "tcd"), noisy_steps=(4,), rates=(1.0,), seeds=(0,)))
     comparison.begin()
     found = {}
@@ -101,7 +101,7 @@ def test_new_noise_between_steps_goes_to_samplers_that_have_gamma(make_config):
         (folder / "lora").mkdir(parents=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(first.model_dump(mode="json")))
         for steps in (2, 4, 8):
-            (folder / KINDS[kind_of(first)].product(first, steps)).touch()
+            shutil.copy(make_lora(), folder / KINDS[kind_of(first)].product(first, steps))
         comparison.there.finish(piece, runs=[str(folder)], seconds=0.0, teacher_passes=0)
         config = comparison.evaluation(steps=(2, 4, 8))
         for noisy in ((), (4,)):
@@ -227,6 +227,9 @@ def test_what_cannot_be_compared_is_one_line(make_config):
         Comparison(make_config(select="captions"))
     with pytest.raises(ConfigError, match=r"--select pick_score has no weights here: give --judges\.pick-score"):
         Comparison(make_config(select="pick_score"))
+    with pytest.raises(ConfigError, match="--select image_reward: tscd-feedback learns from that judge"):
+        Comparison(make_config(select="image_reward", methods=("lcm", "tscd-feedback")))
+    Comparison(make_config(select="image_reward", methods=("lcm",)))
     first = Comparison(make_config(methods=("lcm",), budget=64))
     first.begin()
     for changes, said in (({"select": "hps_v21"}, "select=clip_score"), ({"seeds": (1, 0)}, "first seed=0")):

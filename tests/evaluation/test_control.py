@@ -6,10 +6,11 @@ import pytest
 import torch
 
 pytest.importorskip("cv2")
-from evaluation.control import ControlConfig, edge_agreement, evaluate, table
-from hypersd_ray.embedded import paths
+from evaluation.control import ControlConfig, edge_agreement, evaluate, out_file, table
+from hypersd_ray.embedded import paths, pretrain_controlnet, training
 from hypersd_ray.embedded.pictures import load_pictures
 from hypersd_ray.embedded.pretrain_controlnet import make_controlnet, train_controlnet
+from hypersd_ray.embedded.training import flip_some
 from hypersd_ray.models.checkpoint import load_unet, read_base
 from hypersd_ray.models.edges import edge_map
 
@@ -48,11 +49,20 @@ def test_a_new_controlnet_changes_nothing():
         torch.testing.assert_close(told, unet(x, t, c).sample)
 
 
-def test_training_resumes_and_its_folder_is_evaluated(tmp_path, capsys):
+def test_training_resumes_and_its_folder_is_evaluated(tmp_path, capsys, monkeypatch):
     images, captions = load_pictures(paths.DATA, "val")
     some = images[:64], captions[:64]
+    train_controlnet(paths.TEACHER, *some, "canny", tmp_path / "unbroken", 4, batch=4)
+    monkeypatch.setattr(training, "SAVE_EVERY", 2)
+    with monkeypatch.context() as broken:
+        calls = iter(range(3))  # the fourth batch is never drawn: the state of two steps is what is there
+        broken.setattr(pretrain_controlnet, "flip_some", lambda *batch: (next(calls), flip_some(*batch))[1])
+        with pytest.raises(StopIteration):
+            train_controlnet(paths.TEACHER, *some, "canny", tmp_path / "a", 4, batch=4)
+    assert torch.load(tmp_path / "a/canny_state.pt", weights_only=True)["step"] == 2
     train_controlnet(paths.TEACHER, *some, "canny", tmp_path / "a", 4, batch=4)
-    state = torch.load(tmp_path / "a/canny_state.pt", weights_only=True)
+    state, whole = (torch.load(tmp_path / f"{n}/canny_state.pt", weights_only=True) for n in ("a", "unbroken"))
+    torch.testing.assert_close(state["module"], whole["module"])
     assert state["step"] == 4 and any(
         value.abs().max() > 0 for name, value in state["module"].items() if name.startswith("controlnet_mid_block")
     )
@@ -67,6 +77,9 @@ def test_training_resumes_and_its_folder_is_evaluated(tmp_path, capsys):
     assert [(row.model, row.steps) for row in report.rows] == [
         ("real pictures, autoencoded", 0), ("teacher", 2), ("tscd-k1", 1),
     ]  # fmt: skip
+    named = ControlConfig(controlnet=tmp_path / "a/canny")
+    assert str(out_file(named, report)) == "runs/control-canny.json", "scribble's is another file"
+    assert out_file(named.model_copy(update={"out": tmp_path / "x.json"}), report) == tmp_path / "x.json"
     assert 0 < report.rows[0].agreement.mean <= 1 and "| tscd-k1 | 1 |" in table(report)
 
 

@@ -5,24 +5,31 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from evaluation import throughput
 from evaluation.harness import measures
 from evaluation.harness.exporting import export_images
-from evaluation.harness.judges import chosen_judges, judge_specs
+from evaluation.harness.judges import chosen_judges, is_published, judge_specs, reward_card
+from evaluation.harness.latency import file_name
 from evaluation.harness.making import make, tasks
 from evaluation.harness.plan import plan
 from evaluation.harness.prompts import Row, coco_manifest, read_rows
+from evaluation.harness.reach import check_reached, missing
 from evaluation.harness.run import evaluate, make_all
 from evaluation.harness.sampler import Sampler
 from evaluation.harness.store import Store, part_of, shard_name
-from evaluation.harness.subjects import How, Subject, find_baseline, find_subject, run_how, run_subject, teacher
+from evaluation.harness.subjects import Cell, How, Subject, find_baseline, find_subject, run_how, run_subject, teacher
 from evaluation.quality import QualityConfig
 from evaluation.quality import Subject as Pipeline
 from evaluation.report.paper import comparable
@@ -30,12 +37,14 @@ from evaluation.study.entries import Entries
 from hypersd_ray.config.base import ConfigError, RunError
 from hypersd_ray.config.data import ActorPool
 from hypersd_ray.config.evaluate import EvaluateConfig, JudgesConfig
+from hypersd_ray.config.rewards import RewardConfig
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.embedded import paths
 from hypersd_ray.models.cards import UNetCard, save_unet_with_card
 from hypersd_ray.models.checkpoint import read_base
 from hypersd_ray.recipes import RECIPES
 from hypersd_ray.trainer.kinds import KINDS
+from hypersd_ray.training import samples
 from hypersd_ray.training.samples import Sampling
 from tests.helpers.pipelines import CAPTIONS, tiny_unet
 
@@ -135,6 +144,13 @@ def test_a_cell_is_named_by_what_decides_its_pictures(config, make_lora, tmp_pat
     assert len(keys) == 2 * 6
 
 
+def test_keys_stay_what_they_were():
+    """Pictures are kept under them: a key that changes loses all that users have made."""
+    how = How("edges", 0.5, 3.0, (1000, 300, 0), 4, (999,))
+    keys = [Cell("m", "lora", "/base", "/w", "b", "w", 2, 0, one).key for one in (how, How("tcd"))]
+    assert keys == ["8f854c7e01cdbafbaa27ba3f", "810ef727d0adc58a7937ee70"]
+
+
 def test_a_unet_of_one_time_step_is_sampled_from_it(config, folders, tmp_path):
     card = UNetCard(str(folders["sd"]), read_base(folders["sd"]), (800,), "tiny")
     folder = save_unet_with_card(tiny_unet("sd"), tmp_path / "unet", "unet", card)
@@ -167,6 +183,13 @@ def test_a_pipelines_folder_is_sampled_as_it_is_asked(config, folders, tmp_path)
     assert how(folders["sd"]) == How("edges", guidance=config.teacher_guidance)
 
 
+def test_the_teacher_is_named_as_any_model(config):
+    assert find_subject("teacher", config).name == "teacher" and find_subject("base=teacher", config).name == "base"
+    assert find_subject("base=teacher", config).parts == find_subject("teacher", config).parts
+    named = config.model_copy(update={"baseline": "guided=teacher", "teacher_steps": 7})
+    assert (find_baseline(named).name, list(find_baseline(named).parts)) == ("guided", [7])
+
+
 def test_a_recipe_says_how_its_model_is_sampled():
     few = [Sampling(4, (1000, 750, 500, 250, 0), eta=1.0), Sampling(1, (1000, 0))]
     assert run_how(few, 4) == How("edges", 1.0, times=(1000, 750, 500, 250, 0))
@@ -191,7 +214,39 @@ def test_an_eta_that_is_asked_for_goes_before_the_recipes(config, make_lora, tmp
         how(lines, 4, eta=0.5)
 
 
-@pytest.mark.parametrize("how", [How("edges", eta=1.0), How("tcd", eta=0.5), How("lcm"), How("edges", guidance=3.0)])
+def test_a_run_is_guided_where_it_keeps_guidance_or_is_asked_to(config, make_lora, tmp_path):
+    folder, run = tmp_path / "run", RECIPES["tiny"]()
+    product = folder / KINDS["tscd"].product(run, 2)
+    product.parent.mkdir(parents=True)
+
+    def how(**changes) -> How:
+        return run_subject("run", folder, run, config.model_copy(update=changes | {"steps": (2,)})).parts[2][1]
+
+    shutil.copy(make_lora(), product)
+    assert how() == How("edges") and how(scheduler="tcd") == How("tcd")
+    assert how(guidance=2.0, eta=0.5) == How("edges", 0.5, 2.0) and how(guidance=2.0, scheduler="tcd").guidance == 2
+    shutil.copy(make_lora(guidance="kept"), product)
+    assert how() == How("edges", guidance=3.0) and how(scheduler="tcd") == How("tcd", guidance=3.0)
+    assert how(guidance=2.0).guidance == 2 and how(teacher_guidance=7.5).guidance == 7.5
+
+
+def test_a_guided_sampler_keeps_its_noise_times_and_windows(config):
+    """And without them it is the teacher's own, bit for bit: pictures that are kept stay right."""
+    sampler, row = Sampler(config.base), read_rows(config)[:1]
+    latents = lambda how: sampler(Subject("x", "base", config.base, {2: ("", how)}).cells(0, "float32")[0], row).latents
+    guided = latents(How("edges", guidance=3.0))
+    x_T = samples.start_noise(0, [row[0].key], sampler.shape)
+    cond = sampler.conditioning([row[0].prompt])
+    assert torch.equal(guided, samples.teacher_samples(sampler.roles, x_T, cond, sampler.null, 2, 3.0))
+    for other in (
+        How("edges", 1.0, 3.0),
+        How("edges", guidance=3.0, times=(1000, 300, 0)),
+        How("edges", guidance=3.0, windows=2),
+    ):
+        assert not torch.equal(latents(other), guided), other
+
+
+@pytest.mark.parametrize("how", [How("edges", eta=1.0), How("tcd", eta=0.5), How("lcm"), How("edges", 1.0, 3.0)])
 def test_a_picture_does_not_depend_on_its_batch(config, make_lora, how):
     rows = read_rows(config)[:4]
     subject = Subject("x", "lora", config.base, {2: (str(make_lora()), how)})
@@ -327,12 +382,25 @@ def test_a_baseline_is_no_seed_of_another_model(config, make_lora):
         plan(config, rows, [one], other)
 
 
+def real_pictures(folder: Path, count: int = 6) -> Path:
+    """A shard of the first embedded ones."""
+    with tarfile.open(paths.DATA / "val-00001.tar") as source, tarfile.open(folder / "real.tar", "w") as tar:
+        members = [member for member in source if member.name.endswith((".png", ".webp"))][:count]
+        for member in members:
+            tar.addfile(member, source.extractfile(member))
+    assert len(members) == count
+    return folder / "real.tar"
+
+
 def test_results_hold_what_a_report_needs(config, make_lora, tmp_path):
     from evaluation.report.build import write_report
 
     config = config.model_copy(
-        update={"images_per_prompt": 2, "latency_repeats": 2, "baseline": "teacher", "teacher_steps": 4}
-    )
+        update={
+            "images_per_prompt": 2, "latency_repeats": 2, "baseline": "teacher", "teacher_steps": 4,
+            "reference_pictures": str(real_pictures(tmp_path)),
+        }
+    )  # fmt: skip
     rows = read_rows(config)
     subjects = [
         find_subject(f"{name}={make_lora(size=size)}", config) for name, size in (("weak", 0.02), ("strong_1", 0.2))
@@ -341,7 +409,10 @@ def test_results_hold_what_a_report_needs(config, make_lora, tmp_path):
     by = {(row["model"], row["steps"]): row for row in results["rows"]}
     assert set(by) == {("teacher at 4", 4), ("weak", 1), ("weak", 2), ("strong_1", 1), ("strong_1", 2)}
     row = by["weak", 2]
-    assert set(row["measures"]) == {"clip_score", "distance", "vendi", "between_seeds"}
+    assert set(row["measures"]) == {"clip_score", "distance", "vendi", "between_seeds", "cmmd"}
+    assert row["measures"]["cmmd"]["mean"] > 0 and "real.tar" in next(
+        c["model"] + c["note"] + c["scale"] for c in results["cards"] if c["name"] == "cmmd"
+    )
     for name, interval in row["measures"].items():
         assert interval["low"] <= interval["mean"] <= interval["high"], name
         gap = interval["mean"] - by["teacher at 4", 4]["measures"][name]["mean"]
@@ -367,6 +438,20 @@ def test_results_hold_what_a_report_needs(config, make_lora, tmp_path):
     assert lines[0].startswith("model,steps,measure,mean,low,high,versus_mean")
     found = next(line for line in lines if line.startswith("weak,2,clip_score,")).split(",")
     assert float(found[3]) == row["measures"]["clip_score"]["mean"]
+    # All three files have the same: differences, the baseline aside, latency, memory, cards, provenance.
+    difference = f"{row['versus']['clip_score']['mean']:+.2f} ["
+    peak = f"{row['latency']['peak_mb']:.1f}"
+    card = next(card for card in results["cards"] if card["name"] == "clip_score")
+    for text in (markdown, latex):
+        for part in (difference, "For orientation: teacher at 4 steps: ", peak, "2 pictures; LoRAs merged", card["sha256"][:16],
+                     "base model", results["provenance"]["base_sha256"][:16], row["weights"][0][:12]):  # fmt: skip
+            assert part in text, part
+    best = results["ranking"]["clip_score"]["2"]["best"]
+    assert any(line.startswith(f"{best},2,clip_score,") and ",best,0," in line for line in lines)
+    assert any(line.startswith(f"weak,2,memory_peak_mb,{row['latency']['peak_mb']}") for line in lines)
+    assert found[-1] == row["weights"][0][:12] and any(line.startswith("teacher at 4,4,clip_score,") for line in lines)
+    [times] = [p.name for p in Path(config.out).glob(f"cells/{row['cells'][0]}/latency-*")]
+    assert times == file_name("cpu", 2, torch.get_num_threads()) != file_name("cpu", 2, torch.get_num_threads() + 1)
 
 
 def test_the_page_stands_alone_in_a_browser(config, make_lora, tmp_path):
@@ -397,9 +482,61 @@ def test_the_page_stands_alone_in_a_browser(config, make_lora, tmp_path):
         browser.close()
 
 
-def test_the_papers_rows_need_all_its_prompts():
-    assert comparable("sd", "coco5k", 5000, False) and not comparable("sd", "coco5k", 4999, False)
-    assert not comparable("sd", "parti", 5000, False) and not comparable("sd", "coco5k", 5000, True)
+def test_the_papers_rows_need_its_bases_and_all_its_prompts(folders):
+    whole = {"name": "coco5k", "count": 5000, "images": [5000, 139, 581781]}
+    of = lambda family, width: replace(read_base(folders[family]), unet_config={"cross_attention_dim": width})
+    for family, width in (("sd", 768), ("sdxl", 2048)):
+        assert {row.family for row in comparable(of(family, width), whole)} == {family}
+    assert not comparable(of("sd", 1024), whole) and not comparable(read_base(folders["sd"]), whole)
+    assert not comparable(replace(of("sd", 768), parameterization="v_prediction"), whole)
+    for change in ({"count": 4999}, {"name": "parti"}, {"images": [5000, 9, 581929]}, {"images": [4999, 139, 581781]}):
+        assert not comparable(of("sd", 768), whole | change), change
+
+
+def test_a_judge_is_the_published_one_by_its_sizes(tmp_path):
+    assert is_published(RewardConfig(name="clip_score", checkpoint="/ViT-B-32.safetensors"))
+    assert not is_published(RewardConfig(name="clip_score", checkpoint="/x.pt", architecture="ViT-B-16"))
+    for name, folder in (("clip_score", "clip"), ("image_reward", "image_reward"), ("hps_v21", "hps")):
+        assert not is_published(RewardConfig(name=name, checkpoint=str(paths.EVALUATORS / folder))), name
+    sizes = open_clip.get_model_config("ViT-B-32-quickgelu")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": sizes}))
+    assert is_published(RewardConfig(name="clip_score", checkpoint=str(tmp_path)))
+    card = next(reward_card(spec) for spec in judge_specs(JudgesConfig(clip_score=CLIP)))
+    assert not card.published and "a small network" in card.model and "on tensors" in card.preprocessing
+
+
+def test_a_folder_that_another_node_does_not_share_is_one_line(config, make_lora, tmp_path):
+    """The other node is this machine, with another folder in place of one that it would not see."""
+    what = plan(config, read_rows(config), [find_subject(str(make_lora()), config)])
+    store, asked = Store(config.out), []
+
+    def look(hidden: Path):
+        def there(seen, pools):
+            asked.append(list(seen))
+            return {"10.0.0.2": [p for p in seen if missing([p.replace(str(hidden), str(tmp_path / "its own"))])]}
+
+        return there
+
+    with pytest.raises(
+        ConfigError, match=r"--out .*/out is not the same folder on node 10\.0\.0\.2: name one that all"
+    ):
+        check_reached(store, what.cells, what.specs, (config.generators,), look(Path(config.out)))
+    with pytest.raises(ConfigError, match=r"sd-0\.05\.safetensors is not there on node 10\.0\.0\.2"):
+        check_reached(store, what.cells, what.specs, (config.generators,), look(make_lora()))
+    check_reached(store, what.cells, what.specs, (config.generators,), look(tmp_path / "nothing"))
+    assert {config.base, CLIP, str(make_lora())} <= set(asked[-1]) and not list(Path(config.out).iterdir())
+
+
+def test_a_base_of_pickles_is_refused(folders, tmp_path):
+    """Loading one would run what it holds."""
+    base = tmp_path / "pickled"
+    shutil.copytree(folders["sd"], base)
+    file = base / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    with pytest.raises(ConfigError, match=r"--base .*/pickled cannot be loaded: ") as caught:
+        throughput.bare(throughput.ThroughputConfig(lora=tmp_path, base=str(base)), [Row("a", "a")])
+    assert "\n" not in str(caught.value)
 
 
 def test_the_embedded_model_brings_its_judges():

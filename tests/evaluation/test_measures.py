@@ -184,12 +184,12 @@ def test_a_judge_that_fails_on_all_is_broken():
 
 
 def test_a_table_marks_what_was_learned_and_names_the_seeds():
-    from evaluation.report.tables import latex, markdown, tables
+    from evaluation.report.tables import as_csv, latex, markdown, tables
 
     interval = {"mean": 60.0, "low": 59.0, "high": 61.0}
     row = {
-        "model": "ours", "steps": 4, "measures": {"clip_score": interval, "vendi": interval}, "versus": {}, "missing": {},
-        "spread": {"clip_score": 0.25}, "latency": None,
+        "model": "ours", "steps": 4, "measures": {"clip_score": interval, "vendi": interval}, "versus": {}, "missing": {"vendi": 3},
+        "spread": {"clip_score": 0.25}, "latency": None, "weights": ["a" * 64, "b" * 64],
     }  # fmt: skip
     cards = [
         {"name": n, "title": n, "better": "higher", "model": "m", "sha256": "", "preprocessing": "p", "scale": "s", "note": ""}
@@ -204,6 +204,53 @@ def test_a_table_marks_what_was_learned_and_names_the_seeds():
     text = markdown(found, results)
     assert (
         "| ours (2/3 seeds) | 60.00 ± 1.00† (sd of seeds 0.25) |" in text
-        and "| ours (2/3 seeds) | 60.00 ± 1.00 |" in text
+        and "| ours (2/3 seeds) | 60.00 ± 1.00 (3 missing) |" in text
     )
-    assert "| gone (diverged) |  |" in text and r"\pm 1.00^\dagger" in latex(found)
+    told = latex(found, results)
+    assert "| gone (diverged) |  |" in text and r"\pm 1.00^\dagger" in told
+    assert "(sd of seeds 0.25)" in told and "(3 missing)" in told
+    assert f"ours,4,vendi,60.0,59.0,61.0,,,,3,,,0,{'a' * 12} {'b' * 12}" in as_csv(found, results).splitlines()
+
+
+def test_the_papers_rows_stand_below_ours_where_the_judge_is_its_own(monkeypatch):
+    from evaluation.report import tables as module
+    from evaluation.report.paper import TABLE_2
+
+    monkeypatch.setattr(module, "paper_rows", lambda _: TABLE_2[:1])
+    interval = {"mean": 31.0, "low": None, "high": None}
+    row = {
+        "model": "ours",
+        "steps": 4,
+        "measures": {},
+        "versus": {},
+        "missing": {},
+        "spread": {},
+        "latency": None,
+        "weights": [],
+    }
+    row["measures"] = {
+        "clip_score": interval,
+        "pick_score": interval,
+        "vendi": {"mean": None, "low": None, "high": None},
+    }
+    row["missing"] = {"vendi": 5}
+    card = {"better": "higher", "model": "m", "sha256": "", "preprocessing": "p", "scale": "s", "note": ""}
+    names = {"clip_score": True, "pick_score": False, "vendi": False}
+    cards = [card | {"name": n, "title": n, "published": published} for n, published in names.items()]
+    results = {"settings": {"steps": [4]}, "cards": cards, "ranking": {}, "rows": [row]}
+    found = module.tables(results)
+    texts = [write(found, results) for write in (module.markdown, module.latex, module.as_csv)]
+    assert all(text.count("paper: SD15-Base") == 1 and "31.88" in text for text in texts), (
+        "not where the judge is another"
+    )
+    assert all("rows are of the original bases" in text for text in texts[:2])
+    assert all("none (5 missing)" in text.replace(r" {\scriptsize", "") for text in texts[:2])
+    assert "ours,4,vendi,,,,,,,5,,,0," in texts[2].splitlines()
+
+
+def test_latex_takes_any_name():
+    from evaluation.report.tables import escape
+
+    assert escape(r"a_b{c}~d^e\f 5% ± ≈") == (
+        r"a\_b\{c\}\textasciitilde{}d\textasciicircum{}e\textbackslash{}f 5\% $\pm$ $\approx$"
+    )

@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RUN = """
 import os, signal, sys, threading, time
 sys.path.insert(0, ".")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what the shell started behind it ignores it
 
 def end_with(parent):
     while os.getppid() == parent:

@@ -1,4 +1,5 @@
-"""CLIP-style preprocessing twice: on tensors with a gradient, and on PIL images as the references do it for metrics.
+"""CLIP-style preprocessing twice: on tensors with a gradient, for all rewards and metrics, and on PIL images as the references
+do it, for the pictures of preference pairs.
 
 Both resize with an antialiased bicubic kernel (PIL's). They differ by one grey level at most, because PIL rounds after
 each of its two passes; a test holds them together.
