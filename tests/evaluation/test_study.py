@@ -21,6 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 pytest.importorskip("sqlalchemy")
 import uvicorn
 from fastapi.testclient import TestClient
+from scipy import optimize
 from sqlalchemy import create_engine
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateTable
@@ -116,6 +117,29 @@ def test_scores_come_back_from_the_wins_they_predict():
 def test_a_model_that_never_lost_has_a_finite_score():
     scores = bradley_terry(np.array([[0.0, 20.0], [0.0, 0.0]]))
     assert np.isfinite(scores).all() and scores[0] > 2
+
+
+@pytest.mark.parametrize("draw", range(3))
+def test_scores_are_the_most_likely_ones_however_unbalanced_the_votes(draw):
+    joined = np.zeros((4, 4))  # two pairs of a thousand votes each, and one vote from pair to pair
+    joined[0, 1] = joined[1, 0] = joined[2, 3] = joined[3, 2] = 500
+    joined[1, 2] = 1
+    never_lost = np.array([[0.0, 20.0, 0.0, 3.0], [0.0, 0.0, 1.0, 0.0], [0.0] * 4, [0.0, 4.0, 2000.0, 0.0]])
+    wins = [joined, never_lost, np.random.default_rng(0).poisson(2.0, (4, 4)) * (1 - np.eye(4))][draw]
+
+    def unlikely(scores: np.ndarray) -> float:
+        lost = np.logaddexp(0, scores[None, :] - scores[:, None])  # -log of the chance that i beats j
+        return (wins * lost).sum() + 0.05 * (np.logaddexp(0, scores) + np.logaddexp(0, -scores)).sum()
+
+    best = optimize.minimize(unlikely, np.zeros(4), method="Nelder-Mead", options={"xatol": 1e-7, "fatol": 1e-12, "maxiter": 20_000, "maxfev": 20_000}).x  # fmt: skip
+    np.testing.assert_allclose(bradley_terry(wins), best - best.mean(), atol=1e-4)
+    resampled = np.stack([wins, 2 * wins.T])
+    np.testing.assert_allclose(bradley_terry(resampled)[0], bradley_terry(wins), atol=1e-9)
+
+
+def test_scores_that_did_not_converge_are_not_told():
+    with pytest.raises(ValueError, match="2 models did not converge in 3 steps"):
+        bradley_terry(np.array([[0.0, 1000.0], [0.0, 0.0]]), iterations=3)
 
 
 def test_interval_covers_the_truth_about_as_often_as_it_says():
