@@ -174,7 +174,7 @@ def test_more_workers_than_there_will_ever_be(config, monkeypatch, have, most, a
     monkeypatch.setattr(run, "await_places", lambda *_: None)
     monkeypatch.setattr(run.elastic, "nodes_now", lambda: [have])
     monkeypatch.setenv("RAY_AUTOSCALING", autoscaling)
-    nine = changed(config, run=config.run.model_dump() | {"workers": 9}, optim={"batch": 18})
+    nine = changed(config, run=config.run.model_dump() | {"workers": 9}, optim={"batch": 27})
     if said is None:
         run.check_resources(nine)
     else:
