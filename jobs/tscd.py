@@ -88,10 +88,9 @@ def draw(config: TSCDConfig, folder: str) -> list[str]:
 
 def report(config: TSCDConfig, result) -> None:
     """What came out, and where it is."""
-    from hypersd_ray.models.cards import UNetCard, unet_usage
-    from hypersd_ray.models.checkpoint import read_base
+    from hypersd_ray.models.cards import unet_usage
     from hypersd_ray.models.export import usage
-    from hypersd_ray.trainer.kinds.tscd import lora_metadata, product
+    from hypersd_ray.trainer.kinds.tscd import lora_metadata, product, unet_card
 
     k = config.distill.k_list[-1]
     if result.was_finished:
@@ -100,7 +99,7 @@ def report(config: TSCDConfig, result) -> None:
         f"\nRun {config.run.name}: {result.metrics.get('skipped', 0)} steps skipped, trainer waited for data {result.metrics.get('data_wait_share', 0):.2%} of the time"
     )
     if config.full_unet:
-        print(f"UNet     {result.folder}/unet-k{k}")
+        print(f"UNet     {result.folder}/unet-k{k} (model card in its README.md)")
     else:
         print(f"LoRA     {result.folder}/{product(config, k)} (one per stage beside it, and in Kohya's layout)")
     if result.rejected:
@@ -108,8 +107,7 @@ def report(config: TSCDConfig, result) -> None:
     print(f"config   {result.folder}/config.yaml")
     print(f"logs     tensorboard --logdir {result.folder}/tensorboard")
     if config.full_unet:
-        card = UNetCard(config.teacher, read_base(config.teacher), (), config.run.name)
-        lines = unet_usage(f"{result.folder}/unet-k{k}", card)
+        lines = unet_usage(f"{result.folder}/unet-k{k}", unet_card(config, k))
     else:
         lines = usage(f"{result.folder}/{product(config, k)}", lora_metadata(config, k), base=config.teacher)
     print(f"\nUse it:\n{lines}\n", flush=True)
