@@ -26,7 +26,7 @@ from hypersd_ray.models.roles import STUDENT, TEACHER, Plain
 from hypersd_ray.trainer import storage
 from hypersd_ray.trainer.kinds import AnyConfig, onestep, tscd
 from hypersd_ray.trainer.kinds.tscd import build_roles
-from hypersd_ray.trainer.loop import square_time_ids
+from hypersd_ray.trainer.loop import latent_shape, square_time_ids
 from hypersd_ray.training import samples
 
 TEACHER_STEPS = (1, 2, 4, 8, 25)
@@ -48,8 +48,7 @@ def sample_rows(
         roles.load(STUDENT, read_lora(lora)[0])
     encoders = load_encoders(config.teacher, device=device)
     embeds = encoders.encode_prompts(list(prompts))
-    shape = (roles.unet.config.in_channels, *[roles.unet.config.sample_size] * 2)
-    x_T = samples.start_noise(config.run.seed, prompts, shape).to(device)
+    x_T = samples.start_noise(config.run.seed, prompts, latent_shape(config)).to(device)
     ids = square_time_ids(config, len(prompts), device) if encoders.is_sdxl else None
     cond = Conditioning(embeds.prompt_embeds, embeds.pooled, ids)
     rows = {
@@ -117,8 +116,7 @@ def feedback_rows(
         tensors, metadata = read_lora(path)
         merge_lora(unet, tensors, alpha_of(tensors, metadata))
         roles = Plain(unet, info.schedule, info.parameterization)
-        shape = (unet.config.in_channels, *[unet.config.sample_size] * 2)
-        x_T = samples.start_noise(config.run.seed, prompts, shape).to(device)
+        x_T = samples.start_noise(config.run.seed, prompts, latent_shape(config)).to(device)
         for n in steps:
             rows[f"{name} {n}"] = encoders.decode(samples.student_samples(roles, TEACHER, x_T, cond, n)).cpu()
     return {name: rows[name] for name in sorted(rows, key=lambda name: int(name.split()[-1]))}

@@ -4,6 +4,8 @@ Or make a few-step model of the base by score distillation (Turbo, DMD).
     python jobs/onestep.py tiny --init runs/tiny-minutes/lora/tscd-k1.safetensors                  # minutes on a CPU
     python jobs/onestep.py tiny --mode dedicated --init runs/tiny-minutes/lora/tscd-k1.safetensors
     python jobs/onestep.py sd15 --teacher PATH --init LORA --data.shards 's3://...'
+    python jobs/pairs.py --teacher PATH --data.shards 's3://...' --out PAIRS                        # the paper's MSE (Sec. 3.3):
+    python jobs/onestep.py sd15 --mode dedicated --regression.pairs PAIRS --teacher PATH --init LORA --data.shards 's3://...'
     python jobs/onestep.py tiny --init LORA --full-unet --zero.stage 2 --run.workers 2              # DeepSpeed ZeRO
     python jobs/onestep.py sdxl --full-unet --plan --gpus 8 --gpu-memory 80                         # what a GPU would hold
     python jobs/onestep.py tiny --init LORA --feedback                                              # a reward judges it too

@@ -1,7 +1,9 @@
 """Solve the teacher's ODE for every caption: pairs of noise and end point, for `jobs/onestep.py --regression.pairs OUT`.
 
-    python jobs/pairs.py --teacher PATH --data.shards 's3://B/{000..099}.tar' --data.resolution 512 --out DIR
+    python jobs/pairs.py --teacher PATH --data.shards 's3://B/{000..099}.tar' --data.resolution 512 --out DIR \\
+        --data.encoder.num-gpus 1 --data.encoder.max-size 8 --precision bf16
 
+The actors of data.encoder do it: without its options that is one, on a CPU, which is for the embedded model alone.
 Started again, it goes on behind the last whole file.
 """
 

@@ -7,7 +7,6 @@ Started again, it goes on behind the last whole shard.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -36,11 +35,10 @@ def main() -> None:
     from hypersd_ray.data.precompute import precompute, validate
 
     validate(config.data, config.model, config.out)
-    import ray  # after the configuration is known to be right
+    from hypersd_ray.trainer.run import connect  # Ray comes after the configuration is known to be right
 
+    connect()
     started = time.perf_counter()
-    # `ray job submit` and a running cluster set the address; without one Ray starts on this machine.
-    ray.init(address="auto" if os.environ.get("RAY_ADDRESS") else None, log_to_driver=False, include_dashboard=False)
 
     def progress(done: int, shards: int, rows: int) -> None:
         print(f"shard {done}/{shards}, {rows} rows, {rows / (time.perf_counter() - started):.0f} rows/s", flush=True)

@@ -6,7 +6,7 @@
 
 A folder holds a picture a prompt, NAME.png with its text in NAME.txt (jobs/evaluate.py --export-images makes them); pictures of one name are compared. Raters see two
 at a time without the models' names, sides at random, some pairs twice. Votes are kept in --database (an SQLite file, or
-SQLAlchemy's URL of a PostgreSQL) before they are acknowledged; a study that is started again goes on.
+SQLAlchemy's URL of a PostgreSQL database: postgresql+psycopg://user:password@host/name) before they are acknowledged; a study that is started again goes on.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def main() -> None:
     config = tyro.cli(Command, description=__doc__)
     from evaluation.harness.pieces import write_whole
     from evaluation.study import analysis
-    from evaluation.study.store import Store
+    from evaluation.study.store import Store, without_password
 
     if isinstance(config, Serve):
         serve(config)
@@ -97,7 +97,7 @@ def main() -> None:
     try:
         results = analysis.analyse(votes, config.resamples)
     except ValueError as error:
-        raise ConfigError(f"--database {config.database}: {error}") from None
+        raise ConfigError(f"--database {without_password(config.database)}: {error}") from None
     print(analysis.as_text(results))
     if config.json_:
         pairs = {f"{a} over {b}": asdict(rate) for (a, b), rate in results.win_rates.items()}

@@ -56,21 +56,19 @@ def draw(config: TSCDConfig, folder: str) -> list[str]:
 def report(config: TSCDConfig, result) -> None:
     """What came out, and where it is."""
     from evaluation import ending
-    from hypersd_ray.models.cards import UNetCard, unet_usage
-    from hypersd_ray.models.checkpoint import read_base
+    from hypersd_ray.models.cards import unet_usage
     from hypersd_ray.models.export import usage
-    from hypersd_ray.trainer.kinds.tscd import lora_metadata, product
+    from hypersd_ray.trainer.kinds.tscd import lora_metadata, product, unet_card
 
     k = config.distill.k_list[-1]
     ending.say_how_it_went(config.run.name, result)
     if config.full_unet:
-        print(f"UNet     {result.folder}/unet-k{k}")
+        print(f"UNet     {result.folder}/unet-k{k} (model card in its README.md)")
     else:
         print(f"LoRA     {result.folder}/{product(config, k)} (one per stage beside it, and in Kohya's layout)")
     ending.say_where_it_is(result)
     if config.full_unet:
-        card = UNetCard(config.teacher, read_base(config.teacher), (), config.run.name)
-        lines = unet_usage(f"{result.folder}/unet-k{k}", card)
+        lines = unet_usage(f"{result.folder}/unet-k{k}", unet_card(config, k))
     else:
         lines = usage(f"{result.folder}/{product(config, k)}", lora_metadata(config, k), base=config.teacher)
     print(f"\nUse it:\n{lines}\n", flush=True)

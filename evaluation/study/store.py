@@ -79,6 +79,16 @@ def now() -> datetime:
     return datetime.now(UTC).replace(tzinfo=None)
 
 
+def without_password(database: str) -> str:
+    """A database's path or URL as it may be printed."""
+    if "://" not in database:
+        return database
+    try:
+        return make_url(database).render_as_string(hide_password=True)
+    except (ArgumentError, ValueError):
+        return f"{database.partition('://')[0]}://..."
+
+
 class Store:
     """A database with the tables; they are made where they are missing."""
 
@@ -98,10 +108,10 @@ class Store:
             if parsed.get_backend_name() == "sqlite":
                 event.listen(self.engine, "connect", _several_writers)
             Base.metadata.create_all(self.engine)
-        except (ArgumentError, SQLAlchemyError, OSError, ImportError) as error:
+        except (SQLAlchemyError, ValueError, OSError, ImportError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(
-                f"--database {url}: {reason}; give an SQLite file, or a URL such as postgresql+psycopg://user@host/name"
+                f"--database {without_password(url)}: {reason}; give an SQLite file, or a URL such as postgresql+psycopg://user@host/name"
             ) from None
 
     @contextmanager

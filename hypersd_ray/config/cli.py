@@ -24,7 +24,8 @@ Config = TypeVar("Config", bound=pydantic.BaseModel)
 
 EXTRAS = {
     "webdataset": "data", "optuna": "sweep", "s3fs": "cloud", "gcsfs": "cloud", "wandb": "wandb",
-    "mlflow": "mlflow", "cv2": "control", "deepspeed": "zero", "sqlalchemy": "study", "torchmetrics": "lpips",
+    "mlflow": "mlflow", "cv2": "control", "deepspeed": "zero", "sqlalchemy": "study", "psycopg": "study",
+    "torchmetrics": "lpips",
 }  # fmt: skip
 """Packages that only some jobs need -> the extra of pyproject.toml that brings them."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Literal, Self
 
@@ -16,13 +16,15 @@ from hypersd_ray.config.tscd import AdversarialConfig, DistillConfig, TSCDConfig
 
 UNIFIED_TIMESTEP, DEDICATED_TIMESTEP = 999, 800
 """The network's input in the single step (its own index; our t is one more). Paper, Sec. 4.1."""
+SHARE_IS_MET = 1.5
+"""A micro-batch has whole rows: how many times more or less than the asked share its consistency rows may be."""
 
 
 class DMDConfig(Strict):
     """Distribution matching (Eq. 10): a real score, a fake score, and the difference of the two as a gradient."""
 
     weight: float = Field(default=1.0, ge=0)
-    """Weight of the distribution matching loss; 0 leaves the single step to regression."""
+    """Weight of the distribution matching loss; 0 leaves the single step to regression, the discriminator or feedback."""
     guidance: float = Field(default=8.0, ge=1)
     """Guidance scale of the real score, as uncond + guidance (cond - uncond); DMD2: 1.75 (SD1.5), 8 (SDXL)."""
     low: float = Field(default=0.02, ge=0, le=1)
@@ -55,7 +57,8 @@ class RegressionConfig(Strict):
     """The single step against the end points of the teacher's ODE from the same noise (DMD's regression loss)."""
 
     pairs: str | None = None
-    """Folder of pairs that jobs/pairs.py made with this teacher, any fsspec URL; None is off."""
+    """Folder of pairs that jobs/pairs.py made with this teacher, any fsspec URL; None is off: the mean squared error
+    that the paper has beside distribution matching (Sec. 3.3) is then left out."""
     weight: float = Field(default=1.0, ge=0)
     """Weight of the mean squared error."""
     batch: int = Field(default=32, ge=1)
@@ -94,8 +97,8 @@ class OneStepConfig(TSCDConfig):
     """The TSCD LoRA to start from, a .safetensors file in either layout, any fsspec URL; None starts from the base."""
     mode: Literal["unified", "dedicated", "few"] = "unified"
     """"unified": one LoRA for 1 to 8 steps, its single step at the network's input 999; "dedicated": a model for the
-    single step alone, at 800; "few": a model that jumps to clean data from each of `timesteps`, with new noise between
-    (Turbo, DMD2)."""
+    single step alone, at 800, by distribution matching alone unless regression.pairs adds the paper's mean squared error
+    (Sec. 3.3); "few": a model that jumps to clean data from each of `timesteps`, with new noise between (Turbo, DMD2)."""
     timestep: int | None = Field(default=None, ge=0, le=999)
     """The network's input in the single step; None is 999 (unified) or 800 (dedicated)."""
     timesteps: tuple[int, ...] = ()
@@ -113,9 +116,11 @@ class OneStepConfig(TSCDConfig):
     feedback: RewardsConfig = RewardsConfig()
     """What people like, beside them."""
     distill: DistillConfig = DistillConfig(k_list=(1,), n_list=(40,), steps_list=(5000,))
-    """The consistency that goes on, at k = 1, and the length of the run."""
+    """The consistency that goes on, at k = 1, and the length of the run. Its name is not used: files are named by the
+    mode. No caption is emptied."""
     adversarial: AdversarialConfig = AdversarialConfig(adv_end=0.0, mse_end=1.0)
-    """adv_end is the weight of an adversarial loss on the single step, against the data; mse_end that of consistency."""
+    """adv_end is the weight of an adversarial loss on the single step, against the data; mse_end that of consistency.
+    There is one stage: what the weights start at, and in which shape they change, is nothing here."""
     run: RunConfig = RunConfig(name="onestep")
     """Where it runs."""
 
@@ -152,6 +157,14 @@ class OneStepConfig(TSCDConfig):
         """How many of a micro-batch's rows go on with consistency; at least one on each side where both are asked for."""
         return min(max(1, round(self.share * rows)), rows - 1) if self.share > 0 else 0
 
+    @property
+    def fewest_rows(self) -> int:
+        """Rows that a micro-batch needs for its consistency rows to be `share` of it, but for a factor of SHARE_IS_MET."""
+        if self.share == 0:
+            return 1
+        least, most = self.share / SHARE_IS_MET, self.share * SHARE_IS_MET
+        return next(rows for rows in count(2) if least <= self.consistency_rows(rows) / rows <= most)
+
     def located(self, locate: Callable[[str], str]) -> Self:
         """The same with `locate` applied to each path that workers read."""
         moved = super().located(locate)
@@ -178,6 +191,11 @@ class OneStepConfig(TSCDConfig):
             )
         if self.distill.teacher == "previous":
             raise CombinationError("distill.teacher='previous': one-step enhancement has one stage; use 'base'")
+        if self.distill.empty_prompts > 0:
+            raise CombinationError(
+                f"distill.empty_prompts={self.distill.empty_prompts}: score distillation puts guidance into the student, which "
+                "then keeps none; set distill.empty_prompts=0"
+            )
         if self.init is not None and "://" not in self.init and not Path(self.init).is_file():
             raise CombinationError(
                 f"init={self.init!r} is not a file: name the LoRA that jobs/tscd.py made (lora/tscd-k1.safetensors)"
@@ -196,6 +214,21 @@ class OneStepConfig(TSCDConfig):
         if self.regression.pairs is not None:
             raise CombinationError("regression.pairs with mode='few': pairs are single steps; set mode='dedicated'")
 
+    def _check_one_weight(self) -> None:
+        """No setting of weights that change over stages, of which there is one."""
+        a, left_out = self.adversarial, AdversarialConfig()
+        same = {
+            "adv_start": (left_out.adv_start, a.adv_end),
+            "mse_start": (left_out.mse_start, a.mse_end),
+            "shape": (left_out.shape,),
+        }
+        for field, accepted in same.items():
+            if (value := getattr(a, field)) not in accepted:
+                raise CombinationError(
+                    f"adversarial.{field}={value}: there is one stage, whose weights are adversarial.adv_end={a.adv_end} and "
+                    f"adversarial.mse_end={a.mse_end}: set those, and leave {field} out"
+                )
+
     @model_validator(mode="after")
     def _something_to_learn(self) -> OneStepConfig:
         if any(self.adversarial.conditional):
@@ -203,6 +236,7 @@ class OneStepConfig(TSCDConfig):
                 "adversarial.conditional: here generated ends are judged against the data, which came from nowhere; "
                 "leave it out"
             )
+        self._check_one_weight()
         others = self.regression.pairs is not None or self.adversarial.adv_end > 0 or self.feedback.rewards
         if self.dmd.weight == 0 and not others:
             raise CombinationError(
@@ -212,9 +246,10 @@ class OneStepConfig(TSCDConfig):
         if self.regression.pairs is not None:
             check_shares(self.regression.batch, self.run, self.optim, "regression.batch")
         rows = rows_each(self.optim.batch, self.run.workers, self.optim.accumulation) // self.optim.accumulation
-        if self.share > 0 and rows < 2:
+        if rows < self.fewest_rows:
             raise CombinationError(
-                f"optim.batch={self.optim.batch} leaves {rows} row to a part, consistency_share={self.share} "
-                "needs at least 2: raise optim.batch or set consistency_share=0"
+                f"optim.batch={self.optim.batch} leaves {rows} row{'s' * (rows > 1)} to a part, consistency_share={self.share} "
+                f"needs at least {self.fewest_rows}: raise optim.batch, lower optim.accumulation={self.optim.accumulation} "
+                f"or run.workers={self.run.workers}, or set another consistency_share"
             )
         return self

@@ -24,7 +24,7 @@ class DistillConfig(Strict):
     of these (`hypersd_ray/recipes/trajectory.py`)."""
 
     name: str = Field(default="tscd", pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
-    """The method's: a stage's file is NAME-kK.safetensors."""
+    """The method's: a stage's file is NAME-kK.safetensors. Jobs of one stage (jobs/onestep.py) name theirs otherwise."""
     k_list: tuple[int, ...] = (8, 4, 2, 1)
     """Segments of each stage. A stage of as many as the one before goes on with the same teacher: it is another phase
     of it."""
@@ -135,7 +135,7 @@ class AdversarialConfig(Strict):
     lr: float = Field(default=1e-5, gt=0)
     """Learning rate of the discriminator's heads."""
     warmup_share: float = Field(default=0.1, ge=0, lt=1)
-    """Share of a stage in which only the discriminator learns from the pairs, before the student hears of it."""
+    """Share of a stage in which the student does not hear of the discriminator, which learns: its other losses go on."""
 
     def weights(self, stage: int, stages: int) -> LossWeights:
         """The stage's loss weights."""

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -276,24 +276,32 @@ def usage(path: str | Path, metadata: LoRAMetadata, base: str | Path | None = No
     """
     pipeline, scheduler = PIPELINES[metadata.family], metadata.scheduler
     where = repr(str(base or metadata.base_model))
-    grid = {
-        "TCDScheduler": f", original_inference_steps={TCD_GRID}",
-        "LCMScheduler": "" if TIMESTEP in metadata.extra else f", original_inference_steps={TCD_GRID}",
-        # clip_sample is on by default, and latents are not within [-1, 1]
-        "DDIMScheduler": ', timestep_spacing="trailing", clip_sample=False',
-    }.get(scheduler, "")
-    eta = f", eta={metadata.eta}" if scheduler in ("TCDScheduler", "DDIMScheduler") else ""
-    at = f", timesteps=[{metadata.extra[TIMESTEP]}]" if TIMESTEP in metadata.extra else ""
-    scale = 3 if metadata.extra.get(GUIDANCE) == KEPT else 0
+    grid, call = sampling_arguments(scheduler, metadata.steps[0], metadata.timesteps, metadata.eta, metadata.extra)
     return "\n".join(
         (
             f"from diffusers import {pipeline}, {scheduler}",
             f"pipe = {pipeline}.from_pretrained({where}, "
             f'scheduler={scheduler}.from_pretrained({where}, subfolder="scheduler"{grid}))',
             f"pipe.load_lora_weights({str(path)!r})",
-            f'image = pipe("a prompt", num_inference_steps={metadata.steps[0]}{at}, guidance_scale={scale}{eta}).images[0]',
+            f'image = pipe("a prompt", {call}).images[0]',
         )
     )
+
+
+def sampling_arguments(
+    scheduler: str, steps: int, timesteps: Sequence[int], eta: float, extra: Mapping[str, str]
+) -> tuple[str, str]:
+    """What diffusers' scheduler is made with, and its pipeline called with, for a student to be sampled as it was made."""
+    grid = {
+        "TCDScheduler": f", original_inference_steps={TCD_GRID}",
+        "LCMScheduler": "" if timesteps else f", original_inference_steps={TCD_GRID}",
+        # clip_sample is on by default, and latents are not within [-1, 1]
+        "DDIMScheduler": ', timestep_spacing="trailing", clip_sample=False',
+    }.get(scheduler, "")
+    noise = f", eta={eta}" if scheduler in ("TCDScheduler", "DDIMScheduler") else ""
+    at = f", timesteps={list(timesteps)}" if timesteps else ""
+    scale = 3 if extra.get(GUIDANCE) == KEPT else 0
+    return grid, f"num_inference_steps={steps}{at}, guidance_scale={scale}{noise}"
 
 
 # Identifiers of UNet2DConditionModel that hold an underscore, and the words between them: Kohya's name of a module

@@ -56,6 +56,8 @@ ImageRewardBackend = Literal["image_reward", "image_reward_package"]
 """On transformers' classes, or the authors' package in the environment of jobs/image_reward_env.py."""
 
 
+REFL_LR = 1e-5
+"""ReFL's learning rate: the paper names none for feedback."""
 SHARE = 0.16
 """Of a GPU, for each of the published rewards and SOLO: six stand on one."""
 
@@ -104,7 +106,7 @@ def feedback_sd15(
         placement=PlacementConfig(num_gpus=SHARE, precision="bf16"),
         decode_batch=2,
         lora=base.lora,
-        optim=OptimConfig(lr=1e-6, batch=64, accumulation=4),
+        optim=OptimConfig(lr=REFL_LR, batch=64, accumulation=4),
         run=base.run.model_copy(update={"name": "sd15-feedback"}),
     )
 
@@ -126,7 +128,7 @@ def feedback_sdxl(
             "data": base.data,
             "decode_batch": 1,
             "run": base.run.model_copy(update={"name": "sdxl-feedback"}),
-            "optim": OptimConfig(lr=1e-6, batch=128, accumulation=4),
+            "optim": OptimConfig(lr=REFL_LR, batch=128, accumulation=4),
         }
     )
 

@@ -15,8 +15,8 @@ from hypersd_ray.recipes.tscd import TINY_PROMPTS, embedded, sd15, sdxl, tiny
 Mode = Literal["unified", "dedicated"]
 
 
-FULL_LR = 5e-7
-"""DMD2's learning rate of a whole UNet; that of its LoRA is 5e-5."""
+FULL_LR, LORA_LR, CLIP = 5e-7, 5e-5, 10.0
+"""DMD2's learning rates of a whole UNet and of a LoRA, and its clip of the gradient. The paper names a rate for TSCD alone."""
 
 
 def onestep_tiny(
@@ -72,7 +72,7 @@ def onestep_sd15(
         feedback=_published(rewards, decode_batch=2),
         full_unet=full_unet,
         lora=base.lora,
-        optim=OptimConfig(lr=FULL_LR if full_unet else 1e-6, batch=512, accumulation=4, clip=10.0),
+        optim=OptimConfig(lr=FULL_LR if full_unet else LORA_LR, batch=512, accumulation=4, clip=CLIP),
         run=base.run.model_copy(update={"name": f"sd15-onestep-{mode}"}),
     )
 
@@ -94,7 +94,7 @@ def onestep_sdxl(
         feedback=_published(rewards, decode_batch=1),
         full_unet=full_unet,
         lora=base.lora,
-        optim=OptimConfig(lr=FULL_LR if full_unet else 1e-6, batch=512, accumulation=8, clip=10.0),
+        optim=OptimConfig(lr=FULL_LR if full_unet else LORA_LR, batch=512, accumulation=4, clip=CLIP),
         run=base.run.model_copy(update={"name": f"sdxl-onestep-{mode}"}),
     )
 
@@ -142,17 +142,19 @@ def few_tiny(method: Few = "turbo", budget: Literal["minutes", "full"] = "minute
 
 
 def few_sd15(teacher: str, shards: str = "data/*.tar", method: Few = "turbo") -> OneStepConfig:
-    """Stable Diffusion 1.5 in four steps by score distillation, on 8 GPUs."""
-    return few_step(method, _named(sd15(teacher, shards), f"sd15-{method}"), 20_000, guidance=1.75, fake_updates=10)
+    """Stable Diffusion 1.5 in four steps by score distillation, on 8 GPUs; rate and clip as DMD2's LoRA has them."""
+    return few_step(method, _placed(sd15(teacher, shards), f"sd15-{method}"), 20_000, guidance=1.75, fake_updates=10)
 
 
 def few_sdxl(teacher: str, shards: str = "data/*.tar", method: Few = "turbo") -> OneStepConfig:
-    """SDXL in four steps by score distillation, on 32 GPUs."""
-    return few_step(method, _named(sdxl(teacher, shards), f"sdxl-{method}"), 20_000, guidance=8.0, fake_updates=5)
+    """SDXL in four steps by score distillation, on 32 GPUs; rate and clip as for sd15."""
+    return few_step(method, _placed(sdxl(teacher, shards), f"sdxl-{method}"), 20_000, guidance=8.0, fake_updates=5)
 
 
-def _named(base: TSCDConfig, name: str) -> TSCDConfig:
-    return base.model_copy(update={"run": base.run.model_copy(update={"name": name})})
+def _placed(base: TSCDConfig, name: str) -> TSCDConfig:
+    """`base` under another name, with DMD2's rate and clip."""
+    optim = base.optim.model_copy(update={"lr": LORA_LR, "clip": CLIP})
+    return base.model_copy(update={"optim": optim, "run": base.run.model_copy(update={"name": name})})
 
 
 ONESTEP_RECIPES: dict[str, Callable[..., OneStepConfig]] = {

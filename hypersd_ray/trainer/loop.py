@@ -22,6 +22,7 @@ from hypersd_ray.config.onestep import OneStepConfig
 from hypersd_ray.config.run import rows_each
 from hypersd_ray.data.plan import StreamPosition, deal_again
 from hypersd_ray.data.stream import LatentStream
+from hypersd_ray.models.checkpoint import read_base
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import load_encoders
 from hypersd_ray.trainer import keeping, storage
@@ -37,7 +38,7 @@ from hypersd_ray.training.onestep import OdePairs
 from hypersd_ray.training.protocol import Training
 from hypersd_ray.training.quality import Yardstick, objective
 
-QUIET = {"grad_norm", "dropped", "watch", "hacking", "saturation", "diversity", "reward_seconds"}
+QUIET = {"grad_norm", "dropped", "watch", "hacking", "saturation", "diversity", "reward_seconds", "annotated"}
 """What is logged and is not in the progress line."""
 MOVE_S = 10.0
 """Seconds in which Ray Train ends a group after its last checkpoint; a step more would be made again by the next one."""
@@ -242,10 +243,10 @@ class Worker:
         if self.loggers is None and not self.distiller.roles.together:
             return
         self.clock.pause()
-        roles, prompts = self.distiller.roles, self.config.run.prompts
+        prompts = self.config.run.prompts
         encoders = load_encoders(self.config.teacher, device=str(self.device))
         embeds = encoders.encode_prompts(list(prompts))
-        shape = (roles.unet.config.in_channels, *[roles.unet.config.sample_size] * 2)
+        shape = latent_shape(self.config)
         x_T = samples.start_noise(self.config.run.seed, prompts, shape).to(self.device)
         cond = Conditioning(
             embeds.prompt_embeds,
@@ -282,7 +283,8 @@ class Worker:
         if self.yardstick is None:
             encoders = load_encoders(self.config.teacher, device=str(self.device))
             time_ids = square_time_ids(self.config, 1, self.device) if encoders.is_sdxl else None
-            self.yardstick = Yardstick(measure, self.distiller.roles, encoders, Path(self.config.teacher), time_ids)
+            teacher, shape = Path(self.config.teacher), latent_shape(self.config)
+            self.yardstick = Yardstick(measure, self.distiller.roles, encoders, teacher, shape, time_ids)
         known = {how.steps: how for how in self.kind.samplings(self.config)}
         eta = next(iter(known.values())).eta
         quality = self.yardstick({n: known.get(n, samples.Sampling(n, eta=eta)) for n in measure.steps})
@@ -323,6 +325,13 @@ class Worker:
             self.loggers.flush()
             keeping.prune(self.folder, run.keep_checkpoints)
         self.clock.go_on()
+
+
+def latent_shape(config: AnyConfig) -> tuple[int, int, int]:
+    """(C, h, w) of a picture's latents at the run's resolution, which need not be the one that the base was made for."""
+    info = read_base(config.teacher)
+    side = config.data.resolution // info.latent_factor
+    return info.latent_channels, side, side
 
 
 def square_time_ids(config: AnyConfig, batch: int, device: torch.device | str) -> torch.Tensor:

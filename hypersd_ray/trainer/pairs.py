@@ -47,7 +47,8 @@ class OdePairsConfig(Strict):
     out: str
     """Folder for the pairs, any fsspec URL."""
     data: DataConfig
-    """The captions: image-text shards (encoded first, beside the pairs), or precomputed latents."""
+    """The captions: image-text shards (encoded first, beside the pairs), or precomputed latents. data.encoder's actors
+    encode, and solve the ODE: by default one on a CPU; on GPUs set encoder.num_gpus, and max_size to how many."""
     steps: int = Field(default=50, ge=1, le=1000)
     """DDIM steps of the ODE."""
     omega: float = Field(default=3.0, ge=1)

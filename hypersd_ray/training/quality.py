@@ -94,10 +94,12 @@ class Yardstick:
     """
 
     def __init__(
-        self, config: MeasureConfig, roles: Roles, encoders: Encoders, teacher: Path, time_ids: Tensor | None = None
-    ):
-        """`time_ids` (1, 6): SDXL's size conditioning."""
+        self, config: MeasureConfig, roles: Roles, encoders: Encoders, teacher: Path, shape: tuple[int, int, int],
+        time_ids: Tensor | None = None,
+    ):  # fmt: skip
+        """`shape`: (C, h, w) of the latents; `time_ids` (1, 6): SDXL's size conditioning."""
         self.config, self.roles, self.encoders, self.time_ids = config, roles, encoders, time_ids
+        self.shape = shape
         self.clip = (
             None if config.clip is None
             else load_reward(RewardConfig(name="clip_score", checkpoint=config.clip, role="watch"), roles.device)
@@ -117,19 +119,18 @@ class Yardstick:
 
         if c.cache is None:
             return make()
-        key = json.dumps([teacher_sha256(teacher), c.prompts, c.seed, c.guidance, c.reference_steps])
+        key = json.dumps([teacher_sha256(teacher), c.prompts, c.seed, c.guidance, c.reference_steps, self.shape])
         return kept(Path(c.cache) / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors", make)
 
     def _chunks(self, sample) -> Tensor:
         c, device = self.config, self.roles.device
-        unet = self.roles.unet.config
-        shape, parts = (unet.in_channels, *[unet.sample_size] * 2), []
+        parts = []
         for first in range(0, len(c.prompts), c.batch):
             chunk = list(c.prompts[first : first + c.batch])
             embeds = self.encoders.encode_prompts(chunk)
             ids = None if self.time_ids is None else self.time_ids.to(device).expand(len(chunk), -1)
             cond = Conditioning(embeds.prompt_embeds, embeds.pooled, ids).to(device)
-            x_T = samples.start_noise(c.seed, chunk, shape).to(device)
+            x_T = samples.start_noise(c.seed, chunk, self.shape).to(device)
             parts.append(sample(x_T, cond).float().cpu())
         return torch.cat(parts)
 

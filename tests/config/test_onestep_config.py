@@ -11,7 +11,7 @@ import pytest
 from hypersd_ray.config.base import CombinationError
 from hypersd_ray.config.cli import parse
 from hypersd_ray.config.onestep import OneStepConfig
-from hypersd_ray.recipes import ONESTEP_RECIPES
+from hypersd_ray.recipes import FEEDBACK_RECIPES, ONESTEP_RECIPES, RECIPES
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,6 +56,32 @@ def test_a_full_unet_learns_slower_than_a_lora(init):
     assert (faster.optim.lr, faster.dmd.fake_lr) == (1e-4, full.dmd.fake_lr)
 
 
+def test_weights_of_the_only_stage_may_be_named_at_both_ends(init):
+    adversarial = of(init, "--adversarial.adv-start", "0.02", "--adversarial.adv-end", "0.02").adversarial
+    assert adversarial.weights(0, 1).adversarial == 0.02
+
+
+@pytest.mark.parametrize("rows", range(2, 65))
+def test_parts_that_are_accepted_meet_the_share(rows, init):
+    for share in (0.1, 0.25, 0.5, 0.9):
+        config = of(init, "--consistency-share", str(share), "--optim.batch", "128")
+        if rows >= config.fewest_rows:
+            assert 1 / 1.5 <= config.consistency_rows(rows) / rows / share <= 1.5
+
+
+@pytest.mark.parametrize(("recipe", "workers"), [("sd15", 8), ("sdxl", 32)])
+def test_published_recipes_train_as_the_method_says(recipe, workers, init, tmp_path):
+    unified = ONESTEP_RECIPES[recipe](str(tmp_path), init)
+    rows = unified.optim.batch // (workers * unified.optim.accumulation)
+    assert unified.consistency_rows(rows) / rows == 0.25
+    full = ONESTEP_RECIPES[recipe](str(tmp_path), init, full_unet=True)
+    few = [ONESTEP_RECIPES[f"few-{recipe}"](str(tmp_path), method=method) for method in ("turbo", "dmd")]
+    assert [c.optim.lr for c in (unified, *few, full)] == [5e-5, 5e-5, 5e-5, 5e-7]  # DMD2's, of a LoRA and a UNet
+    assert {c.optim.clip for c in (unified, *few, full)} == {10.0}
+    assert FEEDBACK_RECIPES[recipe](str(tmp_path), init, "models").optim.lr == 1e-5  # ReFL's
+    assert RECIPES[recipe](str(tmp_path)).optim.lr == 1e-6  # the paper's
+
+
 @pytest.mark.parametrize("recipe", ["sd15", "sdxl"])
 def test_the_recipes_are_whole(recipe, init, tmp_path):
     arguments = [
@@ -82,7 +108,16 @@ def test_the_recipes_are_whole(recipe, init, tmp_path):
         (["--distill.k-list", "2"], r"k_list=\(2,\): one-step enhancement goes on at k = 1"),
         (["--dmd.low", "0.5", "--dmd.high", "0.4"], r"dmd\.high=0\.4 is not above dmd\.low=0\.5"),
         (["--dmd.weight", "0"], r"dmd\.weight=0 without regression\.pairs"),
-        (["--optim.batch", "1"], "leaves 1 row to a part, consistency_share=0.25 needs at least 2"),
+        (["--optim.batch", "1"], "leaves 1 row to a part, consistency_share=0.25 needs at least 3"),
+        (["--optim.accumulation", "16"], r"batch=32 leaves 2 rows to a part, .* needs at least 3: .*accumulation=16"),
+        (["--consistency-share", "0.01"], r"leaves 32 rows to a part, consistency_share=0\.01 needs at least 67"),
+        (["--distill.empty-prompts", "0.1"], r"distill\.empty_prompts=0\.1: .* set distill\.empty_prompts=0"),
+        (
+            ["--adversarial.adv-start", "0.01", "--adversarial.adv-end", "0.02"],
+            r"adv_start=0\.01: there is one stage, whose weights are adversarial\.adv_end=0\.02",
+        ),
+        (["--adversarial.mse-start", "2"], r"adversarial\.mse_start=2\.0: .*adversarial\.mse_end=1\.0: set those"),
+        (["--adversarial.shape", "2"], r"adversarial\.shape=2\.0: there is one stage"),
         (
             ["--regression.pairs", "x", "--regression.batch", "3", "--run.workers", "2"],
             r"regression\.batch=3 is not divis",

@@ -152,7 +152,7 @@ def test_keys_stay_what_they_were():
 
 
 def test_a_unet_of_one_time_step_is_sampled_from_it(config, folders, tmp_path):
-    card = UNetCard(str(folders["sd"]), read_base(folders["sd"]), (800,), "tiny")
+    card = UNetCard(str(folders["sd"]), read_base(folders["sd"]), (800,), "tiny", "LCMScheduler")
     folder = save_unet_with_card(tiny_unet("sd"), tmp_path / "unet", "unet", card)
     found = {cell.steps: cell.how for cell in find_subject(str(folder), config).cells(0, "float32")}
     assert found == {1: How("lcm", timesteps=(800,)), 2: How("lcm")}

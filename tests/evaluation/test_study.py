@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -19,12 +21,16 @@ from PIL.PngImagePlugin import PngInfo
 pytest.importorskip("sqlalchemy")
 import uvicorn
 from fastapi.testclient import TestClient
+from scipy import optimize
+from sqlalchemy import create_engine
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.schema import CreateTable
 
 from evaluation.study.analysis import analyse, as_text, bradley_terry, write_csv
 from evaluation.study.app import COOKIE, Study, make_app
 from evaluation.study.assignment import Assignment
 from evaluation.study.entries import Comparison, Entries, read_folders
-from evaluation.study.store import Store
+from evaluation.study.store import Base, Store
 from hypersd_ray.config.base import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +48,42 @@ def folders(tmp_path) -> dict[str, Path]:
             Image.new("RGB", (32, 32), colour).save(tmp_path / model / f"{i:02}.png", pnginfo=info)
             (tmp_path / model / f"{i:02}.txt").write_text(f"prompt {i}\n")
     return {model: tmp_path / model for model in COLOURS}
+
+
+@pytest.fixture(scope="module")
+def postgres():
+    """A URL of an own PostgreSQL server, which listens on a socket in its own folder only."""
+    places = os.pathsep.join([os.environ["PATH"], *map(str, Path("/usr/lib/postgresql").glob("*/bin"))])
+    initdb, pg_ctl = (shutil.which(name, path=places) for name in ("initdb", "pg_ctl"))
+    if initdb is None or pg_ctl is None:
+        pytest.skip("no PostgreSQL: apt-get install postgresql")
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # pytest's own folders are closed to other users
+        user = {}
+        if os.geteuid() == 0:  # PostgreSQL does not run as root
+            user = {"user": "postgres", "group": "postgres", "extra_groups": []}
+            shutil.chown(folder, "postgres", "postgres")
+
+        def do(*command: str) -> None:
+            subprocess.run(command, cwd=folder, check=True, timeout=120, stdout=subprocess.DEVNULL, **user)
+
+        data = f"{folder}/data"
+        do(initdb, "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-sync")
+        do(pg_ctl, "-D", data, "-w", "-l", f"{folder}/log", "-o", f"-k {folder} -c listen_addresses=", "start")
+        yield f"postgresql+psycopg://postgres@/postgres?host={folder}"
+        do(pg_ctl, "-D", data, "-w", "-m", "immediate", "stop")
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request, tmp_path):
+    """An empty database of each kind; PostgreSQL only where it is installed."""
+    if request.param == "sqlite":
+        yield str(tmp_path / "s.db")
+        return
+    url = request.getfixturevalue("postgres")
+    yield url
+    engine = create_engine(url)
+    Base.metadata.drop_all(engine)
+    engine.dispose()
 
 
 def study_of(folders, database, per_rater: int = 20, repeat_every: int = 5) -> Study:
@@ -77,6 +119,29 @@ def test_a_model_that_never_lost_has_a_finite_score():
     assert np.isfinite(scores).all() and scores[0] > 2
 
 
+@pytest.mark.parametrize("draw", range(3))
+def test_scores_are_the_most_likely_ones_however_unbalanced_the_votes(draw):
+    joined = np.zeros((4, 4))  # two pairs of a thousand votes each, and one vote from pair to pair
+    joined[0, 1] = joined[1, 0] = joined[2, 3] = joined[3, 2] = 500
+    joined[1, 2] = 1
+    never_lost = np.array([[0.0, 20.0, 0.0, 3.0], [0.0, 0.0, 1.0, 0.0], [0.0] * 4, [0.0, 4.0, 2000.0, 0.0]])
+    wins = [joined, never_lost, np.random.default_rng(0).poisson(2.0, (4, 4)) * (1 - np.eye(4))][draw]
+
+    def unlikely(scores: np.ndarray) -> float:
+        lost = np.logaddexp(0, scores[None, :] - scores[:, None])  # -log of the chance that i beats j
+        return (wins * lost).sum() + 0.05 * (np.logaddexp(0, scores) + np.logaddexp(0, -scores)).sum()
+
+    best = optimize.minimize(unlikely, np.zeros(4), method="Nelder-Mead", options={"xatol": 1e-7, "fatol": 1e-12, "maxiter": 20_000, "maxfev": 20_000}).x  # fmt: skip
+    np.testing.assert_allclose(bradley_terry(wins), best - best.mean(), atol=1e-4)
+    resampled = np.stack([wins, 2 * wins.T])
+    np.testing.assert_allclose(bradley_terry(resampled)[0], bradley_terry(wins), atol=1e-9)
+
+
+def test_scores_that_did_not_converge_are_not_told():
+    with pytest.raises(ValueError, match="2 models did not converge in 3 steps"):
+        bradley_terry(np.array([[0.0, 1000.0], [0.0, 0.0]]), iterations=3)
+
+
 def test_interval_covers_the_truth_about_as_often_as_it_says():
     rng = np.random.default_rng(0)
     covered = 0
@@ -108,8 +173,8 @@ def test_second_looks_tell_steadiness_and_do_not_count_as_votes():
 
 
 # ------------------------------------------------------------------------------------------ which pair comes next
-def test_pairs_with_the_fewest_votes_come_first(folders, tmp_path):
-    store = Store(str(tmp_path / "s.db"))
+def test_pairs_with_the_fewest_votes_come_first(folders, database):
+    store = Store(database)
     entries = Entries(folders)
     assignment = Assignment(entries, store, per_rater=100, repeat_every=0, rng=random.Random(0))
     for _ in range(3):
@@ -139,8 +204,8 @@ def test_a_second_look_changes_sides_and_comes_late(folders, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------ over HTTP
-def test_votes_survive_a_restart_and_waiting_pairs_are_shown_again(folders, tmp_path):
-    client = TestClient(make_app(study_of(folders, tmp_path / "s.db")))
+def test_votes_survive_a_restart_and_waiting_pairs_are_shown_again(folders, database, tmp_path):
+    client = TestClient(make_app(study_of(folders, database)))
     client.get("/")
     pair = client.get("/api/next").json()["pair"]
     for _ in range(5):
@@ -148,11 +213,11 @@ def test_votes_survive_a_restart_and_waiting_pairs_are_shown_again(folders, tmp_
         pair = client.post("/api/vote", json={"ticket": pair["ticket"], "choice": choice, "seconds": 1.5}).json()[
             "pair"
         ]
-    again = TestClient(make_app(study_of(folders, tmp_path / "s.db")), cookies={COOKIE: client.cookies[COOKIE]})
+    again = TestClient(make_app(study_of(folders, database)), cookies={COOKIE: client.cookies[COOKIE]})
     assert again.get("/api/next").json()["pair"]["ticket"] == pair["ticket"]
     turned = dict(reversed(folders.items()))
     assert Entries(turned).comparisons == Entries(folders).comparisons, "in whatever order the folders are named"
-    votes = Store(str(tmp_path / "s.db")).votes()
+    votes = Store(database).votes()
     assert [(vote.choice, vote.model_b) for vote in votes] == [("b", "red")] * 5
     assert write_csv(votes, tmp_path / "votes.csv") == 5
     with (tmp_path / "votes.csv").open() as file:
@@ -193,8 +258,8 @@ def test_forged_and_foreign_votes_are_refused(folders, tmp_path):
     assert store.votes() == []
 
 
-def test_an_answer_can_be_taken_back(folders, tmp_path):
-    study = study_of(folders, tmp_path / "s.db")
+def test_an_answer_can_be_taken_back(folders, database):
+    study = study_of(folders, database)
     client = TestClient(make_app(study))
     client.get("/")
     assert client.post("/api/back", json={}).status_code == 409
@@ -206,8 +271,8 @@ def test_an_answer_can_be_taken_back(folders, tmp_path):
     assert [vote.choice for vote in study.store.votes()] == ["tie"]
 
 
-def test_many_at_once_lose_no_vote(folders, tmp_path):
-    study = study_of(folders, tmp_path / "s.db", per_rater=12, repeat_every=0)
+def test_many_at_once_lose_no_vote(folders, database):
+    study = study_of(folders, database, per_rater=12, repeat_every=0)
     app = make_app(study)
 
     def rate() -> None:
@@ -251,10 +316,23 @@ def test_the_job_says_what_is_missing_in_one_line(tmp_path):
         Store("nonsense://x")
 
 
-def test_votes_are_of_the_pictures_they_were_given_for(folders, tmp_path):
-    entries, store = Entries(folders), Store(str(tmp_path / "s.db"))
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "host:port"])  # nobody listens; no port
+def test_a_password_is_not_printed(address):
+    with pytest.raises(ConfigError, match=r"--database postgresql\+psycopg://") as raised:
+        Store(f"postgresql+psycopg://rater:secret@{address}/votes")
+    assert "secret" not in str(raised.value)
+
+
+def test_the_tables_can_be_made_in_postgresql():
+    for table in Base.metadata.sorted_tables:
+        said = str(CreateTable(table).compile(dialect=postgresql.dialect()))
+        assert f"CREATE TABLE {table.name}" in said and "DATETIME" not in said
+
+
+def test_votes_are_of_the_pictures_they_were_given_for(folders, database):
+    entries, store = Entries(folders), Store(database)
     store.keep_pictures(entries.hashes())
-    Store(str(tmp_path / "s.db")).keep_pictures(entries.hashes())
+    Store(database).keep_pictures(entries.hashes())
     changed = entries.pictures["red"][entries.names[0]]
     Image.new("RGB", (8, 8), "green").save(changed)
     with pytest.raises(ConfigError, match=f"1 pictures are not those .* first {entries.names[0]} of red"):

@@ -10,6 +10,8 @@ from hypersd_ray.models.cards import UNetCard, UNetSampling, read_sampling, save
 from hypersd_ray.models.checkpoint import read_base
 from hypersd_ray.models.export import TIMESTEP, LoRAMetadata, merge_lora, save_diffusers_lora, usage
 from hypersd_ray.models.lora import Adapters
+from hypersd_ray.recipes.tscd import tiny
+from hypersd_ray.trainer.kinds.tscd import unet_card
 from tests.helpers.pipelines import call, random_inputs, randomize, tiny_unet
 
 
@@ -44,7 +46,7 @@ def run_lines(lines: str) -> dict:
 def test_the_cards_lines_run_the_single_step_at_800(family, folders, tmp_path):
     unet, tensors = tiny_unet(family), lora_of(family)
     merge_lora(unet, tensors, 4.0)
-    card = UNetCard(str(folders[family]), read_base(folders[family]), (800,), "tiny")
+    card = UNetCard(str(folders[family]), read_base(folders[family]), (800,), "tiny", "LCMScheduler")
     folder = save_unet_with_card(unet, tmp_path / "unet", str(tmp_path / "unet"), card)
     assert read_sampling(folder) == UNetSampling("LCMScheduler", (800,)) and read_sampling(folders[family]) is None
     text = (folder / "README.md").read_text()
@@ -68,10 +70,33 @@ def test_the_cards_lines_run_the_single_step_at_800(family, folders, tmp_path):
 
 
 def test_a_unified_unets_lines_run_too(folders, tmp_path):
-    card = UNetCard(str(folders["sd"]), read_base(folders["sd"]), (), "tiny")
+    card = UNetCard(str(folders["sd"]), read_base(folders["sd"]), (), "tiny", "TCDScheduler")
     folder = save_unet_with_card(tiny_unet("sd"), tmp_path / "unet", str(tmp_path / "unet"), card)
     assert run_lines(unet_usage(folder, card))["told"] == [999, 749, 499, 249]
     assert read_sampling(folder) == UNetSampling("TCDScheduler", ())
     (folder / "sampling.json").write_text("{}")
     with pytest.raises(ValueError, match=r"sampling\.json cannot be read: 'scheduler'"):
         read_sampling(folder)
+
+
+@pytest.mark.parametrize(
+    ("method", "k", "keep_cfg", "scheduler"),
+    [
+        ("tscd", 1, False, "TCDScheduler"),
+        ("tscd", 8, True, "TCDScheduler"),
+        ("pd", 2, False, "DDIMScheduler"),
+        ("lcm", 1, False, "LCMScheduler"),
+    ],
+)
+def test_a_stages_unet_says_how_it_was_made_to_be_sampled(method, k, keep_cfg, scheduler, folders, tmp_path):
+    config = tiny(method=method, keep_cfg=keep_cfg).model_copy(update={"teacher": str(folders["sd"])})
+    card = unet_card(config, k)
+    folder = save_unet_with_card(tiny_unet("sd"), tmp_path / "unet", str(tmp_path / "unet"), card)
+    extra = {"guidance": "kept"} if keep_cfg else {}
+    assert read_sampling(folder) == UNetSampling(scheduler, (), card.eta, extra)
+    text = (folder / "README.md").read_text()
+    lines = text.split("```python\n")[1].split("\n```")[0]
+    assert f"in {k} step" in text and f"num_inference_steps={k}, guidance_scale={3 if keep_cfg else 0}" in lines
+    assert f"pipe.scheduler = {scheduler}." in lines
+    if scheduler == "DDIMScheduler":  # the tests above run the others' lines
+        assert run_lines(lines)["told"] == [999, 499]

@@ -13,12 +13,16 @@ import torch
 
 from hypersd_ray.config.base import CombinationError, RunError
 from hypersd_ray.config.measure import MeasureConfig
+from hypersd_ray.embedded import paths
+from hypersd_ray.models.checkpoint import read_base
 from hypersd_ray.models.encoders import load_encoders
 from hypersd_ray.models.export import LoRAMetadata, save_diffusers_lora
 from hypersd_ray.models.roles import EMA, STUDENT, TEACHER
+from hypersd_ray.recipes.tscd import tiny
 from hypersd_ray.trainer import keeping, storage
 from hypersd_ray.trainer.kinds import tscd
 from hypersd_ray.trainer.kinds.base import Place
+from hypersd_ray.trainer.loop import latent_shape
 from hypersd_ray.trainer.storage import StorageError
 from hypersd_ray.training.checkpoint import save_checkpoint, save_position
 from hypersd_ray.training.quality import Quality, Yardstick, objective
@@ -243,20 +247,33 @@ def make_micro(teacher, shards):
     return make
 
 
+def test_samples_have_the_runs_resolution():
+    """The embedded recipe's is its base's own; another one's is not."""
+    config, base = tiny(), read_base(paths.TEACHER)
+    assert latent_shape(config) == (base.latent_channels, *[base.unet_config["sample_size"]] * 2)
+    larger = config.model_copy(update={"data": config.data.model_copy(update={"resolution": 48})})
+    assert latent_shape(larger)[1:] == (48 // base.latent_factor,) * 2
+
+
 def test_quality_is_distance_to_the_teachers_end(make_micro, teacher, tmp_path):
     """Zero for the teacher's own trajectory, more for a jump; the end points are made once; CLIP counts as it is told."""
-    state = tscd.build(make_micro(), Place(CPU, 0))
+    config = make_micro()
+    state = tscd.build(config, Place(CPU, 0))
     measure = MeasureConfig(
         prompts=tuple(CAPTIONS[:3]), steps=(1, 4), reference_steps=4, guidance=1.0, cache=str(tmp_path / "c")
     )
-    yardstick = Yardstick(measure, state.roles, load_encoders(teacher), teacher)
+    yardstick = Yardstick(measure, state.roles, load_encoders(teacher), teacher, latent_shape(config))
     (kept,) = (tmp_path / "c").iterdir()
     quality = yardstick({1: Sampling(1), 4: Sampling(4)}, role=TEACHER)
     assert max(quality.distance[4]) < 1e-6 < min(quality.distance[1])
     assert set(quality.means()) == {"quality/distance_1", "quality/distance_4"}
     before = kept.stat().st_mtime_ns
-    again = Yardstick(measure, state.roles, load_encoders(teacher), teacher)
+    again = Yardstick(measure, state.roles, load_encoders(teacher), teacher, latent_shape(config))
     assert torch.equal(again.reference, yardstick.reference) and kept.stat().st_mtime_ns == before
+
+    larger = latent_shape(config.model_copy(update={"data": config.data.model_copy(update={"resolution": 128})}))
+    assert Yardstick(measure, state.roles, load_encoders(teacher), teacher, larger).reference.shape[1:] == larger
+    assert len(list((tmp_path / "c").iterdir())) == 2, "of each resolution its own"
 
     near, far = (Quality({1: [d, d]}, {1: [20.0, 20.0]}, [25.0, 25.0]) for d in (0.5, 1.0))
     assert objective(near, 0) - objective(far, 0) == pytest.approx(-0.6931, abs=1e-4)

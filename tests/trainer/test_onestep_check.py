@@ -174,7 +174,7 @@ def test_more_workers_than_there_will_ever_be(config, monkeypatch, have, most, a
     monkeypatch.setattr(checks, "await_places", lambda *_: None)
     monkeypatch.setattr(checks.elastic, "nodes_now", lambda: [have])
     monkeypatch.setenv("RAY_AUTOSCALING", autoscaling)
-    nine = changed(config, run=config.run.model_dump() | {"workers": 9}, optim={"batch": 18})
+    nine = changed(config, run=config.run.model_dump() | {"workers": 9}, optim={"batch": 27})
     if said is None:
         checks.check_resources(nine)
     else:

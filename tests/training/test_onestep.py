@@ -88,6 +88,7 @@ def test_a_resumed_run_is_the_same_run_bitwise(changes, tmp_path):
         tmp_path,
         dmd={"warmup_share": 0.2, "fake_updates": 1},
         optim={"schedule": "cosine", "accumulation": 2},
+        consistency_share=0.5,
         **changes,
     )
     whole, first = one_step(settings), one_step(settings)

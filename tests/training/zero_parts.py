@@ -83,7 +83,11 @@ def training_of(
         )
         return Distiller(config, roles_of(config, dtype), Conditioning(torch.full((1, MAX_TOKENS, 32), 0.3)), rank)
     settings = onestep_parts.config(
-        folder, **common, optim=optim | {"checkpointing": True}, dmd={"guidance": 2.0, "fake_updates": 1}
+        folder,
+        **common,
+        optim=optim | {"checkpointing": True},
+        dmd={"guidance": 2.0, "fake_updates": 1},
+        consistency_share=0.5,  # of parts of 2 rows
     )
     return OneStep(settings, roles_of(settings, dtype), onestep_parts.null_of(), rank)
 

@@ -111,7 +111,8 @@ def onestep_metadata(config: OneStepConfig) -> LoRAMetadata:
 def onestep_card(config: OneStepConfig) -> UNetCard:
     """What the card of the run's UNet says."""
     timesteps = () if config.mode == "unified" else tuple(t - 1 for t in config.starts)
-    return UNetCard(config.teacher, read_base(config.teacher), timesteps, config.run.name)
+    info, scheduler = read_base(config.teacher), onestep_metadata(config).scheduler
+    return UNetCard(config.teacher, info, timesteps, config.run.name, scheduler)
 
 
 def export(config: OneStepConfig, state: OneStep, stage: int, folder: Path | None) -> None:

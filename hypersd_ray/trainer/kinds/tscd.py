@@ -10,10 +10,11 @@ from diffusers import UNet2DConditionModel
 
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.tscd import TSCDConfig
+from hypersd_ray.models.cards import UNetCard, save_unet_with_card
 from hypersd_ray.models.checkpoint import load_unet, read_base
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import load_encoders
-from hypersd_ray.models.export import GUIDANCE, KEPT, LoRAMetadata, save_unet
+from hypersd_ray.models.export import GUIDANCE, KEPT, LoRAMetadata
 from hypersd_ray.models.initial import fitting_lora
 from hypersd_ray.models.roles import EMA, STUDENT, FullRoles, LoRARoles, Roles
 from hypersd_ray.models.zero import ZeroRoles
@@ -113,11 +114,21 @@ def export(config: TSCDConfig, state: Distiller, stage: int, folder: Path | None
     if config.full_unet:
         whole = student_unet(state.roles)
         if folder is not None:
-            save_unet(whole, folder / f"unet-k{k}")
+            where = f"{storage.run_folder(config.run)}/unet-k{k}"
+            save_unet_with_card(whole, folder / f"unet-k{k}", where, unet_card(config, k))
         return
     if folder is None:
         return
     save_loras(student_tensors(state.roles), folder, lora_name(config, k), lora_metadata(config, k))
+
+
+def unet_card(config: TSCDConfig, k: int) -> UNetCard:
+    """What the card of the UNet of `k` segments says."""
+    said = lora_metadata(config, k)
+    return UNetCard(
+        config.teacher, read_base(config.teacher), (), config.run.name, said.scheduler, k, config.distill.name, said.eta,
+        said.extra,
+    )  # fmt: skip
 
 
 def lora_name(config: TSCDConfig, k: int) -> str:
