@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 
 from evaluation.harness.judges import judge_specs
 from evaluation.harness.making import make, tasks
 from evaluation.harness.plan import plan
 from evaluation.harness.prompts import read_rows
+from evaluation.harness.reach import missing_elsewhere
 from evaluation.harness.store import Store
 from evaluation.harness.subjects import find_subject
 from hypersd_ray.config.base import RunError
 from hypersd_ray.config.data import ActorPool
 from hypersd_ray.config.evaluate import EvaluateConfig, JudgesConfig
 from hypersd_ray.embedded import paths
-from tests.helpers.rays import own_ray
+from tests.chaos.clusters import nodes
 
 ROOT = Path(__file__).parents[2]
 CLIP = str(paths.EVALUATORS / "clip")
@@ -103,13 +108,40 @@ def test_mistakes_are_one_line(arguments, said, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def ray_here():
-    with own_ray():
-        yield
+    """The actors' node beside the driver's."""
+    with nodes(4) as cluster:
+        ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@pytest.fixture
+def slow_base(folders, tmp_path) -> tuple[Path, Callable[[], None], Callable[[], None]]:
+    """A base; a function after which reading it waits, as its index is a pipe; one after which it goes on."""
+    base = tmp_path / "slow"
+    shutil.copytree(folders["sd"], base)
+    index, kept = base / "model_index.json", tmp_path / "model_index.json"
+    shutil.copy(index, kept)
+
+    def hold() -> None:
+        index.unlink()
+        os.mkfifo(index)
+
+    def open_up() -> None:
+        if not index.is_fifo():
+            return
+        with index.open("w") as pipe:  # waits for the reader
+            pipe.write(kept.read_text())
+            kept.replace(index)  # for whoever reads it next
+
+    return base, hold, open_up
 
 
 @pytest.mark.cluster
-def test_pools_of_actors_make_the_same_pictures(ray_here, folders, make_lora, prompts_file, tmp_path):
-    """Two generators and two scorers; and what an actor meets comes back as one line."""
+def test_pools_of_actors_make_the_same_pictures(ray_here, folders, make_lora, prompts_file, slow_base, tmp_path):
+    """Two generators and two scorers; judging begins before all pictures are there; what an actor meets comes back as one line."""
     config = EvaluateConfig(
         base=str(folders["sd"]), prompts="file", prompts_file=str(prompts_file), steps=(1, 2), reference_steps=0,
         judges=JudgesConfig(clip_score=CLIP), latency_repeats=0, out=str(tmp_path / "ray"),
@@ -118,9 +150,29 @@ def test_pools_of_actors_make_the_same_pictures(ray_here, folders, make_lora, pr
     what = plan(config, rows, [find_subject(str(make_lora()), config)])
     pool = ActorPool(min_size=2, max_size=2, num_cpus=0.5, batch_size=2)
     seen: list[tuple[int, int, int]] = []
-    todo = tasks(Store(config.out), what.cells, rows, what.specs, 2)
-    done = make(config.out, todo, what.specs, pool, pool, lambda *numbers: seen.append(numbers))
-    assert (done.made, done.judged, len(seen)) == (12, 12, 6) and seen[-1] == (6, 6, 12)
+    base, hold, open_up = slow_base
+    slow = plan(config, rows, [find_subject(str(base), config)]).cells[:1]
+    hold()
+    late = threading.Timer(240, open_up)  # judging waited for all pictures: the test fails, and ends
+    late.start()
+
+    def progress(*numbers: int) -> None:
+        seen.append(numbers)
+        held.append((base / "model_index.json").is_fifo())
+        open_up()
+
+    held: list[bool] = []
+    todo = [
+        *tasks(Store(config.out), what.cells, rows, what.specs, 2),
+        *tasks(Store(config.out), slow, rows[:2], what.specs, 2),
+    ]
+    done = make(config.out, todo, what.specs, pool, pool, progress)
+    late.cancel()
+    assert held[0], "the first is judged while the last cannot be made yet"
+    assert (done.made, done.judged, len(seen)) == (14, 14, 7) and seen[-1] == (7, 7, 14)
+    [(node, lost)] = missing_elsewhere([str(base), "/gone"], (pool,)).items()
+    assert lost == ["/gone"] and node, "the actors' node, and not the driver's"
+    assert missing_elsewhere(["/gone"], (pool.model_copy(update={"label_selector": {"zone": "x"}}),)) == {}
 
     here = str(tmp_path / "here")
     make(here, tasks(Store(here), what.cells, rows, what.specs, 64), what.specs, pool, pool, local=True)
