@@ -74,6 +74,7 @@ def test_a_jobs_mistake_is_one_line_in_its_log(cluster):
 
 
 @pytest.mark.chaos
+@pytest.mark.timeout(1200)
 def test_a_stopped_job_goes_on_when_it_is_submitted_again(cluster, tmp_path):
     """`ray job stop` leaves the checkpoint of its last step and nobody behind; the same submission goes on from there."""
     job = ["python", "jobs/tscd.py", "tiny", *SHORT, "--run.out", str(tmp_path), "--data.cache", "none", "--run.name", "again",
