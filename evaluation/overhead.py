@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 
 import numpy as np
 import pyarrow.parquet as pq
+import ray.data  # noqa: F401  it tells pyarrow of the latents' type of column
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
