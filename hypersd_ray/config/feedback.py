@@ -57,8 +57,11 @@ class StructureConfig(Strict):
     model: PerceptionConfig = PerceptionConfig()
     """m_I."""
     annotations: str = ""
-    """COCO instances json whose file names (without suffix) are the shards' keys; a picture that is not in it, or all
-    of them without a file, is judged against the model's own prediction on the real picture."""
+    """COCO instances json. A picture is found in it by its key in the shards, which is the file name there without
+    suffix: 000000391895 in a tar of 000000391895.jpg (of a folder before it nothing is asked), or a parquet's column
+    key, __key__, id or SAMPLE_ID. One that is not in it, or all of them without a file, is judged against the model's
+    own prediction on the real picture; the metric `annotated` is the share that is in it, and a run that finds none
+    ends."""
     start: int = Field(default=500, ge=1, le=1000)
     """t to which the real latent is noised (Eq. 1)."""
     denoise_to: int = Field(default=250, ge=1, le=1000)
@@ -91,11 +94,11 @@ class WatchConfig(Strict):
     """Reward hacking: the trained scores beside held-out ones."""
 
     every: int = Field(default=20, ge=1)
-    """Steps between measurements of the held-out rewards (no gradient)."""
+    """Steps between measurements of the held-out rewards (no gradient), of all pictures of the step."""
     patience: int = Field(default=5, ge=1)
-    """Measurements in a row with the trained rewards rising and every held-out one falling before a warning."""
+    """Measurements in a row with a trained reward rising and every held-out one falling before a warning."""
     smoothing: float = Field(default=0.7, ge=0, lt=1)
-    """Of the running means that are compared."""
+    """Of the running means that are compared, each with its own at the same number of steps."""
 
 
 class FeedbackConfig(Strict):
@@ -116,7 +119,8 @@ class FeedbackConfig(Strict):
     structure: StructureConfig = StructureConfig()
     """Perception."""
     drift: float = Field(default=1.0, ge=0)
-    """Weight of the squared distance of x'_0 to the TSCD model's; 0 lets the model leave its domain."""
+    """Weight of the squared distance of x'_0 to the TSCD model's, once beside the rewards and once beside the structure
+    loss, each on its own pictures; 0 lets the model leave its domain."""
     placement: PlacementConfig = PlacementConfig()
     """Where the models run."""
     watch: WatchConfig = WatchConfig()

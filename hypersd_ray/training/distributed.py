@@ -36,6 +36,13 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
             bucket = []
 
 
+def add_up(values: Tensor) -> Tensor:
+    """The sum of the workers' tensors, the same on all of them; on the group's device where there is a group."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
 def most(value: int, device: torch.device | str = "cpu") -> int:
     """The greatest of the workers' values, the same on all of them."""
     if world_size() == 1:

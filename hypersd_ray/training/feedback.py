@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from hypersd_ray.config.base import RunError
 from hypersd_ray.config.feedback import FeedbackConfig
 from hypersd_ray.diffusion.schedule import add_noise
 from hypersd_ray.diffusion.segments import edges
@@ -28,17 +29,20 @@ from hypersd_ray.models.export import alpha_of, merge_lora, read_lora
 from hypersd_ray.models.perception.protocol import Instances
 from hypersd_ray.models.roles import STUDENT, TEACHER, LoRARoles, Roles
 from hypersd_ray.models.scoring import RewardClient
+from hypersd_ray.training.distributed import most, world_size
 from hypersd_ray.training.learner import learner_of
 from hypersd_ray.training.pictures import decode, diversity, saturation
 from hypersd_ray.training.progress import Progress, learning_rate
 from hypersd_ray.training.protocol import Saved
 from hypersd_ray.training.randomness import generator_of
 from hypersd_ray.training.rewarded import aes_of, mean
-from hypersd_ray.training.watch import HackingWatch
+from hypersd_ray.training.watch import HackingWatch, Looks
 
 WARN = logging.getLogger(__name__).warning
 Annotations = Callable[[str], Instances | None]
 """A picture's key -> its objects at the training resolution; None where it has no annotation."""
+ANNOTATED_WITHIN = 1000
+"""Pictures of all workers among which at least one must be annotated, where there are annotations."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +81,12 @@ class FeedbackBatch:
 
 @dataclass(frozen=True)
 class Denoised:
-    """x0 (B, C, h, w): the student's x'_0 with gradient; reference: the TSCD model's from the same x_t."""
+    """x0 (B, C, h, w): the student's x'_0 with gradient; reference: the TSCD model's from the same x_t; steps: length
+    of the few-step sampler that went there, 0 from a picture."""
 
     x0: Tensor
     reference: Tensor
+    steps: int = 0
 
 
 def build_roles(config: FeedbackConfig, device: torch.device | str) -> LoRARoles:
@@ -126,7 +132,8 @@ def denoise_from_noise(
     index = candidates[int(torch.randint(len(candidates), (), generator=generator))]
     times = edges(roles.schedule.T, steps)[::-1][: index + 1]
     x_T = torch.randn(shape, generator=generator).to(cond.prompt_embeds.device)
-    return predict_with_gradient(roles, walk(roles, x_T, times, cond), times[-1], cond, config.drift > 0)
+    made = predict_with_gradient(roles, walk(roles, x_T, times, cond), times[-1], cond, config.drift > 0)
+    return replace(made, steps=steps)
 
 
 def denoise_from_picture(
@@ -160,7 +167,9 @@ class Feedback:
     ):  # fmt: skip
         self.tell = tell
         self.config, self.roles, self.vae, self.client, self.rank = config, roles, vae, client, rank
-        self.annotations = annotations or (lambda key: None)
+        self.annotations = annotations
+        self.looked_up, self.annotated, self.last_key = 0, 0, ""  # pictures of this worker
+        self.annotated_checked = False
         self.progress = Progress()
         self.hacking = HackingWatch(config.watch.patience, config.watch.smoothing)
         self.watched: dict[str, Tensor] = {}
@@ -185,20 +194,32 @@ class Feedback:
 
         A step whose gradient has a NaN or inf on any worker changes nothing but the counts in `progress`.
         """
-        parts, progress = self.config.optim.accumulation, self.progress
+        c, parts, progress = self.config, self.config.optim.accumulation, self.progress
         totals: dict[str, Tensor] = {}
+        lengths = c.refl.steps if c.refl.weight else (0,)
+        looks = Looks(lengths, batch.x0.device) if c.watched and progress.step % c.watch.every == 0 else None
         for index, micro in enumerate(batch.chunks(parts)):
-            generator = generator_of(self.config.run.seed, "feedback", self.rank, progress.step, index)
-            for name, value in self._backward(micro, generator, parts, watch=index == 0).items():
+            generator = generator_of(c.run.seed, "feedback", self.rank, progress.step, index)
+            for name, value in self._backward(micro, generator, parts, looks).items():
                 totals[name] = totals.get(name, 0) + value / parts
+        if looks is not None:
+            self._watch(looks)
+        if self.annotations is not None:
+            totals["annotated"] = torch.tensor(self.annotated / max(1, self.looked_up))
+            self._check_annotated()
         totals["grad_norm"] = self._update()
         dropped = {f"dropped/{name}": torch.tensor(float(n)) for name, n in self.client.dropped.items()}
         progress.step += 1
         waited = {"reward_seconds": torch.tensor(self.client.take_seconds())}
         return totals | dropped | self.watched | waited
 
-    def _backward(self, micro: FeedbackBatch, generator: torch.Generator, parts: int, watch: bool) -> dict[str, Tensor]:
-        """Accumulate the gradients of one micro-batch. Each branch goes backward by itself: one graph at a time."""
+    def _backward(
+        self, micro: FeedbackBatch, generator: torch.Generator, parts: int, looks: Looks | None = None
+    ) -> dict[str, Tensor]:
+        """Accumulate the gradients of one micro-batch. Each branch goes backward by itself: one graph at a time.
+
+        Its scores are added to `looks`, where this is a step of the watch.
+        """
         c, total = self.config, torch.zeros((), device=micro.x0.device)
         metrics: dict[str, Tensor] = {}
         if c.refl.weight:
@@ -210,7 +231,7 @@ class Feedback:
             self.student.backward(loss / parts)
             total = total + loss.detach()
             metrics |= {"aes": aes.detach(), "drift": drift.detach()} | scores
-            metrics |= self._look(images.detach(), micro.captions, scores, watch)
+            metrics |= self._look(images.detach(), micro.captions, scores, made.steps, looks)
         if c.structure.weight:
             made = denoise_from_picture(self.roles, c, micro, generator)
             images = decode(self.vae, made.x0, c.decode_batch)
@@ -221,7 +242,8 @@ class Feedback:
             total = total + loss.detach()
             metrics |= {"percep": percep.detach(), "drift_structure": drift.detach()}
             if not c.refl.weight:  # what it learns from then is the structure alone: less loss is more reward
-                metrics |= self._look(images.detach(), micro.captions, {"structure": -percep.detach()}, watch)
+                trained = {"structure": -percep.detach()}
+                metrics |= self._look(images.detach(), micro.captions, trained, made.steps, looks)
         return metrics | {"loss": total}
 
     def _aes(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -230,8 +252,11 @@ class Feedback:
 
     def _percep(self, images: Tensor, micro: FeedbackBatch) -> Tensor:
         """L_percep of Eq. 16."""
-        told: list[Instances | Tensor | None] = [self.annotations(key) for key in micro.keys]
+        find = self.annotations or (lambda key: None)
+        told: list[Instances | Tensor | None] = [find(key) for key in micro.keys]
         without = [i for i, t in enumerate(told) if t is None]
+        self.looked_up, self.annotated = self.looked_up + len(told), self.annotated + len(told) - len(without)
+        self.last_key = micro.keys[-1]
         if without:
             with torch.no_grad():
                 real = decode(self.vae, micro.x0[without], self.config.decode_batch)
@@ -242,29 +267,44 @@ class Feedback:
         return loss_percep(scores.values, scores.valid)
 
     def _look(
-        self, images: Tensor, prompts: Sequence[str], trained: dict[str, Tensor], watch: bool
+        self, images: Tensor, prompts: Sequence[str], trained: dict[str, Tensor], steps: int, looks: Looks | None
     ) -> dict[str, Tensor]:
-        """Saturation and diversity of pictures just made; now and then, where `watch`, the held-out rewards too."""
-        if watch and self.progress.step % self.config.watch.every == 0:
-            self._watch(images, prompts, trained)
+        """Saturation and diversity of pictures just made; for the watch their held-out rewards beside the trained ones."""
+        if looks is not None:
+            told: dict[str, Sequence[str]] = {r.name: list(prompts) for r in self.config.watched}
+            held = self.client(images, told, gradient=False)
+            looks.add(steps, trained, {f"watch/{name}": mean(scores) for name, scores in held.items()})
         return {"saturation": saturation(images), "diversity": diversity(images)}
 
-    def _watch(self, images: Tensor, prompts: Sequence[str], trained: dict[str, Tensor]) -> None:
-        """Held-out rewards of the same pictures; a warning when they fall while the trained ones rise."""
-        held = self.config.watched
-        if not held:
-            return
-        scores = self.client(images, {r.name: list(prompts) for r in held}, gradient=False)
-        self.watched = {f"watch/{name}": mean(s) for name, s in scores.items()}
-        numbers = [{k: float(v) for k, v in part.items()} for part in (trained, self.watched)]
-        if self.hacking.measure(*numbers):
+    def _watch(self, looks: Looks) -> None:
+        """What all workers saw in this step; a warning when the held-out rewards fall while trained ones rise."""
+        trained, held = looks.together()
+        self.watched = {name: looks.mean(name) for name in held}
+        if self.hacking.measure(trained, held):
+            risen = self.hacking.risen
             lower = "the rewards' alpha" if self.config.refl.weight else "structure.weight"
             self.tell(
-                f"step {self.progress.step}: {', '.join(trained)} rise{'s' * (len(trained) == 1)} while "
-                f"{', '.join(self.watched)} fall: likely reward hacking; raise drift={self.config.drift:g}, lower "
-                f"{lower}, or stop here"
+                f"step {self.progress.step}: {', '.join(risen)} rise{'s' * (len(risen) == 1)} while "
+                f"{', '.join(held)} fall{'s' * (len(held) == 1)}: likely reward hacking; raise drift={self.config.drift:g}, "
+                f"lower {lower}, or stop here"
             )
         self.watched["hacking"] = torch.tensor(float(self.hacking.alarm))
+
+    def _check_annotated(self) -> None:
+        """Once there were enough pictures, on all workers at once.
+
+        Raises:
+            RunError: none was annotated: the keys are not the annotations'.
+        """
+        if self.annotated_checked or self.looked_up * world_size() < ANNOTATED_WITHIN:
+            return
+        self.annotated_checked = True
+        if most(self.annotated, self.roles.device) == 0:
+            raise RunError(
+                f"structure.annotations={self.config.structure.annotations} has none of the first {self.looked_up} pictures, "
+                f"the last of them {self.last_key!r}: keys in the shards must be its file names without suffix; name the "
+                "shards' own annotations, or set structure.annotations=''"
+            )
 
     def _update(self) -> Tensor:
         """Average, clip, step; returns the gradient's norm."""

@@ -3,20 +3,24 @@
 import pytest
 import torch
 
-from hypersd_ray.config.base import CombinationError
+from hypersd_ray.config.base import CombinationError, RunError
 from hypersd_ray.config.data import DataConfig
 from hypersd_ray.config.feedback import FeedbackConfig, ReFLConfig, StructureConfig
 from hypersd_ray.config.rewards import PerceptionConfig, RewardConfig
 from hypersd_ray.config.run import OptimConfig, RunConfig
 from hypersd_ray.config.tscd import LoRAConfig
+from hypersd_ray.embedded import paths
 from hypersd_ray.models.checkpoint import load_unet, read_base
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import load_encoders
 from hypersd_ray.models.export import LoRAMetadata, save_diffusers_lora
 from hypersd_ray.models.lora import Adapters
+from hypersd_ray.models.perception.coco import CocoAnnotations
 from hypersd_ray.models.perception.protocol import Instances
 from hypersd_ray.models.roles import STUDENT, TEACHER
 from hypersd_ray.models.scoring import LocalBackend, RewardClient
+from hypersd_ray.recipes.feedback import feedback_tiny
+from hypersd_ray.trainer.kinds.feedback import read_annotations
 from hypersd_ray.training.feedback import Feedback, FeedbackBatch, build_roles
 from hypersd_ray.training.pictures import decode
 from hypersd_ray.training.watch import HackingWatch
@@ -146,7 +150,28 @@ def test_annotations_or_the_real_picture(folder, tscd, batch, encoders):
     assert told[1] is known
     with torch.no_grad():
         torch.testing.assert_close(told[2], decode(encoders.vae, batch.x0[2:3], 1)[0], rtol=1e-3, atol=1e-4)
-    assert metrics["percep"] > 0 and "aes" not in metrics
+    assert metrics["percep"] > 0 and "aes" not in metrics and metrics["annotated"] == 0.25
+
+
+def test_a_picture_is_found_by_its_files_name_in_whatever_folder():
+    config = feedback_tiny(str(paths.LORAS / "tscd-k1.safetensors"))
+    find, name = read_annotations(config), next(iter(CocoAnnotations(config.structure.annotations).images))
+    assert torch.equal(find(f"train2017/{name}").masks, find(name).masks) and find(f"{name}/other") is None
+
+
+def test_annotations_of_other_pictures_end_the_run(folder, tscd, batch, encoders, monkeypatch):
+    monkeypatch.setattr("hypersd_ray.training.feedback.ANNOTATED_WITHIN", 8)
+    structure = StructureConfig(model=PerceptionConfig(checkpoint="x"), annotations="instances.json")
+    config = make_config(folder, tscd, refl=ReFLConfig(weight=0), structure=structure)
+    feedback, _ = make(config, encoders, lambda key: None)
+    assert feedback.step(batch)["annotated"] == 0
+    with pytest.raises(
+        RunError, match=r"annotations=instances\.json has none of the first 8 pictures, .* 'k3'.*set str"
+    ):
+        feedback.step(batch)
+    known = Instances(torch.ones(1, 128, 128, dtype=torch.bool), torch.tensor([0]))
+    feedback, _ = make(config, encoders, lambda key: known if key == "k1" else None)
+    assert [float(feedback.step(batch)["annotated"]) for _ in range(3)] == [0.25] * 3
 
 
 def test_both_parts_add_up(folder, tscd, batch, encoders):
@@ -158,7 +183,7 @@ def test_both_parts_add_up(folder, tscd, batch, encoders):
         randomize(feedback.roles.adapters, STUDENT, seed=5, size=0.05)
         generator = torch.Generator().manual_seed(0)
         state = generator.get_state()
-        feedback._backward(batch, generator, 1, watch=False)
+        feedback._backward(batch, generator, 1)
         assert not torch.equal(generator.get_state(), state)
         return torch.cat([p.grad.flatten() for p in student_parameters(feedback.roles)])
 
@@ -216,19 +241,56 @@ def test_resuming_gives_the_same_weights(folder, tscd, batch, encoders):
 
 def test_hacking_is_noticed_once():
     watch = HackingWatch(patience=3, smoothing=0.0)
-    rows = [watch.measure({"a": i}, {"b": -i, "c": -2 * i}) for i in range(6)]
-    assert rows == [False, False, False, True, False, False] and watch.alarm
-    assert not watch.measure({"a": 7}, {"b": 0, "c": -20}) and not watch.alarm  # one held-out reward rose
+    rows = [watch.measure({"a": {1: i}, "d": {1: -i}}, {"b": {1: -i}, "c": {1: -2 * i}}) for i in range(6)]
+    assert rows == [False, False, False, True, False, False] and watch.alarm and watch.risen == ("a",)
+    assert not watch.measure({"a": {1: 7}}, {"b": {1: 0}, "c": {1: -20}}) and not watch.alarm  # one held-out rose
+
+
+def test_hacking_is_sought_at_like_numbers_of_steps():
+    """One step scores lower than four at all times: drawing the one or the other is no rise."""
+    watch = HackingWatch(patience=1, smoothing=0.0)
+    for _ in range(3):
+        assert not watch.measure({"a": {4: 2.0}}, {"b": {4: 1.0}}) and watch.risen == ()
+        assert not watch.measure({"a": {1: 1.0}}, {"b": {1: 2.0}}) and watch.risen == ()
+    assert watch.measure({"a": {1: 1.0, 4: 2.1}}, {"b": {1: 1.9, 4: 1.0}}) and watch.risen == ("a",)
+
+
+def test_the_watch_sees_all_pictures_of_a_step(folder, tscd, batch, encoders):
+    """The mean over all micro-batches, and each with the number of steps that its pictures were made in."""
+    seen = []
+
+    def remember(images, told):
+        seen.append(told)
+        return torch.tensor([float(PROMPTS.index(t)) for t in told])
+
+    config = make_config(
+        folder, tscd, optim=OptimConfig(batch=4, accumulation=4), structure=StructureConfig(weight=0),
+        refl=ReFLConfig(steps=(1, 2)),
+    )  # fmt: skip
+    feedback, _ = make(config, encoders, clip_score=remember)
+    metrics = feedback.step(batch)
+    assert seen == [[p] for p in PROMPTS] and float(metrics["watch/clip_score"]) == 1.5
+    assert {key.rpartition(" in ")[2] for key in feedback.hacking.means} == {"1", "2"}
 
 
 @pytest.mark.parametrize("alone", [False, True], ids=["rewards", "structure alone"])
 def test_the_warning_is_told_once_and_names_the_knob(alone, folder, tscd, batch, encoders):
-    parts = {"refl": ReFLConfig(weight=0)} if alone else {"structure": StructureConfig(weight=0)}
-    config = make_config(folder, tscd, watch={"every": 1, "patience": 1, "smoothing": 0.0}, **parts)
+    parts = (
+        {"refl": ReFLConfig(weight=0)}
+        if alone
+        else {"structure": StructureConfig(weight=0), "refl": ReFLConfig(steps=(1,))}
+    )
+    rewards = (
+        *make_config(folder, tscd).rewards,
+        RewardConfig(name="image_reward", checkpoint="x", alpha=2.0),
+    )
+    watch = {"every": 1, "patience": 1, "smoothing": 0.0}
+    config = make_config(folder, tscd, watch=watch, rewards=rewards, **parts)
     levels, heldout = iter((3.0, 2.0, 1.0)), iter((3.0, 2.0, 1.0))
     models = {
         "solo": lambda images, told: images.mean((1, 2, 3)) * 0 + next(levels),  # a loss: what falls is learnt
         "aesthetic_v2": lambda images, told: images.mean((1, 2, 3)) * 0 - next(levels),
+        "image_reward": lambda images, told: images.mean((1, 2, 3)) * 0,  # does not rise, and is not named
         "clip_score": lambda images, told: images.mean((1, 2, 3)) * 0 + next(heldout),
     }
     feedback, _ = make(config, encoders, **models)
@@ -238,7 +300,7 @@ def test_the_warning_is_told_once_and_names_the_knob(alone, folder, tscd, batch,
         metrics = feedback.step(batch)
     what, knob = ("structure", "structure.weight") if alone else ("reward/aesthetic_v2", "the rewards' alpha")
     assert told == [
-        f"step 1: {what} rises while watch/clip_score fall: likely reward hacking; raise drift=1, lower {knob}, or stop here"
+        f"step 1: {what} rises while watch/clip_score falls: likely reward hacking; raise drift=1, lower {knob}, or stop here"
     ]
     assert metrics["hacking"] == 1 and {"watch/clip_score", "saturation", "diversity"} <= metrics.keys()
 

@@ -125,7 +125,8 @@ def read_annotations(config: FeedbackConfig) -> Annotations | None:
     coco, resolution = CocoAnnotations(config.structure.annotations), config.data.resolution
 
     def annotation(key: str) -> Instances | None:
-        return crop_square(coco.instances(key), resolution) if key in coco else None
+        name = key.rpartition("/")[2]
+        return crop_square(coco.instances(name), resolution) if name in coco else None
 
     return annotation
 
