@@ -7,7 +7,7 @@ Or make a few-step model of the base by score distillation (Turbo, DMD).
     python jobs/pairs.py --teacher PATH --data.shards 's3://...' --out PAIRS                        # the paper's MSE (Sec. 3.3):
     python jobs/onestep.py sd15 --mode dedicated --regression.pairs PAIRS --teacher PATH --init LORA --data.shards 's3://...'
     python jobs/onestep.py tiny --init LORA --full-unet --zero.stage 2 --run.workers 2              # DeepSpeed ZeRO
-    python jobs/onestep.py sdxl --full-unet --plan --gpus 8 --gpu-memory 80                         # what a GPU would hold
+    python jobs/onestep.py sdxl --full-unet --plan --gpus 32 --gpu-memory 80                         # what a GPU would hold
     python jobs/onestep.py tiny --init LORA --feedback                                              # a reward judges it too
     python jobs/onestep.py few-tiny --method turbo
     python jobs/onestep.py few-sd15 --method dmd --teacher PATH --data.shards 's3://...'
