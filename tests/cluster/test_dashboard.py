@@ -78,13 +78,14 @@ def test_what_the_loop_logs_reaches_the_gauges(exported):
 
 
 def test_rejected_rows_reach_their_gauge():
-    counter, sets = GaugedCounter(None, 0.5, 1, "name"), []
-    counter.gauge.set = lambda value, tags: sets.append((tags, value))
+    counter, shown = GaugedCounter(None, 0.5, 1, "name"), {}
+    counter.gauge.set = lambda value, tags: shown.update({(tags["run"], tags["reason"]): value})
     counter.report("a.tar", 10, [("small", "1"), ("small", "2"), ("nsfw", "3")])
     counter.report("b.tar", 10, [("small", "4")])
     counter.report("b.tar", 10, [("small", "4")])  # read again in the next epoch
-    told = [({"run": "name", "reason": reason}, value) for reason, value in (("small", 2), ("nsfw", 1), ("small", 3))]
-    assert sets == told
+    assert shown == {("name", "small"): 3, ("name", "nsfw"): 1}
+    counter.report("b.tar", 1, [("unreadable_shard", "b.tar")])  # and gone in the one after
+    assert shown[("name", "unreadable_shard")] == 9
 
 
 def test_panels_are_whole_and_do_not_overlap():
