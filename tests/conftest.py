@@ -14,6 +14,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+# The models are tiny: threads that wait for each other cost more than they bring, above all on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 MARK = "HYPERSD_CHAOS_SESSION"
 """In the environment of whatever such a session starts."""

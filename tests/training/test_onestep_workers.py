@@ -35,7 +35,8 @@ def _work(rank: int, folder: str) -> None:
 
 @pytest.mark.cluster
 def test_workers_agree(tmp_path):
-    mp.start_processes(_work, (str(tmp_path),), nprocs=2, start_method="fork")
+    mp.set_forkserver_preload(["tests.training.onestep_parts"])
+    mp.start_processes(_work, (str(tmp_path),), nprocs=2, start_method="forkserver")
     (a, first, seen), (b, second, also_seen) = (
         torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)
     )

@@ -32,7 +32,9 @@ BUCKET = 20_000  # a tenth of the micro UNet: several messages
 def together(work: Callable[..., Any], world: int, folder: Path, *arguments: Any) -> list[Any]:
     """`work(rank, world, folder, *arguments)` in a group of `world` processes; what each returns."""
     folder.mkdir(parents=True, exist_ok=True)
-    mp.start_processes(_member, (work, world, str(folder), arguments), nprocs=world, start_method="fork")
+    # Not forked from this process: after the Rays of other tests it has threads, which a fork would leave in mid-air.
+    mp.set_forkserver_preload(["tests.training.test_zero"])
+    mp.start_processes(_member, (work, world, str(folder), arguments), nprocs=world, start_method="forkserver")
     return [torch.load(folder / f"returned-{rank}.pt", weights_only=False) for rank in range(world)]
 
 
