@@ -1,6 +1,6 @@
 """What Ray costs: the same training on the same workers with Ray (Data, Train, reports), and in plain torch.distributed.
 
-    python evaluation/overhead.py     # 2 workers, 10 rounds of 60 steps, 12 minutes; on an otherwise quiet machine
+    python evaluation/overhead.py     # 2 workers, 10 rounds of 60 steps, a quarter of an hour; on an otherwise quiet machine
 
 Both sides read the same encoded latents, build the same state, make the same step (`hypersd_ray/training`), write the same logs and
 as many checkpoints to the same disk, on gloo and the CPU, one thread a worker. The plain side reads its rows before it begins, so
