@@ -89,9 +89,13 @@ def summary(results: dict[str, Any], title: str) -> str:
     per = settings["images_per_prompt"]
     pictures = f"{prompts['count']} prompts ({prompts['name']})" + (f", {per} pictures of each" if per > 1 else "")
     several = any(row["spread"] for row in results["rows"])
-    over = "the prompts, and over the trainings where a model has several" if several else "the prompts"
+    over = (
+        "the prompts (bootstrap), and over the trainings where a model has several (Student's t)"
+        if several
+        else "the prompts (bootstrap)"
+    )
     said = [
-        f"{pictures}, the same noise for all models, sampler {settings['scheduler']}. ± is half of the 95% bootstrap interval over "
+        f"{pictures}, the same noise for all models, sampler {settings['scheduler']}. ± is half of the 95% interval over "
         f"{over}. Bold is the best model of a column; ≈ marks those that cannot be told from it (the interval of the "
         "paired difference holds 0)."
     ]
