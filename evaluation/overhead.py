@@ -1,24 +1,29 @@
 """What Ray costs: the same training on the same workers with Ray (Data, Train, reports), and in plain torch.distributed.
 
-    python evaluation/overhead.py     # 2 workers, 10 rounds of 60 steps, a quarter of an hour; on an otherwise quiet machine
+    python evaluation/overhead.py     # 2 workers, 30 turns of 12 s for each side, a quarter of an hour; on an otherwise quiet machine
 
 Both sides read the same encoded latents, build the same state, make the same step (`hypersd_ray/training`), write the same logs and
 as many checkpoints to the same disk, on gloo and the CPU, one thread a worker. The plain side reads its rows before it begins, so
-that it pays nothing for data, and tells nobody of its checkpoints. What counts of a round is the wall clock from the first step in
-the logs, the tenth, to the last, by the logs' own times: all that lies between is in it. Rounds are short and begin with either side
-in turn; the ratio is the median of the rounds', with the 95% bootstrap interval of that median. `--workers 1` and `4` show how the
-step grows with workers, for `--plan`.
+that it pays nothing for data, and tells nobody of its checkpoints.
+
+A machine's speed drifts by more than Ray costs. Both sides are therefore alive all the time and take short turns: while one steps,
+all of the other's processes are frozen (SIGSTOP). A turn's seconds by the steps made in it, from the times of the logs, are all in:
+data, reports, logs, checkpoints and what Ray's own processes take from the cores. What is said is the median of the quotients of
+neighbouring turns, with its 95% bootstrap interval. On two cores `--workers 1` leaves Ray one, where
+`--workers 2` fills both.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +31,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import ray.data  # noqa: F401  it tells pyarrow of the latents' type of column
 import torch
@@ -34,7 +40,7 @@ import torch.multiprocessing as mp
 from pydantic import Field
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hypersd_ray.config.base import Strict
+from hypersd_ray.config.base import RunError, Strict
 from hypersd_ray.config.cli import read_options, run_job
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.data.encode import TENSOR_COLUMNS
@@ -47,19 +53,21 @@ from hypersd_ray.trainer.local import free_port
 from hypersd_ray.trainer.logs import Loggers
 from hypersd_ray.training.checkpoint import save_checkpoint
 
-LOG_EVERY = 10
-"""Steps. The first that is logged is past those in which a process is still starting."""
+LOG_EVERY = 5
+"""Steps between logs: a turn holds several."""
+WARM = 20
+"""Steps that a side makes before its first turn, so that no process is still starting."""
 
 
 class OverheadConfig(Strict):
     """The two sides."""
 
     workers: int = Field(default=2, ge=1)
-    """On each side; the machine should have a free core for each."""
-    steps: int = Field(default=60, ge=3 * LOG_EVERY)
-    """Of a round, on each side."""
-    rounds: int = Field(default=10, ge=1)
-    """Of both sides in turn."""
+    """On each side; more than the machine has cores tells nothing of Ray."""
+    turns: int = Field(default=30, ge=2)
+    """Of each side."""
+    turn_s: float = Field(default=12.0, gt=0)
+    """Seconds of a turn; some checkpoints should fall into one."""
     batch: int = Field(default=32, ge=1)
     """Images of a step over all workers."""
     checkpoint_every: int = Field(default=25, ge=1)
@@ -70,7 +78,7 @@ class OverheadConfig(Strict):
 
 @dataclass(frozen=True)
 class Report:
-    """Seconds of a step, a number a round."""
+    """Seconds of a step, a number a turn."""
 
     settings: dict[str, Any]
     ray: list[float]
@@ -78,7 +86,7 @@ class Report:
 
     @property
     def quotients(self) -> list[float]:
-        """Ray's seconds by the plain ones, a number a round."""
+        """Ray's seconds by the plain ones, a number a pair of turns."""
         return [a / b for a, b in zip(self.ray, self.plain, strict=True)]
 
 
@@ -94,7 +102,7 @@ def run_config(config: OverheadConfig, folder: Path, name: str, shards: str) -> 
     base = RECIPES["tiny"]("minutes")
     return base.model_copy(update={
         "data": base.data.model_copy(update={"shards": shards, "cache": "none"}),
-        "distill": base.distill.model_copy(update={"k_list": (1,), "n_list": (40,), "steps_list": (config.steps,)}),
+        "distill": base.distill.model_copy(update={"k_list": (1,), "n_list": (40,), "steps_list": (10**6,)}),
         "optim": base.optim.model_copy(update={"batch": config.batch, "warmup": 0}),
         "run": base.run.model_copy(update={
             "name": name, "out": str(folder), "workers": config.workers, "checkpoint_every": config.checkpoint_every,
@@ -114,11 +122,40 @@ def encode(folder: Path) -> str:
     return str(folder)
 
 
-def seconds_a_step(config: TSCDConfig) -> float:
-    """Wall clock between the first and the last step in the run's logs, by the number of steps between them."""
-    events = EventAccumulator(f"{storage.run_folder(config.run)}/tensorboard")
-    first, *_, last = events.Reload().Scalars("loss")
-    return (last.wall_time - first.wall_time) / (last.step - first.step)
+@dataclass(frozen=True)
+class Logged:
+    """When a step was logged, by the clock."""
+
+    time: float
+    step: int
+
+
+def logged(config: TSCDConfig) -> list[Logged]:
+    """What a run has in its logs by now."""
+    folder = f"{storage.run_folder(config.run)}/tensorboard"
+    if not os.path.isdir(folder):
+        return []
+    events = EventAccumulator(folder).Reload()
+    return [Logged(e.wall_time, e.step) for e in events.Scalars("loss")] if "loss" in events.Tags()["scalars"] else []
+
+
+def seconds_a_step(logs: Sequence[Logged], turns: Sequence[tuple[float, float]]) -> list[float]:
+    """Of each turn (begin, end, by the clock) that lies within the logs; between turns the run stood still.
+
+    A step that was begun in one turn and ended in a later one is shared out by the time that each gave it.
+    """
+    begins, ends = np.array([b for b, _ in turns]), np.array([e for _, e in turns])
+
+    def moved(time: float) -> float:  # seconds until `time` in which the run was not still
+        return float(np.clip(time - begins, 0, ends - begins).sum())
+
+    times, steps = [moved(entry.time) for entry in logs], [entry.step for entry in logs]
+    found = []
+    for begin, end in turns:
+        if logs[0].time <= begin and end <= logs[-1].time:
+            made = np.interp([moved(begin), moved(end)], times, steps)
+            found.append((end - begin) / float(made[1] - made[0]))
+    return found
 
 
 def read_rows(config: TSCDConfig, rank: int) -> list[dict[str, Any]]:
@@ -144,7 +181,7 @@ def read_rows(config: TSCDConfig, rank: int) -> list[dict[str, Any]]:
 
 def _plain_worker(rank: int, config: TSCDConfig, port: int) -> None:
     run = config.run
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // run.workers))
+    torch.set_num_threads(1)
     if run.workers > 1:
         dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=run.workers)
     kind, device = KINDS["tscd"], torch.device("cpu")
@@ -172,27 +209,95 @@ def plain(config: TSCDConfig) -> None:
     mp.spawn(_plain_worker, (config, free_port()), nprocs=config.run.workers)
 
 
-def measure(config: OverheadConfig, log: Callable[[str], None] = lambda _: None) -> Report:
-    """Both sides in turn."""
+def under_ray(config: TSCDConfig) -> None:
+    """The run as `jobs/tscd.py` makes it."""
     from hypersd_ray.trainer.run import train
 
-    report = Report(config.model_dump(mode="json") | {"torch": torch.__version__}, [], [])
+    # So that a worker has one thread: as if other runs had the rest of the machine.
+    train(config, runs_per_node=max(1, len(os.sched_getaffinity(0)) // config.run.workers))
+
+
+class Side:
+    """A run in a process of its own, which can stand still with all that it has started."""
+
+    def __init__(self, run: Callable[[TSCDConfig], None], config: TSCDConfig) -> None:
+        self.config = config
+        self.turns: list[tuple[float, float]] = []
+        self.process = mp.get_context("spawn").Process(target=run, args=(config,))
+        self.process.start()
+        self.begun = time.time()
+
+    def _tree(self) -> list[psutil.Process]:
+        top = psutil.Process(self.process.pid)
+        return [top, *top.children(recursive=True)]
+
+    def freeze(self) -> None:
+        """Until `thaw`; ends a turn."""
+        still: set[int] = set()
+        while new := [process for process in self._tree() if process.pid not in still]:  # one may have started another
+            for process in new:
+                still.add(process.pid)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.suspend()
+        self.turns.append((self.begun, time.time()))
+
+    def thaw(self) -> None:
+        """A turn begins."""
+        self.begun = time.time()
+        for process in reversed(self._tree()):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
+
+    def wait_warm(self) -> None:
+        """Return when `WARM` steps are in the logs.
+
+        Raises:
+            RunError: the run ended before.
+        """
+        while not (logs := logged(self.config)) or logs[-1].step < WARM:
+            if not self.process.is_alive():
+                raise RunError(f"{self.config.run.name}: the run ended before it was measured; its lines are above")
+            time.sleep(1.0)
+
+    def end(self) -> None:
+        """Of all of its processes."""
+        for process in self._tree() if self.process.is_alive() else []:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.join()
+
+
+def measure(config: OverheadConfig, log: Callable[[str], None] = lambda _: None) -> Report:
+    """Both sides in turn.
+
+    Raises:
+        RunError: one of them ended.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        shards = encode(folder / "latents")
-        for turn in range(config.rounds):
-            sides: list[tuple[str, Callable[[TSCDConfig], object], list[float]]] = [
-                ("ray", train, report.ray),
-                ("plain", plain, report.plain),
-            ]
-            for name, side, found in sides[
-                :: -1 if turn % 2 else 1
-            ]:  # what slows the machine down meanwhile slows both
-                of_side = run_config(config, folder, f"{name}-{turn}", shards)
-                side(of_side)
-                found.append(seconds_a_step(of_side))
-            log(f"round {turn + 1}: Ray {report.ray[-1]:.4f} s a step, plain {report.plain[-1]:.4f} s")
-    return report
+        encoding = mp.get_context("spawn").Process(target=encode, args=(folder / "latents",))  # its Ray ends with it
+        encoding.start()
+        encoding.join()
+        shards, sides = str(folder / "latents"), []
+        try:
+            for name, run in (("ray", under_ray), ("plain", plain)):
+                sides.append(Side(run, run_config(config, folder, name, shards)))
+            for side in sides:
+                side.wait_warm()
+            for side in sides:
+                side.freeze()
+            for turn in range(config.turns + 1):  # the last one's steps may not be in the logs
+                for side in sides[:: -1 if turn % 2 else 1]:
+                    side.thaw()
+                    time.sleep(config.turn_s)
+                    side.freeze()
+                log(f"turn {turn + 1} of {config.turns + 1}")
+        finally:
+            for side in sides:
+                side.end()
+        found = [seconds_a_step(logged(side.config), side.turns)[: config.turns] for side in sides]
+    turns = min(map(len, found))
+    return Report(config.model_dump(mode="json") | {"torch": torch.__version__}, found[0][:turns], found[1][:turns])
 
 
 def main() -> None:
@@ -203,7 +308,7 @@ def main() -> None:
     print(
         f"{config.workers} workers, batch {config.batch}: Ray {statistics.median(report.ray):.4f} s a step, plain "
         f"{statistics.median(report.plain):.4f} s; ratio {ratio:.3f} [{low:.3f}, {high:.3f}] "
-        f"({config.rounds} rounds, {min(report.quotients):.3f} to {max(report.quotients):.3f})"
+        f"({len(report.ray)} turns, {min(report.quotients):.3f} to {max(report.quotients):.3f})"
     )
     config.out.parent.mkdir(parents=True, exist_ok=True)
     config.out.write_text(json.dumps(asdict(report) | {"ratio": ratio, "interval": [low, high]}, indent=1) + "\n")

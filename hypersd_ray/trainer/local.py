@@ -4,24 +4,40 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
 
 from hypersd_ray.trainer.progress import stderr_held
 
+BACKEND = {
+    # On one's own machine the bar says what there is to say; what the processes print is in Ray's session logs, and
+    # what fails comes back as an exception. Level "fatal" is for warnings of Ray's C++ side about its own actors.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    # Else two at a time, and a warning when eight wait: Ray Train and Ray Data need a dozen to start.
+    "RAY_worker_maximum_startup_concurrency": "16",
+    # Ray's workers are at nice 15: one busy program on one of two cores would then stop a training that uses both.
+    "RAY_worker_niceness": "0",
+    # Nobody takes this machine's own node away, and a run would ask every few seconds whether somebody does.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+"""What Ray's processes find in their environment, where the user has not said otherwise."""
+UNSEEN = {
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+    "RAY_metrics_report_interval_ms": "60000",
+    "RAY_task_events_report_interval_ms": "0",
+}
+"""The same, where there is no dashboard: statistics that nobody sees, taken from the cores that train."""
+
 
 def start_local(dashboard: bool = False) -> None:
     """Start one that says little, with its dashboard where that is needed."""
-    # On one's own machine the bar says what there is to say; what the processes print is in Ray's session logs, and
-    # what fails comes back as an exception. Level "fatal" is for warnings of Ray's C++ side about its own actors.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    # Else two at a time, and a warning when eight wait: Ray Train and Ray Data need a dozen to start.
-    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
-    # Ray's workers are at nice 15: one busy program on one of two cores would then stop a training that uses both.
-    os.environ.setdefault("RAY_worker_niceness", "0")
+    for name, value in (BACKEND if dashboard else BACKEND | UNSEEN).items():
+        os.environ.setdefault(name, value)
     # At least 4 logical CPUs: a reader, an encoder and a worker must be able to stand side by side.
-    with stderr_held():  # a line of Ray's that it has read the level above
+    with stderr_held(), _batch_scheduling():  # a line of Ray's that it has read the level above
         ray.init(
             "local",  # else Ray joins what `ray start` left on this machine, and refuses the number of CPUs
             num_cpus=max(4, os.cpu_count() or 1),
@@ -29,6 +45,31 @@ def start_local(dashboard: bool = False) -> None:
             log_to_driver=False,
             **(dashboard_options() if dashboard else {"include_dashboard": False}),
         )
+
+
+@contextmanager
+def _batch_scheduling() -> Iterator[None]:
+    """What is started meanwhile waits for its turn, and does not interrupt the training when it wakes.
+
+    Each of Ray's two dozen processes wakes a hundred times a second to look for signals. Where the workers fill the cores,
+    every one of these would push a worker off its core; Linux's SCHED_BATCH gives them as much time, and not at once.
+    `step_first` takes a worker out of it.
+    """
+    if not hasattr(os, "SCHED_BATCH"):  # not Linux
+        yield
+        return
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, *before)
+
+
+def step_first() -> None:
+    """Put this thread, and those that it starts, before processes that only wait for it."""
+    if hasattr(os, "SCHED_BATCH") and os.sched_getscheduler(0) == os.SCHED_BATCH:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def dashboard_options() -> dict[str, Any]:

@@ -28,6 +28,7 @@ from hypersd_ray.models.encoders import load_encoders
 from hypersd_ray.trainer import keeping, storage
 from hypersd_ray.trainer.kinds import KINDS, AnyConfig
 from hypersd_ray.trainer.kinds.base import Place, distillation_batch
+from hypersd_ray.trainer.local import step_first
 from hypersd_ray.trainer.logs import Loggers
 from hypersd_ray.trainer.notices import MOVE, SAVE, STOP, Notices
 from hypersd_ray.trainer.progress import Snapshot
@@ -98,6 +99,7 @@ def _train(given: LoopArguments) -> None:
         # Ray gives a worker one OpenMP thread per reserved CPU; nobody but other runs computes while it steps.
         computing = context.get_local_world_size() * given.runs_per_node
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // computing))
+    step_first()
     place = Place(device, context.get_world_rank(), given.evaluators, lambda line: given.board.tell.remote(line))
     Worker(config, given, kind.build(config, place), device).run()
 

@@ -100,9 +100,10 @@ class ProgressBoard:
         """Replace the latest."""
         self.latest = snapshot
 
-    def read(self) -> Snapshot | None:
-        """The latest, or None before the first step."""
-        return self.latest
+    def read(self) -> tuple[Snapshot | None, list[str]]:
+        """The latest, or None before the first step; what was told since the last call."""
+        told, self.told = self.told, []
+        return self.latest, told
 
     def find_finished(self) -> None:
         """The checkpoint that a worker started from has no step left."""
@@ -149,11 +150,6 @@ class ProgressBoard:
         """Something that the user should read."""
         self.told.append(line)
 
-    def take_told(self) -> list[str]:
-        """What was told since the last call."""
-        told, self.told = self.told, []
-        return told
-
     def stop(self, reason: Exception) -> None:
         """The run must not go on or be started again; the first reason counts."""
         self.stopped = self.stopped or reason
@@ -176,12 +172,12 @@ def _watch(board: ray.actor.ActorHandle, stop: threading.Event, line_every_s: fl
         said, seen = 0.0, None
         while True:
             ended = stop.wait(0.5)
-            for line in ray.get(board.take_told.remote()):
+            snapshot, told = ray.get(board.read.remote())
+            for line in told:
                 if terminal:
                     bar.console.print(line, highlight=False)
                 else:
                     print(line, flush=True)
-            snapshot = ray.get(board.read.remote())
             if snapshot is not None and snapshot != seen:
                 if terminal:
                     bar.update(task, total=snapshot.steps, completed=snapshot.step, description=snapshot.text())

@@ -66,7 +66,7 @@ def _hold(rank: int, world: int, folder: Path) -> list[int]:
     return found
 
 
-@pytest.mark.cluster
+@pytest.mark.processes
 def test_the_plan_is_what_training_holds(tmp_path):
     """All in one memory here: the GPU's and the CPU's together."""
     for zero, peak in zip(WAYS, together(_hold, 2, tmp_path)[0], strict=True):

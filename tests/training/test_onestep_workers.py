@@ -33,7 +33,7 @@ def _work(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.cluster
+@pytest.mark.processes
 def test_workers_agree(tmp_path):
     mp.set_forkserver_preload(["tests.training.onestep_parts"])
     mp.start_processes(_work, (str(tmp_path),), nprocs=2, start_method="forkserver")

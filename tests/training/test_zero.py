@@ -16,7 +16,7 @@ from hypersd_ray.training.distiller import Distiller
 from tests.helpers.distil import same, snapshot
 from tests.training.zero_parts import step, together, training_of
 
-pytestmark = pytest.mark.cluster
+pytestmark = pytest.mark.processes
 STEPS = 4
 WAYS: dict[str, list[dict[str, Any]]] = {
     "tscd": [
