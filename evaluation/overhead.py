@@ -23,8 +23,9 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +79,14 @@ class OverheadConfig(Strict):
 
 @dataclass(frozen=True)
 class Report:
-    """Seconds of a step, a number a turn."""
+    """Seconds of a step, a number a turn, and whose they were."""
 
     settings: dict[str, Any]
     ray: list[float]
     plain: list[float]
+    ray_cores: dict[str, float] = field(default_factory=dict)
+    """How much of a core each kind of process took in its side's turns: see `Side.cores`."""
+    plain_cores: dict[str, float] = field(default_factory=dict)
 
     @property
     def quotients(self) -> list[float]:
@@ -223,6 +227,8 @@ class Side:
     def __init__(self, run: Callable[[TSCDConfig], None], config: TSCDConfig) -> None:
         self.config = config
         self.turns: list[tuple[float, float]] = []
+        self.busy: defaultdict[str, float] = defaultdict(float)
+        self.before: dict[int, float] = {}
         self.process = mp.get_context("spawn").Process(target=run, args=(config,))
         self.process.start()
         self.begun = time.time()
@@ -240,9 +246,28 @@ class Side:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.suspend()
         self.turns.append((self.begun, time.time()))
+        for pid, (name, seconds) in self._seconds().items():
+            self.busy[name] += seconds - self.before.get(pid, 0.0)
+
+    def _seconds(self) -> dict[int, tuple[str, float]]:
+        """Each process's name and CPU time until now."""
+        found = {}
+        for process in self._tree():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times, words = process.cpu_times(), process.cmdline()
+                # Ray names its workers in the first word, `python -u .../log_monitor.py` itself in the third.
+                path = next((word for word in words if word.endswith(".py")), words[0] if words else process.name())
+                found[process.pid] = (path if path.startswith("ray::") else Path(path).name, times.user + times.system)
+        return found
+
+    def cores(self) -> dict[str, float]:
+        """How much of a core the processes of each name took while it ran, the greatest first."""
+        ran = sum(end - begin for begin, end in self.turns)
+        return {name: round(self.busy[name] / ran, 4) for name in sorted(self.busy, key=lambda n: -self.busy[n])}
 
     def thaw(self) -> None:
         """A turn begins."""
+        self.before = {pid: seconds for pid, (_, seconds) in self._seconds().items()}
         self.begun = time.time()
         for process in reversed(self._tree()):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -286,6 +311,8 @@ def measure(config: OverheadConfig, log: Callable[[str], None] = lambda _: None)
                 side.wait_warm()
             for side in sides:
                 side.freeze()
+                side.turns.clear()  # until now it was warming up
+                side.busy.clear()
             for turn in range(config.turns + 1):  # the last one's steps may not be in the logs
                 for side in sides[:: -1 if turn % 2 else 1]:
                     side.thaw()
@@ -297,7 +324,8 @@ def measure(config: OverheadConfig, log: Callable[[str], None] = lambda _: None)
                 side.end()
         found = [seconds_a_step(logged(side.config), side.turns)[: config.turns] for side in sides]
     turns = min(map(len, found))
-    return Report(config.model_dump(mode="json") | {"torch": torch.__version__}, found[0][:turns], found[1][:turns])
+    settings = config.model_dump(mode="json") | {"torch": torch.__version__}
+    return Report(settings, found[0][:turns], found[1][:turns], sides[0].cores(), sides[1].cores())
 
 
 def main() -> None:
@@ -309,6 +337,11 @@ def main() -> None:
         f"{config.workers} workers, batch {config.batch}: Ray {statistics.median(report.ray):.4f} s a step, plain "
         f"{statistics.median(report.plain):.4f} s; ratio {ratio:.3f} [{low:.3f}, {high:.3f}] "
         f"({len(report.ray)} turns, {min(report.quotients):.3f} to {max(report.quotients):.3f})"
+    )
+    workers, all_of_ray = report.ray_cores.get("ray::RayTrainWorker", 0.0), sum(report.ray_cores.values())
+    print(
+        f"cores: workers {workers:.2f} and Ray's other processes {all_of_ray - workers:.3f}, "
+        f"plain {sum(report.plain_cores.values()):.2f}"
     )
     config.out.parent.mkdir(parents=True, exist_ok=True)
     config.out.write_text(json.dumps(asdict(report) | {"ratio": ratio, "interval": [low, high]}, indent=1) + "\n")

@@ -24,11 +24,7 @@ BACKEND = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 """What Ray's processes find in their environment, where the user has not said otherwise."""
-UNSEEN = {
-    "REPORTER_UPDATE_INTERVAL_MS": "60000",
-    "RAY_metrics_report_interval_ms": "60000",
-    "RAY_task_events_report_interval_ms": "0",
-}
+UNSEEN = {"REPORTER_UPDATE_INTERVAL_MS": "60000", "RAY_task_events_report_interval_ms": "0"}
 """The same, where there is no dashboard: statistics that nobody sees, taken from the cores that train."""
 
 

@@ -87,6 +87,7 @@ def test_a_side_stands_still_with_all_that_it_started(tmp_path):
         side.end()  # of frozen ones too
     (first, second), child = side.turns, (tmp_path / "pid").read_text()
     assert first[0] < first[1] < second[0] < second[1], "a turn is when it ran"
+    assert 0 < sum(side.cores().values()) < 3
     _until(lambda: not os.path.exists(f"/proc/{child}") or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2])
 
 
