@@ -19,6 +19,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -280,9 +281,13 @@ class Side:
             RunError: the run ended before.
         """
         while not (logs := logged(self.config)) or logs[-1].step < WARM:
-            if not self.process.is_alive():
-                raise RunError(f"{self.config.run.name}: the run ended before it was measured; its lines are above")
+            self.check()
             time.sleep(1.0)
+
+    def check(self) -> None:
+        """Raises RunError if the run has ended."""
+        if not self.process.is_alive():
+            raise RunError(f"{self.config.run.name}: the run ended before it was measured; its lines are above")
 
     def end(self) -> None:
         """Of all of its processes."""
@@ -318,6 +323,7 @@ def measure(config: OverheadConfig, log: Callable[[str], None] = lambda _: None)
                     side.thaw()
                     time.sleep(config.turn_s)
                     side.freeze()
+                    side.check()
                 log(f"turn {turn + 1} of {config.turns + 1}")
         finally:
             for side in sides:
@@ -331,6 +337,7 @@ def measure(config: OverheadConfig, log: Callable[[str], None] = lambda _: None)
 def main() -> None:
     """Measure, say, write."""
     config = read_options(OverheadConfig, sys.argv[1:], __doc__ or "", OverheadConfig())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else the runs would be left, frozen
     report = measure(config, log=lambda line: print(line, file=sys.stderr, flush=True))
     ratio, low, high = median_interval(report.quotients)
     print(

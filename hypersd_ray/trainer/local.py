@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -20,20 +20,27 @@ BACKEND = {
     "RAY_worker_maximum_startup_concurrency": "16",
     # Ray's workers are at nice 15: one busy program on one of two cores would then stop a training that uses both.
     "RAY_worker_niceness": "0",
-    # Nobody takes this machine's own node away, and a run would ask every few seconds whether somebody does.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 """What Ray's processes find in their environment, where the user has not said otherwise."""
 UNSEEN = {"REPORTER_UPDATE_INTERVAL_MS": "60000", "RAY_task_events_report_interval_ms": "0"}
 """The same, where there is no dashboard: statistics that nobody sees, taken from the cores that train."""
 
 
+WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+_started = False
+
+
 def start_local(dashboard: bool = False) -> None:
     """Start one that says little, with its dashboard where that is needed."""
-    for name, value in (BACKEND if dashboard else BACKEND | UNSEEN).items():
-        os.environ.setdefault(name, value)
+    global _started
+    _started = True
+    variables = BACKEND if dashboard else BACKEND | UNSEEN
     # At least 4 logical CPUs: a reader, an encoder and a worker must be able to stand side by side.
-    with stderr_held(), _batch_scheduling():  # a line of Ray's that it has read the level above
+    with (
+        _environment(variables),
+        _batch_scheduling(),
+        stderr_held(),
+    ):  # a line of Ray's that it has read the level above
         ray.init(
             "local",  # else Ray joins what `ray start` left on this machine, and refuses the number of CPUs
             num_cpus=max(4, os.cpu_count() or 1),
@@ -44,6 +51,18 @@ def start_local(dashboard: bool = False) -> None:
 
 
 @contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Those that are not set already, for what is started meanwhile."""
+    missing = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ |= missing
+    try:
+        yield
+    finally:
+        for name in missing:
+            del os.environ[name]
+
+
+@contextmanager
 def _batch_scheduling() -> Iterator[None]:
     """What is started meanwhile waits for its turn, and does not interrupt the training when it wakes.
 
@@ -51,21 +70,39 @@ def _batch_scheduling() -> Iterator[None]:
     every one of these would push a worker off its core; Linux's SCHED_BATCH gives them as much time, and not at once.
     `step_first` takes a worker out of it.
     """
-    if not hasattr(os, "SCHED_BATCH"):  # not Linux
+    if not hasattr(os, "SCHED_BATCH") or os.sched_getscheduler(0) != os.SCHED_OTHER:  # not Linux; the user's own choice
         yield
         return
-    before = os.sched_getscheduler(0), os.sched_getparam(0)
-    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    _schedule("SCHED_BATCH")
     try:
         yield
     finally:
-        os.sched_setscheduler(0, *before)
+        _schedule("SCHED_OTHER")
 
 
 def step_first() -> None:
     """Put this thread, and those that it starts, before processes that only wait for it."""
     if hasattr(os, "SCHED_BATCH") and os.sched_getscheduler(0) == os.SCHED_BATCH:
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        _schedule("SCHED_OTHER")
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Runs that begin meanwhile on a Ray of `start_local` do not ask every few seconds whether their node will go: it is this
+    machine."""
+    with _environment({WATCHER: "0"} if _started else {}):  # Ray Train hands it to its controller and workers
+        yield
+
+
+def watched() -> bool:
+    """In a worker: whether somebody watches for nodes that will go."""
+    return os.environ.get(WATCHER) != "0"
+
+
+def _schedule(policy: str) -> None:
+    """This thread; nothing where a sandbox does not let it."""
+    with suppress(OSError):
+        os.sched_setscheduler(0, getattr(os, policy), os.sched_param(0))
 
 
 def dashboard_options() -> dict[str, Any]:

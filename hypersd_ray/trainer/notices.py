@@ -7,13 +7,13 @@ of four bytes.
 from __future__ import annotations
 
 import math
-import os
 import time
 
 import ray
 import ray.train
 import torch
 
+from hypersd_ray.trainer.local import watched
 from hypersd_ray.training.distributed import most
 
 NOTHING, LOOK, SAVE, MOVE, STOP = range(5)
@@ -28,7 +28,7 @@ class Notices:
         self.board, self.rank, self.device = board, rank, device
         self.asked: ray.ObjectRef | None = None
         self.next_ask = self.next_look = 0.0
-        if os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") == "0":
+        if not watched():
             self.next_look = math.inf  # looking is a collective by way of an actor
         self.saved_for: list[str] | None = None
         self.moves = False

@@ -23,7 +23,7 @@ from hypersd_ray.data.rejects import start_reject_log, told
 from hypersd_ray.trainer import elastic, keeping, storage
 from hypersd_ray.trainer.checks import ROOT, beside_workers, check, check_resources, find_pairs
 from hypersd_ray.trainer.kinds import KINDS, AnyConfig, kind_of
-from hypersd_ray.trainer.local import start_local
+from hypersd_ray.trainer.local import start_local, unwatched
 from hypersd_ray.trainer.loop import LoopArguments, train_loop
 from hypersd_ray.trainer.progress import encoding_lines, watching
 from hypersd_ray.trainer.room import check_actors
@@ -129,6 +129,7 @@ def train(
                 stopping(board, config.run.stop_patience_s, sign, config.run.name, folder),
                 elastic.start_timeout(config.run),
                 elastic.room_told(config, board),
+                unwatched(),
             ):
                 result = _trainer(config, arguments, callbacks).fit()
         except TrainingFailedError as error:
