@@ -16,6 +16,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 # The models are tiny: threads that wait for each other cost more than they bring, above all on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray's workers are at nice 15: under `-n 2` they would wait for the other process's tests.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 MARK = "HYPERSD_CHAOS_SESSION"
 """In the environment of whatever such a session starts."""
@@ -24,6 +26,7 @@ CLUSTERS = {"cluster", "ray_cluster", "server"}
 """Fixtures that are a Ray."""
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under pytest-xdist: all that starts a Ray runs in one process, the rest by files in the other."""
     for item in items:
