@@ -1,5 +1,5 @@
-"""For every test: nothing is fetched, clusters of the tests' own ask for no token, and `-n 2` runs one Ray at a time. After
-those of mark `chaos`: the table of faults, and no process is left behind."""
+"""For every test: nothing is fetched, clusters of the tests' own ask for no token. After those of mark `chaos`: the table
+of faults, and no process is left behind."""
 
 from __future__ import annotations
 
@@ -21,19 +21,6 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 
 MARK = "HYPERSD_CHAOS_SESSION"
 """In the environment of whatever such a session starts."""
-
-CLUSTERS = {"cluster", "ray_cluster", "server"}
-"""Fixtures that are a Ray."""
-
-
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under pytest-xdist: all that starts a Ray runs in one process, the rest by files in the other."""
-    for item in items:
-        marked = any(item.get_closest_marker(name) for name in ("cluster", "job", "chaos"))
-        ray = marked or CLUSTERS & set(getattr(item, "fixturenames", ()))
-        item.add_marker(pytest.mark.xdist_group("ray" if ray else item.nodeid.split("::")[0]))
-
 
 @pytest.fixture(scope="session", autouse=True)
 def chaos_session(request: pytest.FixtureRequest) -> Iterator[None]:
