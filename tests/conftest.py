@@ -22,6 +22,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 MARK = "HYPERSD_CHAOS_SESSION"
 """In the environment of whatever such a session starts."""
 
+
 @pytest.fixture(scope="session", autouse=True)
 def chaos_session(request: pytest.FixtureRequest) -> Iterator[None]:
     """Its end, after all clusters'."""
