@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import threading
 import time
@@ -18,6 +17,7 @@ from ray.train.v2._internal.execution.controller.state import ResizingState, Sch
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.run import RunConfig
 from hypersd_ray.trainer.kinds import AnyConfig
+from hypersd_ray.trainer.local import environment
 
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 """Ray Train's: seconds that a group's places are waited for before their number is settled anew."""
@@ -68,14 +68,8 @@ def check_room(config: AnyConfig) -> None:
 @contextmanager
 def start_timeout(run: RunConfig) -> Iterator[None]:
     """Ray Train reads it in `fit` and hands it to its controller; one that is set already stays."""
-    if START_TIMEOUT in os.environ:
+    with environment({START_TIMEOUT: str(FIXED_S if run.min_workers is None else OPEN_S)}):
         yield
-        return
-    os.environ[START_TIMEOUT] = str(FIXED_S if run.min_workers is None else OPEN_S)
-    try:
-        yield
-    finally:
-        del os.environ[START_TIMEOUT]
 
 
 @contextmanager

@@ -24,9 +24,8 @@ BACKEND = {
 """What Ray's processes find in their environment, where the user has not said otherwise."""
 UNSEEN = {"REPORTER_UPDATE_INTERVAL_MS": "60000", "RAY_task_events_report_interval_ms": "0"}
 """The same, where there is no dashboard: statistics that nobody sees, taken from the cores that train."""
-
-
 WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+"""Ray Train's switch for the actor that looks for nodes that will be taken away."""
 _started = False
 
 
@@ -36,11 +35,8 @@ def start_local(dashboard: bool = False) -> None:
     _started = True
     variables = BACKEND if dashboard else BACKEND | UNSEEN
     # At least 4 logical CPUs: a reader, an encoder and a worker must be able to stand side by side.
-    with (
-        _environment(variables),
-        _batch_scheduling(),
-        stderr_held(),
-    ):  # a line of Ray's that it has read the level above
+    # Held is a line of Ray's that it has read the level above.
+    with environment(variables), _batch_scheduling(), stderr_held():
         ray.init(
             "local",  # else Ray joins what `ray start` left on this machine, and refuses the number of CPUs
             num_cpus=max(4, os.cpu_count() or 1),
@@ -51,7 +47,7 @@ def start_local(dashboard: bool = False) -> None:
 
 
 @contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
+def environment(variables: dict[str, str]) -> Iterator[None]:
     """Those that are not set already, for what is started meanwhile."""
     missing = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ |= missing
@@ -90,7 +86,7 @@ def step_first() -> None:
 def unwatched() -> Iterator[None]:
     """Runs that begin meanwhile on a Ray of `start_local` do not ask every few seconds whether their node will go: it is this
     machine."""
-    with _environment({WATCHER: "0"} if _started else {}):  # Ray Train hands it to its controller and workers
+    with environment({WATCHER: "0"} if _started else {}):  # Ray Train hands it to its controller and workers
         yield
 
 
