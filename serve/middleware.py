@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 from fastapi.responses import JSONResponse
@@ -11,6 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve.errors import unforeseen
 
 logger = logging.getLogger("ray.serve")
+UNREAD_BYTES, UNREAD_S = 64 * 2**20, 5.0
+"""How much of a body is thrown away before an answer that did not need it, and for how long."""
 
 
 class Unforeseen:
@@ -40,3 +43,43 @@ class Unforeseen:
                 raise  # half an answer cannot be mended: the connection breaks
             error = unforeseen()
             await JSONResponse(error.envelope(), error.status, error.headers)(scope, receive, send)
+
+
+class HearsOut:
+    """Takes in what is left of a request's body before its answer goes out.
+
+    A refusal (no key, too large) is known before the body has come. A server that answers then closes the connection
+    with bytes unread, which resets it, and most clients report a broken pipe instead of the answer.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        unread = scope["type"] == "http" and _has_body(scope)
+
+        async def watched() -> Message:
+            nonlocal unread
+            message = await receive()
+            unread = unread and message["type"] == "http.request" and message.get("more_body", False)
+            return message
+
+        async def answer(message: Message) -> None:
+            nonlocal unread
+            if unread and message["type"] == "http.response.start":
+                try:
+                    async with asyncio.timeout(UNREAD_S):
+                        size = 0
+                        while unread and size < UNREAD_BYTES:
+                            size += len((await watched()).get("body", b""))
+                except TimeoutError:
+                    pass
+                unread = False
+            await send(message)
+
+        await self.app(scope, watched, answer)
+
+
+def _has_body(scope: Scope) -> bool:
+    headers = dict(scope["headers"])
+    return headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers

@@ -23,7 +23,7 @@ from serve.errors import ApiError, ErrorEnvelope, error_type
 from serve.generation import Generation
 from serve.links import SUFFIXES, Links
 from serve.metrics import IngressMetrics
-from serve.middleware import Unforeseen
+from serve.middleware import HearsOut, Unforeseen
 from serve.safety import Guard
 from serve.schema import request_schema
 from serve.settings import NO_LORA, Settings
@@ -85,6 +85,7 @@ def make_app(
             allow_headers=["*"],  # OpenAI's client in a browser sends several x-stainless-... headers
             expose_headers=["Retry-After", "X-Request-ID", "X-Should-Retry"],
         )
+    app.add_middleware(HearsOut)  # the outermost
 
     async def key(request: Request) -> None:
         try:
