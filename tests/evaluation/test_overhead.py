@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing as mp
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from evaluation.overhead import Logged, OverheadConfig, Side, logged, median_interval, run_config, seconds_a_step
 from hypersd_ray.config.base import RunError
 from hypersd_ray.embedded import paths
 from hypersd_ray.trainer.logs import Loggers
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_steps_are_shared_out_to_the_turns_in_which_they_were_made():
@@ -97,3 +103,21 @@ def test_a_run_that_ends_before_it_is_measured_says_so(tmp_path):
     with pytest.raises(RunError, match="short: the run ended before it was measured"):
         side.wait_warm()
     side.end()
+
+
+@pytest.mark.slow
+def test_the_command_measures_both_sides_and_leaves_nothing(tmp_path):
+    words = ["evaluation/overhead.py", "--turns", "3", "--turn-s", "8", "--workers", "1", "--batch", "8"]
+    words += ["--out", str(tmp_path / "overhead.json")]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads((tmp_path / "overhead.json").read_text())
+    low, high = found["interval"]
+    assert 0.5 < low <= found["ratio"] <= high < 2
+    assert "ray::RayTrainWorker" in found["ray_cores"] and set(found["plain_cores"]) == {"python"}
+    assert f"ratio {found['ratio']:.3f}" in run.stdout
+    left = [p.info["name"] for p in psutil.process_iter(["name", "environ"]) if str(tmp_path) in str(p.info["environ"])]
+    assert left == []
