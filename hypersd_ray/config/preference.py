@@ -58,9 +58,9 @@ class PreferenceConfig(Strict):
         return self
 
     @property
-    def stages(self) -> int:
-        """One."""
-        return 1
+    def stage_steps(self) -> tuple[int, ...]:
+        """There is one stage."""
+        return (self.steps,)
 
     def located(self, locate: Callable[[str], str]) -> Self:
         """The same with `locate` applied to each path that workers read."""

@@ -21,7 +21,7 @@ from hypersd_ray.config.base import RunError
 from hypersd_ray.trainer import storage
 from hypersd_ray.training.checkpoint import MANIFEST, DamagedCheckpoint, check_whole, load_checkpoint, load_positions
 from hypersd_ray.training.distributed import most
-from hypersd_ray.training.protocol import Training
+from hypersd_ray.training.protocol import Checkpointed
 
 PREFIX, AGAIN = "checkpoint_", "-again"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -54,7 +54,7 @@ def name_of(step: int, damaged: tuple[str, ...] = ()) -> str:
 
 def resume(
     folder: str,
-    state: Training,
+    state: Checkpointed,
     rank: int,
     world: int,
     device: torch.device,

@@ -98,10 +98,8 @@ class TensorBoard:
     def _write(self, action: Callable[[Any], object]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        writer, self.writer = (
-            self.writer,
-            None,
-        )  # a writer that failed, now or in its own thread before, is not used again
+        # A writer that failed, now or in its own thread before, is not used again.
+        writer, self.writer = self.writer, None
         with storage.tolerant():
             writer = writer or SummaryWriter(self.folder, purge_step=self.purge_step)
             action(writer)
@@ -115,10 +113,12 @@ class TensorBoard:
         self._write(lambda writer: (writer.add_image(name, image, step), writer.flush()))
 
     def flush(self) -> None:
-        self._write(lambda writer: writer.flush())
+        if self.writer is not None:  # a new one would hide what the run has written
+            self._write(lambda writer: writer.flush())
 
     def close(self) -> None:
-        self._write(lambda writer: writer.close())
+        if self.writer is not None:
+            self._write(lambda writer: writer.close())
 
 
 class WeightsAndBiases:

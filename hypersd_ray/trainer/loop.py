@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import functools
-import os
 import tempfile
 import time
-import traceback
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +14,7 @@ import ray.train
 import torch
 
 from hypersd_ray.actors.placement import Handles
-from hypersd_ray.config.base import CombinationError, RunError
+from hypersd_ray.config.base import RunError
 from hypersd_ray.config.onestep import OneStepConfig
 from hypersd_ray.config.run import rows_each
 from hypersd_ray.data.plan import StreamPosition, deal_again
@@ -28,11 +25,11 @@ from hypersd_ray.models.encoders import load_encoders
 from hypersd_ray.trainer import keeping, storage
 from hypersd_ray.trainer.kinds import KINDS, AnyConfig
 from hypersd_ray.trainer.kinds.base import Place, distillation_batch
-from hypersd_ray.trainer.local import step_first
 from hypersd_ray.trainer.logs import Loggers
 from hypersd_ray.trainer.notices import MOVE, SAVE, STOP, Notices
 from hypersd_ray.trainer.progress import Snapshot
-from hypersd_ray.trainer.storage import StorageError
+from hypersd_ray.trainer.stopwatch import Stopwatch
+from hypersd_ray.trainer.worker import device_of_worker, failures_told
 from hypersd_ray.training import samples
 from hypersd_ray.training.checkpoint import save_checkpoint, save_position
 from hypersd_ray.training.onestep import OdePairs
@@ -68,39 +65,20 @@ class LoopArguments:
 
 
 def train_loop(arguments: dict[str, Any]) -> None:
-    """Ray Train's `train_loop_per_worker`; `arguments` are the fields of `LoopArguments`.
-
-    Ray starts a group again whatever a worker raises. What would end the same way every time (a user's mistake, a run of
-    NaN) therefore goes to the board, and the workers return: the driver has the reason, without Ray's traceback.
-    """
+    """Ray Train's `train_loop_per_worker`; `arguments` are the fields of `LoopArguments`."""
     given = LoopArguments(**arguments)
     if ray.get(given.board.stop_reason.remote()) is not None:
         return
-    try:
+    with failures_told(given.board):
         _train(given)
-    except RunError as error:
-        ray.get(given.board.stop.remote(error))
-        if isinstance(error, StorageError) and ray.train.get_context().get_world_size() > 1:
-            raise  # the others are on all ranks at once
-    except (ValueError, CombinationError) as error:
-        traceback.print_exc()  # into the worker's log
-        cause = getattr(error, "cause", None) or error  # out of Ray Data it is wrapped, with all of its traceback
-        ray.get(given.board.stop.remote(RunError(" ".join(str(cause).split()))))
-        if ray.train.get_context().get_world_size() > 1:
-            raise  # the other ranks may be waiting for this one; the next group returns at once
 
 
 def _train(given: LoopArguments) -> None:
     kind = KINDS[given.kind]
     config = kind.config.model_validate(given.config)
-    context = ray.train.get_context()
-    device = ray.train.torch.get_device()
-    if device.type == "cpu":
-        # Ray gives a worker one OpenMP thread per reserved CPU; nobody but other runs computes while it steps.
-        computing = context.get_local_world_size() * given.runs_per_node
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // computing))
-    step_first()
-    place = Place(device, context.get_world_rank(), given.evaluators, lambda line: given.board.tell.remote(line))
+    device = device_of_worker(given.runs_per_node)
+    rank = ray.train.get_context().get_world_rank()
+    place = Place(device, rank, given.evaluators, lambda line: given.board.tell.remote(line))
     Worker(config, given, kind.build(config, place), device).run()
 
 
@@ -279,7 +257,7 @@ class Worker:
     def _measure(self) -> dict[str, float]:
         """The stage's quality, where the run measures it: into the logs and the report of its end."""
         measure = getattr(self.config, "measure", None)  # not every kind has one
-        if self.loggers is None or measure is None or not measure.prompts:
+        if measure is None or not measure.prompts or (self.loggers is None and not self.distiller.roles.together):
             return {}
         self.clock.pause()
         if self.yardstick is None:
@@ -290,6 +268,9 @@ class Worker:
         known = {how.steps: how for how in self.kind.samplings(self.config)}
         eta = next(iter(known.values())).eta
         quality = self.yardstick({n: known.get(n, samples.Sampling(n, eta=eta)) for n in measure.steps})
+        if self.loggers is None:  # the network needed this rank too
+            self.clock.go_on()
+            return {}
         values = quality.means() | {"objective": objective(quality, measure.clip_weight)}
         progress = self.distiller.progress
         step = self.clock.global_step(progress.stage, progress.step)
@@ -340,64 +321,3 @@ def square_time_ids(config: AnyConfig, batch: int, device: torch.device | str) -
     """SDXL's size conditioning of an uncropped square picture at the run's resolution, (B, 6)."""
     side = float(config.data.resolution)
     return torch.tensor([[side, side, 0, 0, side, side]], device=device).repeat(batch, 1)
-
-
-class Stopwatch:
-    """Rates over the latest steps, and the share of the time that went to waiting for data.
-
-    Checkpoints and sample grids are pauses: they are in nobody's rate. The first steps of a process (compilation, the
-    stream's start) are left out of the waiting share that is reported.
-    """
-
-    WARMUP = 5
-
-    def __init__(self, config: AnyConfig, world: int):
-        self.config, self.steps_done, self.waited, self.total = config, 0, 0.0, 0.0
-        self.images = world * rows_each(config.optim.batch, world, config.optim.accumulation)  # of a step
-        self.recent: deque[tuple[float, float]] = deque(maxlen=50)
-        self.wait = 0.0
-        self.begun = time.perf_counter()
-
-    def wait_begins(self) -> None:
-        """The loop asks for a batch."""
-        self._asked = time.perf_counter()
-
-    def wait_ends(self) -> None:
-        """It has one."""
-        self.wait = time.perf_counter() - self._asked
-
-    def step(self) -> None:
-        """A step is done."""
-        now = time.perf_counter()
-        elapsed, self.begun = now - self.begun, now
-        self.steps_done += 1
-        if self.steps_done > self.WARMUP:
-            self.recent.append((elapsed, self.wait))
-            self.total, self.waited = self.total + elapsed, self.waited + self.wait
-
-    def pause(self) -> None:
-        """What follows is not training."""
-        self._paused = time.perf_counter()
-
-    def go_on(self) -> None:
-        """Training goes on."""
-        self.begun += time.perf_counter() - self._paused
-
-    def global_step(self, stage: int, step: int) -> int:
-        """Steps since the run's beginning, over all stages."""
-        return sum(self.config.stage_steps[:stage]) + step
-
-    def rates(self, stage: int, step: int) -> dict[str, float]:
-        """images_per_s, data_wait (share) and seconds_left."""
-        seconds = sum(s for s, _ in self.recent) / len(self.recent) if self.recent else 0.0
-        left = sum(self.config.stage_steps) - self.global_step(stage, step)
-        wait = sum(w for _, w in self.recent)
-        return {
-            "images_per_s": self.images / seconds if seconds else 0.0,
-            "data_wait": wait / (seconds * len(self.recent)) if seconds else 0.0,
-            "seconds_left": seconds * left,
-        }
-
-    def totals(self) -> dict[str, float]:
-        """Over this process's life."""
-        return {"data_wait_share": self.waited / self.total if self.total else 0.0, "train_seconds": self.total}

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
+import functools
 import tempfile
-import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,23 +12,25 @@ import ray
 import ray.train
 import torch
 import yaml
-from ray.train import CheckpointConfig, FailureConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchTrainer
+from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
 from torch import Tensor
 
 from hypersd_ray.config.base import ConfigError, RunError
 from hypersd_ray.config.preference import PreferenceConfig
 from hypersd_ray.data.preferences import PairStream, Position, held_out_pairs, open_batch
 from hypersd_ray.models.rewards.image_reward import load_image_reward, save_image_reward
-from hypersd_ray.trainer import storage
+from hypersd_ray.trainer import keeping, storage
 from hypersd_ray.trainer.logs import Loggers
-from hypersd_ray.trainer.progress import new_board
+from hypersd_ray.trainer.notices import SAVE, STOP, Notices
+from hypersd_ray.trainer.progress import Snapshot, watching
 from hypersd_ray.trainer.room import check_workers
-from hypersd_ray.trainer.run import connect
-from hypersd_ray.training.checkpoint import load_checkpoint, save_checkpoint
+from hypersd_ray.trainer.run import connect, run_trainer
+from hypersd_ray.trainer.stopping import Trainer
+from hypersd_ray.trainer.stopwatch import Stopwatch
+from hypersd_ray.trainer.worker import device_of_worker, failures_told
+from hypersd_ray.training.checkpoint import save_checkpoint, save_position
 from hypersd_ray.training.preference import PreferenceTraining, pairwise_accuracy
 
-POSITION = "position.json"
 SAME_RUN = ("init", "freeze", "pairs", "steps")
 """Fields that a resumed run must share with the run it resumes."""
 
@@ -50,7 +49,7 @@ def fit(config: PreferenceConfig) -> Fitted:
 
     Raises:
         ConfigError, ValueError: something a user can mend, before anything started.
-        RunError: the run started and cannot go on.
+        RunError: the run started and cannot go on; Stopped: it was told to stop.
     """
     run = config.run.model_copy(update={"out": storage.out_folder(config.run)})
     config = config.located(storage.absolute).model_copy(update={"run": run})  # workers run in other directories
@@ -63,27 +62,15 @@ def fit(config: PreferenceConfig) -> Fitted:
     connect()
     check_workers(run)
     storage.write_text(f"{folder}/config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    board = new_board()
-    try:
-        result = _trainer(config, board).fit()
-        failed: TrainingFailedError | None = None
-    except TrainingFailedError as error:
-        failed = error
-    reason = ray.get(board.stop_reason.remote())
-    ray.kill(board)
-    if reason is not None:
-        raise reason
-    if failed is not None:
-        print(failed, file=sys.stderr)
-        failures = f"workers failed more often than run.max_failures={run.max_failures} allows"
-        raise RunError(f"run {run.name}: {failures}; the same command goes on from {folder}") from failed
-    return Fitted(folder, f"{folder}/model", result.metrics or {})
+    with watching() as board:
+        metrics = run_trainer(_trainer(config, board), run, folder, board)
+    return Fitted(folder, f"{folder}/model", metrics)
 
 
-def _trainer(config: PreferenceConfig, board: ray.actor.ActorHandle) -> TorchTrainer:
+def _trainer(config: PreferenceConfig, board: ray.actor.ActorHandle) -> Trainer:
     run = config.run
     gpus = {"GPU": run.gpus_per_worker} if run.gpus_per_worker else {}
-    return TorchTrainer(
+    return Trainer(
         train_loop,
         train_loop_config={"config": config.model_dump(), "board": board},
         scaling_config=ScalingConfig(
@@ -109,96 +96,117 @@ def _check_same(config: PreferenceConfig, folder: str) -> None:
 
 
 def train_loop(arguments: dict[str, Any]) -> None:
-    """Ray Train's `train_loop_per_worker`; `arguments` are a `PreferenceConfig`'s and the board, where what would end the
-    run the same way every time is said (as in loop.train_loop)."""
+    """Ray Train's `train_loop_per_worker`; `arguments` are a `PreferenceConfig`'s fields and the board."""
     board = arguments["board"]
     if ray.get(board.stop_reason.remote()) is not None:
         return
-    try:
-        _train(PreferenceConfig.model_validate(arguments["config"]))
-    except RunError as error:
-        ray.get(board.stop.remote(error))  # on all ranks at once
-    except ValueError as error:
-        traceback.print_exc()  # into the worker's log
-        ray.get(board.stop.remote(RunError(" ".join(str(error).split()))))
-        if ray.train.get_context().get_world_size() > 1:
-            raise  # the other ranks may be waiting for this one
-
-
-def _train(config: PreferenceConfig) -> None:
-    context = ray.train.get_context()
-    device = ray.train.torch.get_device()
-    if device.type == "cpu":
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
-    model = load_image_reward(config.init, config.tokenizer or None).to(device)
-    Fitting(config, PreferenceTraining(config, model, context.get_world_rank()), device).run()
+    with failures_told(board):
+        config, device = PreferenceConfig.model_validate(arguments["config"]), device_of_worker()
+        model = load_image_reward(config.init, config.tokenizer or None).to(device)
+        rank = ray.train.get_context().get_world_rank()
+        Fitting(config, PreferenceTraining(config, model, rank), device, board).run()
 
 
 class Fitting:
     """One worker's share of a run."""
 
-    def __init__(self, config: PreferenceConfig, training: PreferenceTraining, device: torch.device):
+    def __init__(
+        self, config: PreferenceConfig, training: PreferenceTraining, device: torch.device, board: ray.actor.ActorHandle
+    ):
         context = ray.train.get_context()
-        self.config, self.training, self.device = config, training, device
+        self.config, self.training, self.device, self.board = config, training, device, board
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.folder = storage.run_folder(config.run)
+        self.before: float | None = None
+        """The held-out accuracy before the first step; of rank 0."""
         position = self._resume()
+        self.notices = Notices(board, self.rank, device)
         self.stream = PairStream(
             config.pairs, config.optim.batch // self.world, self.rank, self.world, config.run.seed, position
         )
-        self.loggers = Loggers(config) if self.rank == 0 else None
+        self.clock = Stopwatch(config, self.world)
+        progress = training.progress
+        steps_done = self.clock.global_step(progress.stage, progress.step)
+        self.loggers = Loggers(config, steps_done) if self.rank == 0 else None
         self.measured: dict[str, float] = {}
 
     def _resume(self) -> Position:
-        self.before: float | None = None
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
+        tell = lambda line: self.board.tell.remote(line)
+        patience_s = self.config.run.storage_patience_s
+        found = keeping.resume(self.folder, self.training, self.rank, self.world, self.device, tell, patience_s)
+        self.last_checkpoint, self.damaged = found.path or "none yet", found.damaged
+        if not found.positions:
             return Position()
-        with checkpoint.as_directory() as folder:
-            load_checkpoint(Path(folder), self.training)
-            saved = json.loads((Path(folder) / POSITION).read_text())
-        self.before = saved.get("before")
-        # every rank has done as many batches; with another number of workers the epoch begins anew
-        return Position(**saved["position"]) if saved["world"] == self.world else Position(saved["position"]["epoch"])
+        saved = found.positions[0]
+        self.before = saved["before"]
+        # With another number of workers the epoch begins anew.
+        return Position(saved["epoch"]) if found.dealt_again else Position(saved["epoch"], saved["batch"])
 
     def run(self) -> None:
-        """Step to the end."""
-        run = self.config.run
+        """Step to the end, or until told to stop."""
         if self.before is None and self.training.progress.step == 0 and self.rank == 0:
             self.before = float(self._hits().mean())
         try:
             while not self.training.finished:
+                self.clock.wait_begins()
                 batch, position = next(self.stream)
+                self.clock.wait_ends()
                 metrics = {k: float(v) for k, v in self.training.step(batch.to(self.device)).items()}
-                step = self.training.progress.step
-                ends = step == self.config.steps
-                if self.training.progress.bad_in_a_row >= run.max_bad_steps:
-                    raise RunError(
-                        f"{run.max_bad_steps} steps in a row had NaN or inf (run.max_bad_steps={run.max_bad_steps}), the last "
-                        f"step {step}: lower optim.lr or raise optim.warmup"
-                    )
-                if ends or step % self.config.eval_every == 0:
-                    self._measure()
-                if self.loggers is not None and (ends or step % run.log_every == 0):
-                    self.loggers.scalars(step, metrics | self.measured)
-                if ends:
-                    self._save_model()
-                    self.training.next_stage()
-                if ends or step % run.checkpoint_every == 0:
-                    self._report(metrics, position)
+                if self._after_step(metrics, position):
+                    break
         finally:
             if self.loggers is not None:
                 self.loggers.close()
 
+    def _after_step(self, metrics: dict[str, float], position: Position) -> bool:
+        """Measure, log and save as is due; -> whether the job is to stop here."""
+        run, progress = self.config.run, self.training.progress
+        step, ends = progress.step, progress.step == self.config.steps
+        self.clock.step()
+        notice = self.notices()
+        if progress.bad_in_a_row >= run.max_bad_steps:
+            raise RunError(
+                f"{run.max_bad_steps} steps in a row had NaN or inf (run.max_bad_steps={run.max_bad_steps}), the last step "
+                f"{step}; the last good checkpoint is {self.last_checkpoint}: lower optim.lr or raise optim.warmup"
+            )
+        if ends or step % self.config.eval_every == 0:
+            self._measure()
+        if ends or step % run.log_every == 0:
+            self._log(step, metrics)
+        if ends:
+            self._save_model()
+            self.training.next_stage()
+        if ends or notice >= SAVE or step % run.checkpoint_every == 0:
+            self._report(step, metrics, position)
+        if notice != STOP or self.training.finished:
+            return False
+        ray.get(self.board.leave.remote(self.last_checkpoint))
+        return True
+
+    def _log(self, step: int, metrics: dict[str, float]) -> None:
+        if self.loggers is None:
+            return
+        rates = self.clock.rates(0, step)
+        rates["images_per_s"] *= 2  # of a pair
+        self.loggers.scalars(step, metrics | self.measured | rates)
+        losses = {name: metrics[name] for name in ("loss", "accuracy")}
+        snapshot = Snapshot(
+            0, 1, None, step, self.config.steps, losses,
+            rates["images_per_s"], rates["data_wait"], rates["seconds_left"],
+        )  # fmt: skip
+        self.board.post.remote(snapshot)
+
     def _measure(self) -> None:
-        """Accuracy on held-out pairs; every rank takes a part, rank 0's suffices for the log when there is one."""
+        """Accuracy on the held-out pairs, by rank 0 alone."""
         if self.rank != 0:
             return
+        self.clock.pause()
         hits = self._hits()
         error = float(hits.std() / len(hits) ** 0.5) if len(hits) > 1 else 0.0
         self.measured = {"held_out_accuracy": float(hits.mean()), "held_out_error": error, "held_out_pairs": len(hits)}
         if self.before is not None:
             self.measured["held_out_before"] = self.before
+        self.clock.go_on()
 
     def _hits(self) -> Tensor:
         """Of each held-out pair whether the preferred picture scores higher."""
@@ -211,14 +219,26 @@ class Fitting:
         if self.rank != 0:
             return
         with tempfile.TemporaryDirectory() as temporary:
-            save_image_reward(self.training.model, Path(temporary) / "model")
-            storage.put(Path(temporary) / "model", f"{self.folder}/model")
+            made, target = Path(temporary) / "model", f"{self.folder}/model"
+            save_image_reward(self.training.model, made)
+            put = functools.partial(storage.put, made, target)
+            storage.patiently(put, target, self.config.run.storage_patience_s)
 
-    def _report(self, metrics: dict[str, float], position: Position) -> None:
+    def _report(self, step: int, metrics: dict[str, float], position: Position) -> None:
+        self.clock.pause()
+        run, name = self.config.run, keeping.name_of(step, self.damaged)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            save_checkpoint(folder, self.training, self.rank)
-            if self.rank == 0:
-                where = {"position": asdict(position), "world": self.world, "before": self.before}
-                (folder / POSITION).write_text(json.dumps(where))
-            ray.train.report(metrics | self.measured, checkpoint=ray.train.Checkpoint.from_directory(temporary))
+            save_checkpoint(folder, self.training, self.rank, self.world)
+            save_position(folder, self.rank, self.world, asdict(position) | {"before": self.before})
+            ray.train.report(
+                metrics | self.measured,
+                checkpoint=ray.train.Checkpoint.from_directory(temporary),
+                checkpoint_dir_name=name,
+                checkpoint_upload_fn=keeping.uploader(self.folder, run.storage_patience_s),
+            )
+        self.last_checkpoint = f"{self.folder}/{name}"
+        if self.loggers is not None:
+            self.loggers.flush()
+            keeping.prune(self.folder, run.keep_checkpoints)
+        self.clock.go_on()

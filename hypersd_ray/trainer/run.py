@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 import ray.train
@@ -17,6 +18,7 @@ from hypersd_ray.actors.placement import Handles, start_evaluators, stop_evaluat
 from hypersd_ray.config.base import RunError, Stopped
 from hypersd_ray.config.feedback import FeedbackConfig
 from hypersd_ray.config.onestep import OneStepConfig
+from hypersd_ray.config.run import RunConfig
 from hypersd_ray.data.anchor import anchor
 from hypersd_ray.data.precompute import rejected, resolve
 from hypersd_ray.data.rejects import start_reject_log, told
@@ -123,30 +125,42 @@ def train(
             kind_of(config), config.model_copy(update={"data": data}).model_dump(), tuple(sources.urls), board,
             reject_log, pairs, evaluators, runs_per_node,
         )  # fmt: skip
-        keeping.mend_record(folder)
-        try:
-            with (
-                stopping(board, config.run.stop_patience_s, sign, config.run.name, folder),
-                elastic.start_timeout(config.run),
-                elastic.room_told(config, board),
-                unwatched(),
-            ):
-                result = _trainer(config, arguments, callbacks).fit()
-        except TrainingFailedError as error:
-            _raise_stop_reason(board)
-            print(error, file=sys.stderr)
-            failures = f"workers failed more often than run.max_failures={config.run.max_failures} allows"
-            raise RunError(f"run {config.run.name}: {failures}; the same command goes on from {folder}") from error
-        _raise_stop_reason(board)
-        left = ray.get(board.left.remote())
-        if left is not None:
-            raise Stopped(f"run {config.run.name} was told to stop; the same command goes on from {left}")
+        with elastic.room_told(config, board):
+            metrics = run_trainer(_trainer(config, arguments, callbacks), config.run, folder, board, sign)
         was_finished = ray.get(board.was_finished.remote())
     if reject_log is None:
         lost = rejected(sources)
     else:
         lost = told(ray.get(reject_log.summary.remote()), f"{folder}/rejects.jsonl")
-    return Result(folder, result.metrics or {}, was_finished, lost)
+    return Result(folder, metrics, was_finished, lost)
+
+
+def run_trainer(
+    trainer: Trainer,
+    run: RunConfig,
+    folder: str,
+    board: ray.actor.ActorHandle,
+    sign: ray.actor.ActorHandle | None = None,
+) -> dict[str, Any]:
+    """The last report of rank 0, once no step is left. Signals and `sign` as in `train`.
+
+    Raises:
+        RunError: the run cannot go on; Stopped: it was told to stop.
+    """
+    keeping.mend_record(folder)
+    try:
+        with stopping(board, run.stop_patience_s, sign, run.name, folder), elastic.start_timeout(run), unwatched():
+            result = trainer.fit()
+    except TrainingFailedError as error:
+        _raise_stop_reason(board)
+        print(error, file=sys.stderr)
+        failures = f"workers failed more often than run.max_failures={run.max_failures} allows"
+        raise RunError(f"run {run.name}: {failures}; the same command goes on from {folder}") from error
+    _raise_stop_reason(board)
+    left = ray.get(board.left.remote())
+    if left is not None:
+        raise Stopped(f"run {run.name} was told to stop; the same command goes on from {left}")
+    return result.metrics or {}
 
 
 def _raise_stop_reason(board: ray.actor.ActorHandle) -> None:

@@ -14,7 +14,7 @@ from hypersd_ray.config.base import ConfigError
 from hypersd_ray.trainer import storage
 from hypersd_ray.trainer.checks import check
 from hypersd_ray.trainer.logs import JsonLines, TensorBoard
-from hypersd_ray.trainer.loop import Stopwatch
+from hypersd_ray.trainer.stopwatch import Stopwatch
 from tests.helpers.distil import make_config
 from tests.helpers.pipelines import build_pipeline
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
+
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hypersd_ray.config.base import ConfigError, RunError
+from hypersd_ray.config.base import ConfigError, RunError, Stopped
 from hypersd_ray.config.preference import PreferenceConfig, PreferencePairsConfig
 from hypersd_ray.embedded import paths
 from hypersd_ray.embedded.pictures import load_pictures
@@ -43,6 +49,8 @@ def test_a_fitted_model_is_loaded_as_a_reward_and_a_finished_run_trains_nothing(
     assert torch.isfinite(scores).all()
 
     again = fit(config)
+    events = EventAccumulator(str(tmp_path / "runs" / "reward" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4], "a finished run hides nothing"
     assert again.metrics["held_out_accuracy"] == fitted.metrics["held_out_accuracy"]
     same = load_file(tmp_path / "runs" / "reward" / "model" / "model.safetensors")
     assert all(torch.equal(after[name], same[name]) for name in after)
@@ -75,3 +83,45 @@ def test_nan_and_too_few_cpus_are_one_line(cluster, tmp_path, monkeypatch):
     many = config.run.model_copy(update={"cpus_per_worker": 99, "name": "many"})
     with pytest.raises(ConfigError, match=r"run\.workers=1 with run\.cpus_per_worker=99 need 99 CPU, the cluster has"):
         fit(config.model_copy(update={"run": many}))
+
+
+def test_a_stopped_run_goes_on_from_its_last_step_past_a_damaged_checkpoint(cluster, tmp_path, capfd):
+    images, captions = load_pictures(paths.DATA, "val")
+    write_taste(images[:32], captions[:32], tmp_path / "pairs.parquet")
+    save_image_reward(new_image_reward(paths.TEACHER), tmp_path / "start")
+    pairs = (str(tmp_path / "pairs.parquet"),)
+    run = {
+        "name": "stopped",
+        "out": str(tmp_path / "runs"),
+        "checkpoint_every": 5,
+        "keep_checkpoints": 3,
+        "log_every": 10,
+    }
+    config = PreferenceConfig.model_validate(
+        {
+            "pairs": PreferencePairsConfig(train=pairs, held_out=pairs, resolution=32), "init": str(tmp_path / "start"),
+            "freeze": 0.0, "steps": 120, "optim": {"lr": 1e-3, "batch": 4}, "eval_every": 60, "run": run,
+        }
+    )  # fmt: skip
+    folder = tmp_path / "runs" / "stopped"
+
+    def stop_after_the_second_checkpoint() -> None:
+        while len(list(folder.glob("checkpoint_*/manifest.json"))) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_after_the_second_checkpoint, daemon=True).start()
+    with pytest.raises(
+        Stopped, match=r"run stopped was told to stop; the same command goes on from .*checkpoint_"
+    ) as stop:
+        fit(config)
+    newest = folder / str(stop.value).rsplit("/", 1)[1]
+    assert 10 <= int(newest.name.removeprefix("checkpoint_")) < 120
+    assert not (folder / "model").exists()
+    (newest / "model.safetensors").write_bytes(b"torn")
+    found = fit(config)
+    assert f"{newest} is damaged, going on from the one before" in capfd.readouterr().out
+    unbroken = fit(config.model_copy(update={"run": config.run.model_copy(update={"name": "unbroken"})}))
+    ends = [load_file(f"{fitted.model}/model.safetensors") for fitted in (found, unbroken)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1]), "bitwise"
+    assert found.metrics["held_out_before"] == unbroken.metrics["held_out_before"]
