@@ -35,9 +35,11 @@ def main() -> None:
     from hypersd_ray.data.precompute import precompute, validate
 
     validate(config.data, config.model, config.out)
-    from hypersd_ray.trainer.run import connect  # Ray comes after the configuration is known to be right
+    from hypersd_ray.trainer.room import check_pool  # Ray comes after the configuration is known to be right
+    from hypersd_ray.trainer.run import connect
 
     connect()
+    check_pool(config.data.encoder, "data.encoder", config.data.reader_cpus)
     started = time.perf_counter()
 
     def progress(done: int, shards: int, rows: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import errno
 import inspect
 import io
 import os
@@ -263,6 +264,10 @@ def one_line(error: pydantic.ValidationError) -> str:
     return f"{field}: {message}{given}" if field else f"{message}{given}"
 
 
+DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE}
+"""What a disk or a folder is to blame for."""
+
+
 def run_job(main: Callable[[], Any]) -> None:
     """Call a job's main. What a user did wrong (an extra not installed, too) ends it with one line and exit code 2, a run
     that cannot go on with one line and exit code 1, both without a traceback; else the exit code is what `main` returns."""
@@ -283,6 +288,10 @@ def run_job(main: Callable[[], Any]) -> None:
         code = _complain(f"{error}: pip install 'hypersd-ray[cloud]'", 2)
     except (ValueError, CombinationError) as error:
         code = _complain(getattr(error, "cause", None) or error, 2)
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        code = _complain(error, 1)
     except KeyboardInterrupt:
         code = _complain("interrupted; the same command goes on where it was", 130)
     except Exception as error:

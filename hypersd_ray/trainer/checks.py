@@ -16,6 +16,7 @@ import yaml
 from packaging.version import Version
 
 from hypersd_ray.config.base import CombinationError, ConfigError
+from hypersd_ray.config.data import DataConfig
 from hypersd_ray.config.feedback import FeedbackConfig
 from hypersd_ray.config.onestep import OneStepConfig
 from hypersd_ray.config.tscd import TSCDConfig
@@ -27,7 +28,7 @@ from hypersd_ray.trainer.kinds import KINDS, AnyConfig, Kind, kind_of
 from hypersd_ray.trainer.loop import PairSource
 from hypersd_ray.trainer.pairs import pair_folder
 from hypersd_ray.trainer.places import await_places
-from hypersd_ray.trainer.room import most_there_will_be
+from hypersd_ray.trainer.room import check_pool, most_there_will_be
 
 ROOT = Path(__file__).parents[2]
 UPLOADED = "_ray_pkg_"
@@ -203,6 +204,8 @@ def check_resources(config: AnyConfig) -> None:
                 f"{needs}, the cluster has {have.get(name, 0):g}: "
                 f"lower {config.run.fewest_knob} or {knob}, or set RAY_AUTOSCALING=1 where nodes may still come"
             )
+    if encodes_before(config.data):
+        check_pool(config.data.encoder, "data.encoder", config.data.reader_cpus)
     if os.environ.get("RAY_AUTOSCALING"):
         await_places(config.run, elastic.place_of(config))
     else:
@@ -222,8 +225,16 @@ def beside_workers(config: AnyConfig) -> dict[str, float]:
 
 def _encodes(config: AnyConfig) -> bool:
     """Pictures are encoded while it trains."""
-    data = config.data
-    return data.cache == "none" and find_shards(data.patterns, data.format).format != "latents"
+    return config.data.cache == "none" and not _encoded(config.data)
+
+
+def encodes_before(data: DataConfig) -> bool:
+    """Pictures are encoded before it trains."""
+    return data.cache == "disk" and not _encoded(data)
+
+
+def _encoded(data: DataConfig) -> bool:
+    return find_shards(data.patterns, data.format).format == "latents"
 
 
 def find_pairs(config: AnyConfig) -> PairSource | None:

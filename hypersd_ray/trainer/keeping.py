@@ -9,21 +9,29 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
+import yaml
+from safetensors import SafetensorError
 
-from hypersd_ray.config.base import RunError
+from hypersd_ray.config.base import RunError, Strict
 from hypersd_ray.trainer import storage
 from hypersd_ray.training.checkpoint import MANIFEST, DamagedCheckpoint, check_whole, load_checkpoint, load_positions
-from hypersd_ray.training.distributed import most
+from hypersd_ray.training.distributed import most, of_first
 from hypersd_ray.training.protocol import Checkpointed
 
 PREFIX, AGAIN = "checkpoint_", "-again"
+CONFIG = "config.yaml"
+"""A run's configuration, which its driver writes before the workers start."""
+START_S = 10.0
+"""How long storage may refuse it."""
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's record."""
 
@@ -64,14 +72,20 @@ def resume(
     """Load the newest checkpoint of the run's folder that is whole on every worker into `state`. What storage refuses to
     read is not taken for damage: it is tried again for `patience_s` seconds.
 
+    All workers look at rank 0's list: where a network file system keeps listings for a while, theirs may be of another time.
+
     Raises:
-        RunError: there are checkpoints and none is whole; on all workers at once.
+        RunError: there are checkpoints and none is whole, or a worker does not see the folder; on all workers at once.
         StorageError: one cannot be read; perhaps on this worker alone.
         ValueError: one is whole and of another configuration.
     """
     damaged: list[str] = []
     last = ""
-    for name in storage.patiently(functools.partial(names, folder), folder, patience_s, storage.READING):
+    _check_shared(folder, rank, device, patience_s)
+    listed = (
+        storage.patiently(functools.partial(names, folder), folder, patience_s, storage.READING) if rank == 0 else []
+    )
+    for name in of_first(listed):
         path, error = f"{folder}/{name}", ""
         positions: list[dict[str, Any]] = []
         with contextlib.ExitStack() as stack:
@@ -94,6 +108,42 @@ def resume(
             "start another run, or delete them to start this one anew"
         )
     return Found(None, [])
+
+
+def write_config(folder: str, config: Strict) -> None:
+    """Before the workers start. Raises StorageError, soon: nothing has begun that would be lost."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    path = f"{folder}/{CONFIG}"
+    storage.patiently(functools.partial(storage.write_text, path, text), path, START_S)
+
+
+SEEN_S = 60.0
+"""How long a network file system may go on saying that a new file is not there."""
+
+
+def _check_shared(folder: str, rank: int, device: torch.device, patience_s: float) -> None:
+    """Every worker sees what the driver has written there.
+
+    Raises:
+        RunError: one does not; on all workers at once.
+    """
+    path, missing = f"{folder}/{CONFIG}", False
+    try:
+        storage.patiently(
+            functools.partial(storage.size, path),
+            path,
+            patience_s if rank == 0 else min(SEEN_S, patience_s),
+            storage.READING,
+        )
+    except storage.StorageError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        missing = True
+    if most(int(missing), device):
+        raise RunError(
+            f"a worker does not find {path}, which the job has written: set run.out to a folder that all nodes share, or to a "
+            "URL (s3://, gs://)"
+        )
 
 
 def _read(
@@ -136,6 +186,25 @@ def uploader(
     return upload
 
 
+@contextmanager
+def local_room() -> Iterator[None]:
+    """What is written within the block goes to this node's temporary folder.
+
+    Raises:
+        StorageError: that is full, or cannot be written; one line.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not (storage.is_trouble(error) or isinstance(error, SafetensorError)):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise storage.StorageError(
+            f"a checkpoint cannot be written to {tempfile.gettempdir()} before it goes to run.out ({reason}): make room there, or "
+            "set TMPDIR to a larger folder"
+        ) from error
+
+
 def prune(folder: str, keep: int) -> None:
     """Remove what Ray Train does not know of, since it was killed before it heard: it keeps `keep`, and two on the way."""
     for name in names(folder)[keep + 2 :]:
@@ -150,12 +219,11 @@ QUALITY = "quality.jsonl"
 def append_quality(folder: str, record: dict[str, Any], patience_s: float) -> None:
     """One more stage. Raises StorageError."""
     path = f"{folder}/{QUALITY}"
-
-    def write() -> None:
-        before = storage.read_text(path) if storage.exists(path) else ""
-        storage.write_text(path, before + json.dumps(record) + "\n")
-
-    storage.patiently(write, path, patience_s)
+    before = storage.patiently(
+        lambda: storage.read_text(path) if storage.exists(path) else "", path, patience_s, storage.READING
+    )
+    text = before + json.dumps(record) + "\n"
+    storage.patiently(functools.partial(storage.write_text, path, text), path, patience_s)
 
 
 def read_quality(folder: str) -> list[dict[str, Any]]:

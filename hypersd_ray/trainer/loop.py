@@ -285,10 +285,11 @@ class Worker:
         run = self.config.run
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            save_checkpoint(folder, self.distiller, self.rank, self.world)
-            self.distiller.roles.save_own(folder)
             positions = {"images": self.position.to_dict(), "pairs": self.pairs_position.to_dict()}
-            save_position(folder, self.rank, self.world, positions)
+            with keeping.local_room():
+                save_checkpoint(folder, self.distiller, self.rank, self.world)
+                self.distiller.roles.save_own(folder)
+                save_position(folder, self.rank, self.world, positions)
             values = {name: float(value) for name, value in metrics.items()}
             progress = asdict(self.distiller.progress)
             # A name of ours, so that it can be told; one left over from a killed run is written anew.

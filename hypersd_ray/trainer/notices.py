@@ -23,6 +23,8 @@ class Notices:
     """Asked once a step by every worker; nobody waits for an answer over the network but every `PREEMPTION_S` seconds."""
 
     STOP_S, PREEMPTION_S = 0.5, 5.0  # Ray itself asks for drained nodes every 5 s
+    LAST_CALL_S = 20.0
+    """Before a node goes there is a second checkpoint, for the steps since its notice, which may be two minutes old by then."""
 
     def __init__(self, board: ray.actor.ActorHandle, rank: int, device: torch.device):
         self.board, self.rank, self.device = board, rank, device
@@ -31,6 +33,7 @@ class Notices:
         if not watched():
             self.next_look = math.inf  # looking is a collective by way of an actor
         self.saved_for: list[str] | None = None
+        self.last_call = math.inf  # rank 0's alone
         self.moves = False
 
     def __call__(self) -> int:
@@ -52,6 +55,9 @@ class Notices:
             if move and not self.moves:
                 self.moves = True
                 return MOVE
+        if now >= self.last_call:
+            self.last_call = math.inf
+            return SAVE
         if now >= self.next_look:
             self.next_look = now + self.PREEMPTION_S
             return LOOK
@@ -62,4 +68,7 @@ class Notices:
         if info is None or self.saved_for == info.preempted_node_ids:
             return NOTHING
         self.saved_for = info.preempted_node_ids
+        if info.deadline_ms is not None:
+            left = info.deadline_ms / 1000 - time.time() - self.LAST_CALL_S
+            self.last_call = time.monotonic() + left if left > self.LAST_CALL_S else math.inf
         return SAVE

@@ -6,6 +6,7 @@ Without this a run that asks for more than the autoscaler may start waits for ev
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import ray
@@ -64,15 +65,23 @@ def await_places(run: RunConfig, bundle: dict[str, float]) -> None:
             if time.monotonic() - said >= LINE_EVERY_S:
                 said = time.monotonic()
                 print(waiting_line(run, bundle, now, said - begun), flush=True)
-            if now.coming:
+            if now.coming or held(bundle):
                 quiet_since = time.monotonic()
             quiet = time.monotonic() - quiet_since > run.place_timeout_s
             if quiet and not now.speaks:
                 return  # nobody knows whether nodes come: Ray Train waits for them
-            if now.infeasible or quiet:
+            # Ray plans with what is free now: where others hold something it also calls infeasible what has to wait for them.
+            if quiet or (now.infeasible and not held(bundle)):
                 raise ConfigError(_why(run, bundle, now, time.monotonic() - begun))
     finally:
         remove_placement_group(group)
+
+
+def held(bundle: Iterable[str]) -> dict[str, float]:
+    """How much of each resource of `bundle` the cluster's work has taken, where it has any."""
+    have, free = ray.cluster_resources(), ray.available_resources()
+    taken = {name: have.get(name, 0.0) - free.get(name, 0.0) for name in bundle}
+    return {name: amount for name, amount in taken.items() if amount > 1e-9}
 
 
 def _wanted(run: RunConfig, bundle: dict[str, float]) -> str:
@@ -84,6 +93,8 @@ def waiting_line(run: RunConfig, bundle: dict[str, float], now: Autoscaler, wait
     """What is waited for since `waited` seconds, and what the autoscaler says of it."""
     refused = f"; {len(now.failed)} were refused, the last {now.failed[-1]:.160}" if now.failed else ""
     nodes = f"{now.coming} on their way{refused}" if now.speaks else "the autoscaler says nothing"
+    if others := held(bundle):
+        nodes += "; other work has " + ", ".join(f"{amount:g} {name}" for name, amount in others.items())
     return f"waiting for nodes since {waited:.0f} s: {run.fewest} workers need {_wanted(run, bundle)}; {nodes}"
 
 

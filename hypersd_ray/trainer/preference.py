@@ -61,8 +61,8 @@ def fit(config: PreferenceConfig) -> Fitted:
     load_image_reward(config.init, config.tokenizer or None)  # once here, where what is wrong with it is one line
     connect()
     check_workers(run)
-    storage.write_text(f"{folder}/config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    with watching() as board:
+    keeping.write_config(folder, config)
+    with watching(run, folder) as board:
         metrics = run_trainer(_trainer(config, board), run, folder, board)
     return Fitted(folder, f"{folder}/model", metrics)
 
@@ -86,7 +86,7 @@ def _trainer(config: PreferenceConfig, board: ray.actor.ActorHandle) -> Trainer:
 
 
 def _check_same(config: PreferenceConfig, folder: str) -> None:
-    path = f"{folder}/config.yaml"
+    path = f"{folder}/{keeping.CONFIG}"
     if not storage.exists(path):
         return
     saved = PreferenceConfig.model_validate(yaml.safe_load(storage.read_text(path)))
@@ -229,8 +229,9 @@ class Fitting:
         run, name = self.config.run, keeping.name_of(step, self.damaged)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            save_checkpoint(folder, self.training, self.rank, self.world)
-            save_position(folder, self.rank, self.world, asdict(position) | {"before": self.before})
+            with keeping.local_room():
+                save_checkpoint(folder, self.training, self.rank, self.world)
+                save_position(folder, self.rank, self.world, asdict(position) | {"before": self.before})
             ray.train.report(
                 metrics | self.measured,
                 checkpoint=ray.train.Checkpoint.from_directory(temporary),

@@ -11,7 +11,6 @@ from typing import Any
 
 import ray
 import ray.train
-import yaml
 from ray.train import CheckpointConfig, FailureConfig, ScalingConfig, TrainingFailedError, UserCallback
 
 from hypersd_ray.actors.placement import Handles, start_evaluators, stop_evaluators
@@ -109,7 +108,7 @@ def train(
     check_resources(config)
     check_actors(config, beside_workers(config))
     folder = storage.run_folder(config.run)
-    storage.write_text(f"{folder}/config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    keeping.write_config(folder, config)
     sources = resolve(config.data, config.teacher, folder, encoding_lines())
     data = config.data.model_copy(update={"format": sources.format})
     if config.run.min_workers is not None:
@@ -120,7 +119,7 @@ def train(
     reject_log = (
         None if sources.format == "latents" else start_reject_log(data, f"{folder}/rejects.jsonl", config.run.name)
     )
-    with shared_models(config) as evaluators, watching() as board:
+    with watching(config.run, folder) as board, shared_models(config) as evaluators:
         arguments = LoopArguments(
             kind_of(config), config.model_copy(update={"data": data}).model_dump(), tuple(sources.urls), board,
             reject_log, pairs, evaluators, runs_per_node,

@@ -48,9 +48,19 @@ def run_folder(run: RunConfig) -> str:
 
 
 def exists(path: str) -> bool:
-    """Whether a file or folder is there."""
+    """Whether a file or folder is there. Raises what storage raises when it cannot say."""
+    try:
+        size(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def size(path: str) -> int | None:
+    """Bytes of a file, None of some folders. Raises FileNotFoundError; fsspec's own `exists` takes every error for absence."""
     fs, plain = fsspec.core.url_to_fs(path)
-    return fs.exists(plain)
+    found: int | None = fs.info(plain).get("size")
+    return found
 
 
 def read_text(path: str) -> str:
@@ -60,9 +70,15 @@ def read_text(path: str) -> str:
 
 
 def write_text(path: str, text: str) -> None:
-    """Write a small text file, making its folder."""
-    with fsspec.open(path, "wt", auto_mkdir=True) if not is_url(path) else fsspec.open(path, "wt") as file:
-        file.write(text)
+    """Write a small text file, making its folder; whole or not at all."""
+    if is_url(path):
+        with fsspec.open(path, "wt") as file:
+            file.write(text)
+        return
+    whole, part = Path(path), Path(f"{path}.part")
+    whole.parent.mkdir(parents=True, exist_ok=True)
+    part.write_text(text)
+    part.replace(whole)
 
 
 def put(local: Path, path: str) -> None:
@@ -134,10 +150,13 @@ def remove(path: str) -> None:
 
 
 def folders(path: str, prefix: str) -> list[str]:
-    """Names, sorted, of the folders in `path` that begin with `prefix`; none if it is not there."""
+    """Names, sorted, of the folders in the folder `path` that begin with `prefix`; none if it is not there."""
     fs, plain = fsspec.core.url_to_fs(path)
     fs.invalidate_cache()
-    if not fs.exists(plain):
+    try:
+        if fs.info(plain)["type"] != "directory":
+            raise NotADirectoryError(f"{path} is not a folder")
+    except FileNotFoundError:
         return []
     entries = [e for e in fs.ls(plain, detail=True) if e["type"] == "directory"]
     names = (e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries)

@@ -50,3 +50,12 @@ def most(value: int, device: torch.device | str = "cpu") -> int:
     shared = torch.tensor([value], dtype=torch.int32, device=device)
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
     return int(shared.item())
+
+
+def of_first(value: list[str]) -> list[str]:
+    """Rank 0's list, on all workers."""
+    if world_size() == 1:
+        return value
+    shared = [value]
+    dist.broadcast_object_list(shared)
+    return shared[0]

@@ -30,6 +30,7 @@ from hypersd_ray.config.sweep import SweepConfig
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.trainer import checks, keeping, run, storage
 from hypersd_ray.trainer.kinds.tscd import product
+from hypersd_ray.trainer.room import most_there_will_be
 from hypersd_ray.tuning.space import Point, applied, held, readable, searched
 from hypersd_ray.tuning.trials import new_sign, stopping_all
 
@@ -147,7 +148,7 @@ def rung(sweep: SweepConfig, stage: int) -> float:
     """Of the end of a stage, counted from 1: that of the first which trials train is 1, and that of the last lies below the rung
     where ASHA would end the trial. Its run is just ending by itself then, and killed meanwhile it would keep its places: Ray
     Train has already dismissed who frees them."""
-    whole = _last_rung(sweep) * sweep.reduction ** (stage - sweep.base.stages)
+    whole = sweep.reduction ** (stage - _first_stage_trained(sweep))  # exactly 1 at first: ASHA's own first rung
     return whole * (1 + 1 / sweep.reduction) / 2 if stage == sweep.base.stages else whole
 
 
@@ -228,7 +229,10 @@ def fitting_trials(sweep: SweepConfig, have: dict[str, float]) -> int:
     if os.environ.get("RAY_AUTOSCALING"):
         if sweep.concurrent is None:
             raise ConfigError("concurrent is not set and nodes may still come (RAY_AUTOSCALING): set concurrent")
-        return sweep.concurrent
+        most = most_there_will_be()
+        if most is None:
+            return sweep.concurrent  # nobody says how many nodes may come
+        have = {name: max(have.get(name, 0.0), most.get(name, 0.0)) for name in have.keys() | most.keys()}
     c = sweep.base
     beside = checks.beside_workers(c)
     wanted = {

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import resource
 import shutil
+import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import ray.train
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import save_file
 
 from hypersd_ray.config.base import CombinationError, RunError
 from hypersd_ray.config.measure import MeasureConfig
@@ -38,6 +45,7 @@ CPU = torch.device("cpu")
 def folder(tmp_path):
     """Three checkpoints of one run, after 1, 2 and 3 steps."""
     config = distil_config(tmp_path)
+    keeping.write_config(str(tmp_path), config)
     state = make_distiller(config)
     for step in (1, 2, 3):
         run_stages(state, until=step)
@@ -101,6 +109,84 @@ def test_storage_that_goes_on_refusing_a_read_sends_no_run_back(folder):
     refuse(folder, 3)
     with pytest.raises(StorageError, match=r"checkpoint_00000003 could not be read for 0 s \(.*storage_patience_s=0"):
         going_on(folder)
+
+
+def test_a_folder_that_cannot_be_reached_for_a_while_is_not_a_new_run(folder, capsys):
+    state = make_distiller(distil_config(folder), seed=9)
+    again = functools.partial(keeping.resume, str(folder), state, 0, 1, CPU, print)
+    aside = folder.rename(folder.with_name("aside"))
+    folder.write_text("in the way")
+
+    def bring_back():
+        folder.unlink()
+        aside.rename(folder)
+
+    with pytest.raises(StorageError, match=r"config\.yaml could not be read for 0 s \(.*Not a directory"):
+        again(0.0)
+    threading.Timer(0.3, bring_back).start()
+    assert again(60.0).path == f"{folder}/checkpoint_00000003" and state.progress.step == 3
+
+
+def test_a_worker_that_does_not_see_what_the_job_wrote_says_so(folder):
+    (folder / keeping.CONFIG).unlink()
+    with pytest.raises(
+        RunError, match=r"a worker does not find .*config\.yaml, which the job has written: set run\.out"
+    ) as e:
+        going_on(folder)
+    assert "\n" not in str(e.value)
+
+
+def _one_of_two(rank, folder, meet):
+    """Rank 1 has another list of checkpoints: as behind a cache of listings that is some seconds old."""
+    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
+    named = keeping.names
+    if rank == 1:
+        keeping.names = lambda folder: [name for name in named(folder) if not name.endswith("3")]
+    state = make_distiller(distil_config(Path(folder)))
+    keeping.resume(folder, state, rank, 2, CPU, print, 0.0)
+    (Path(folder) / f"rank-{rank}").write_text(str(state.progress.step))
+    dist.destroy_process_group()
+
+
+@pytest.mark.processes
+def test_all_workers_go_on_from_the_same_one(folder, tmp_path_factory):
+    mp.set_forkserver_preload(["tests.trainer.test_keeping"])
+    meet = str(tmp_path_factory.mktemp("meet") / "meet")
+    mp.start_processes(_one_of_two, (str(folder), meet), nprocs=2, start_method="forkserver")
+    assert [(folder / f"rank-{rank}").read_text() for rank in (0, 1)] == ["3", "3"]
+
+
+def test_a_measured_stage_survives_a_disk_that_is_full_for_a_while(tmp_path, monkeypatch):
+    keeping.append_quality(str(tmp_path), {"stage": 1, "objective": 0.5}, 0.0)
+    written, write_text = [], Path.write_text
+
+    def half(path, text):
+        written.append(path)
+        if len(written) == 1:
+            write_text(path, text[: len(text) // 2])
+            raise OSError(28, "No space left on device")
+        return write_text(path, text)
+
+    monkeypatch.setattr(Path, "write_text", half)
+    keeping.append_quality(str(tmp_path), {"stage": 2, "objective": 0.25}, 60)
+    assert len(written) == 2
+    assert [record["objective"] for record in keeping.read_quality(str(tmp_path))] == [0.5, 0.25]
+
+
+def test_no_room_for_the_temporary_copy_is_one_line(tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    save = keeping.local_room()(save_file)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(StorageError, match=r"a checkpoint cannot be written to .*set TMPDIR") as e:
+            save({"x": torch.zeros(10_000)}, tmp_path / "x.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert "\n" not in str(e.value)
+    with pytest.raises(KeyError), keeping.local_room():  # our own mistakes stay what they are
+        raise KeyError("x")
 
 
 def test_what_is_missing_is_damage_too(folder):

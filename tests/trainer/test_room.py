@@ -22,11 +22,12 @@ NONE = {"CPU": 0.0, "GPU": 0.0}
 
 @pytest.fixture
 def cluster_of(monkeypatch):
-    """cluster_of(have, most): what Ray and its autoscaler say."""
+    """cluster_of(have, most, free): what Ray and its autoscaler say."""
     monkeypatch.delenv("RAY_AUTOSCALING", raising=False)
 
-    def make(have, most=None):
+    def make(have, most=None, free=None):
         monkeypatch.setattr(ray, "cluster_resources", lambda: have)
+        monkeypatch.setattr(ray, "available_resources", lambda: have if free is None else free)
         monkeypatch.setattr(room, "most_there_will_be", lambda: most)
 
     return make
@@ -81,6 +82,14 @@ def test_another_jobs_impossible_request_is_not_ours_and_waiting_says_for_what(c
     assert "the autoscaler says nothing" in places.waiting_line(
         RunConfig(), {"CPU": 1.0}, places.understood(AutoscalingState(), "bb22"), 30.0
     )
+
+
+def test_what_others_hold_is_said(cluster_of):
+    cluster_of({"CPU": 8.0, "GPU": 4.0}, free={"CPU": 8.0, "GPU": 1.5})
+    assert places.held({"CPU": 1.0, "GPU": 1.0}) == {"GPU": 2.5}
+    assert places.held({"CPU": 1.0}) == {}
+    now = places.Autoscaler(speaks=True, infeasible=True, coming=0)
+    assert places.waiting_line(RunConfig(), {"GPU": 1.0}, now, 5.0).endswith("0 on their way; other work has 2.5 GPU")
 
 
 @pytest.mark.parametrize("job", [synthesize, pairs])

@@ -98,7 +98,12 @@ def test_trials_run_side_by_side_only_as_far_as_all_their_workers_fit(sweep, mon
     monkeypatch.setenv("RAY_AUTOSCALING", "1")
     with pytest.raises(ConfigError, match="set concurrent"):
         fitting_trials(sweep, {"CPU": 4.0})
-    assert fitting_trials(seven, {"CPU": 4.0}) == 7
+    monkeypatch.setattr(sweeps, "most_there_will_be", lambda: None)
+    assert fitting_trials(seven, {"CPU": 4.0}) == 7, "nobody says how many nodes may come"
+    monkeypatch.setattr(sweeps, "most_there_will_be", lambda: {"CPU": 9.0})
+    with pytest.raises(ConfigError, match=r"concurrent=7: 6 trials of 1\.5 CPU fit .* set concurrent=6 or less"):
+        fitting_trials(seven, {"CPU": 1.0})
+    assert fitting_trials(seven, {"CPU": 10.5}) == 7
 
 
 @pytest.mark.parametrize("here", ["", "1"])
@@ -132,12 +137,12 @@ def test_trials_have_names_of_their_own_and_share_what_is_made_once(sweep):
 
 
 def test_asha_judges_after_every_stage_that_trials_train_but_the_last(sweep):
-    for changes, trained in (({}, (2, 3, 4)), ({"reduction": 3.0}, (2, 3, 4)), ({"warm_start": False}, (1, 2, 3, 4))):
+    for changes, trained in (({}, (2, 3, 4)), ({"reduction": 3.5}, (2, 3, 4)), ({"warm_start": False}, (1, 2, 3, 4))):
         changed = sweep.model_copy(update=changes)
         *ends, last = (sweeps.rung(changed, stage) for stage in trained)
         asha = sweeps.ASHA(changed)
         *milestones, top = sorted(milestone for milestone, _ in asha._brackets[0]._rungs)
-        assert milestones == pytest.approx(ends), "each of these ends is a rung of its own"
+        assert milestones == ends, "each of these ends is a rung of its own"
         assert ends[-1] < last < top == sweeps._last_rung(changed), (
             "the last is none: what ends by itself is not killed"
         )
