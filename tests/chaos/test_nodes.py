@@ -160,8 +160,8 @@ def asking_for_too_much(variables: dict[str, str]) -> Iterator[None]:
 
 
 def test_a_cluster_grows_trains_and_shrinks(cluster, make, tmp_path):
-    """4 workers with a "GPU" each on an empty cluster, whatever another job asks for; and 5 where 4 is the most, refused
-    within a minute."""
+    """4 workers with a "GPU" each on an empty cluster, whatever another job asks for; the same again beside them, which wait
+    for these; and 5 where 4 is the most, refused within a minute."""
     with growing(4, tmp_path) as empty:
         assert empty.gpus() == 0
 
@@ -191,8 +191,12 @@ def test_a_cluster_grows_trains_and_shrinks(cluster, make, tmp_path):
             process = start("grown", 4)
             assert until(lambda: empty.gpus() == 4, 300), "four nodes came"
             came = time.monotonic() - begun
+        queued = start("queued", 4)  # the autoscaler calls what has to wait for others infeasible
         said, _ = process.communicate(timeout=900)
         assert process.returncode == 0, said
+        said, _ = queued.communicate(timeout=900)
+        assert queued.returncode == 0, said
+        record("4 GPU workers while another job has all that the autoscaler may start", "waited for it, trained", None)
         lines = [json.loads(line) for line in (tmp_path / "grown.trace").read_text().splitlines()]
         assert {line["world"] for line in lines} == {4} and len({line["node"] for line in lines}) == 4
         assert (folder_of(make("grown")) / "lora" / "tscd-k1.safetensors").exists()
