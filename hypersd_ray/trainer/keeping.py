@@ -20,7 +20,7 @@ import torch
 from hypersd_ray.config.base import RunError
 from hypersd_ray.trainer import storage
 from hypersd_ray.training.checkpoint import MANIFEST, DamagedCheckpoint, check_whole, load_checkpoint, load_positions
-from hypersd_ray.training.distributed import most
+from hypersd_ray.training.distributed import max_over_workers
 from hypersd_ray.training.protocol import Training
 
 PREFIX, AGAIN = "checkpoint_", "-again"
@@ -81,7 +81,7 @@ def resume(
             except DamagedCheckpoint as caught:
                 error = str(caught)
             # before anything is loaded: a share of a ZeRO state is loaded by all workers or by none
-            if not most(int(bool(error)), device):
+            if not max_over_workers(int(bool(error)), device):
                 load_checkpoint(local, state)
                 return Found(path, positions, manifest["world_size"] != world, tuple(damaged))
         damaged.append(name)
