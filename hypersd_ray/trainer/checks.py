@@ -27,7 +27,7 @@ from hypersd_ray.trainer.kinds import KINDS, AnyConfig, Kind, kind_of
 from hypersd_ray.trainer.loop import PairSource
 from hypersd_ray.trainer.pairs import pair_folder
 from hypersd_ray.trainer.places import await_places
-from hypersd_ray.trainer.room import most_there_will_be
+from hypersd_ray.trainer.room import most_there_will_be, placement_section
 
 ROOT = Path(__file__).parents[2]
 UPLOADED = "_ray_pkg_"
@@ -109,7 +109,7 @@ def check_open_number(config: AnyConfig) -> None:
             "be counted as workers'; set data.cache=disk, or encode before (jobs/precompute.py)"
         )
     if isinstance(config, FeedbackConfig | OneStepConfig) and KINDS[kind_of(config)].models(config):
-        where = "placement" if isinstance(config, FeedbackConfig) else "feedback.placement"
+        where = placement_section(config)
         taken = {name: getattr(config.placement, name) for name in ("num_gpus", "num_cpus")}
         if name := next((name for name, amount in taken.items() if amount), None):
             raise ConfigError(

@@ -58,6 +58,11 @@ def check_workers(run: RunConfig) -> None:
         require(f"run.workers={run.workers} with {knob}={each:g}", {name: run.workers * each}, f"run.workers or {knob}")
 
 
+def placement_section(config: FeedbackConfig | OneStepConfig) -> str:
+    """What the settings call `config.placement`."""
+    return "placement" if isinstance(config, FeedbackConfig) else "feedback.placement"
+
+
 def check_actors(config: object, beside: Mapping[str, float]) -> None:
     """The shared reward and perception models beside the workers, each of which takes `beside` more than its own place.
 
@@ -67,7 +72,7 @@ def check_actors(config: object, beside: Mapping[str, float]) -> None:
     if not isinstance(config, FeedbackConfig | OneStepConfig) or config.placement.where != "actors":
         return
     run, placement = config.run, config.placement
-    section = "placement" if isinstance(config, FeedbackConfig) else "feedback.placement"
+    section = placement_section(config)
     actors = len(config.models) * placement.replicas
     for name, worker, actor, knob in (
         ("CPU", run.cpus_per_worker, placement.num_cpus, f"{section}.num_cpus"),
