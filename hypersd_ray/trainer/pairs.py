@@ -1,6 +1,6 @@
 """Pairs for regression (DMD): the noise x_T of a caption, and where the guided teacher's ODE ends from there.
 
-A folder of pairs is a folder of latents (data/precompute.py) whose latents are the ODE's end points; the noise is not
+A folder of pairs is a folder of latents (data/latents.py) whose latents are the ODE's end points; the noise is not
 stored, it is a function of the seed in the marker and of the row's key. So the training stream reads pairs as it reads
 latents, and a folder of pairs may be trained on as images too.
 """
