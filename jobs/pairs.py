@@ -16,14 +16,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
 
 from hypersd_ray.config.cli import read_options, run_job
-from hypersd_ray.trainer.pairs import OdePairsConfig, check, make_pairs
-from hypersd_ray.trainer.room import check_pool
-from hypersd_ray.trainer.run import connect
+from hypersd_ray.config.pairs import OdePairsConfig
 
 
 def main() -> None:
     """Make the pairs and say where they are."""
     config: OdePairsConfig = read_options(OdePairsConfig, sys.argv[1:], __doc__ or "")
+    from hypersd_ray.trainer.pairs import check, make_pairs
+    from hypersd_ray.trainer.room import check_pool
+    from hypersd_ray.trainer.run import connect
+
     check(config)
     connect()
     check_pool(config.data.encoder, "data.encoder", config.data.reader_cpus)

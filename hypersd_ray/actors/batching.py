@@ -86,14 +86,16 @@ class MicroBatcher:
             answer = await self._compute(group)
         except Exception as error:
             if len(group) == 1:
-                group[0].answer.set_exception(error)
+                if not group[0].answer.done():  # its caller may have been cancelled
+                    group[0].answer.set_exception(error)
                 return
             for call in group:  # one bad call must not fail the others
                 await self._answer([call])
             return
         start = 0
         for call in group:
-            call.answer.set_result(answer.part(start, start + len(call.images)))
+            if not call.answer.done():
+                call.answer.set_result(answer.part(start, start + len(call.images)))
             start += len(call.images)
 
     async def _compute(self, group: list[_Call]) -> Answer:

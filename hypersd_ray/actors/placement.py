@@ -21,9 +21,9 @@ Handles = dict[str, list[ray.actor.ActorHandle]]
 
 
 def start_evaluators(
-    models: Sequence[RewardConfig | PerceptionConfig], placement: PlacementConfig, run: str
+    models: Sequence[RewardConfig | PerceptionConfig], placement: PlacementConfig, run: str, section: str = "placement"
 ) -> Handles:
-    """An actor (or `placement.replicas`) for each model, placed and loaded.
+    """An actor (or `placement.replicas`) for each model, placed and loaded. `section` is what the settings call `placement`.
 
     They end with the driver that called this. Each is found by name too, `{run}/{model}/{replica}`.
 
@@ -32,13 +32,13 @@ def start_evaluators(
             `placement.place_timeout_s`.
         ValueError: a checkpoint cannot be loaded.
     """
-    check_placeable(placement)
+    check_placeable(placement, section)
     handles: Handles = {}
     for model in models:
         handles[model.name] = [_start(model, placement, f"{run}/{model.name}/{i}") for i in range(placement.replicas)]
     try:
-        _await_places(handles, placement)
-        _await_models(handles, placement)
+        _await_places(handles, placement, section)
+        _await_models(handles, placement, section)
     except BaseException:
         stop_evaluators(handles)
         raise
@@ -61,7 +61,7 @@ def _start(model: RewardConfig | PerceptionConfig, placement: PlacementConfig, n
     ).remote(model, placement)
 
 
-def check_placeable(placement: PlacementConfig) -> None:
+def check_placeable(placement: PlacementConfig, section: str = "placement") -> None:
     """Raises ConfigError when no node, however empty, could hold one actor. How many there are is trainer/room.py's.
 
     Where nodes may still come (RAY_AUTOSCALING), that is not known before `placement.place_timeout_s`.
@@ -73,23 +73,19 @@ def check_placeable(placement: PlacementConfig) -> None:
     labelled = [n for n in nodes if has_labels(n.get("Labels", {}), placement.label_selector)]
     if nodes and not labelled:
         raise ConfigError(
-            f"no node has the labels placement.label_selector={placement.label_selector}: "
-            "change it, or place the models with placement.where=local"
+            f"no node has the labels {section}.label_selector={placement.label_selector}: "
+            f"change it, or place the models with {section}.where=local"
         )
     for name, amount in wanted.items():
         most = max((n["Resources"].get(name, 0.0) for n in labelled), default=0.0)
         if amount > most:
             raise ConfigError(
-                f"a reward actor wants {amount:g} {name} (placement.num_{name.lower()}s), the largest node has {most:g}: "
-                f"lower placement.num_{name.lower()}s, or set placement.where=local"
+                f"a reward actor wants {amount:g} {name} ({section}.num_{name.lower()}s), the largest node has {most:g}: "
+                f"lower {section}.num_{name.lower()}s, or set {section}.where=local"
             )
 
 
-def _labels(placement: PlacementConfig) -> str:
-    return f" on a node of placement.label_selector={placement.label_selector}" if placement.label_selector else ""
-
-
-def _await_places(handles: Handles, placement: PlacementConfig) -> None:
+def _await_places(handles: Handles, placement: PlacementConfig, section: str) -> None:
     """Every actor answers. One that is late though a node has room for it is only slow to start, and is waited for."""
     pings = {h.ping.remote(): f"{name} {i}" for name, replicas in handles.items() for i, h in enumerate(replicas)}
     late = list(pings)
@@ -106,11 +102,12 @@ def _await_places(handles: Handles, placement: PlacementConfig) -> None:
     if late:
         free, every = ray.available_resources(), ray.cluster_resources()
         have = ", ".join(f"{free.get(k, 0):g} of {every.get(k, 0):g} {k}" for k in ("CPU", "GPU"))
+        where = f" on a node of {section}.label_selector={placement.label_selector}" if placement.label_selector else ""
         raise ConfigError(
             f"{len(late)} of {len(pings)} reward actors found no place in {time.monotonic() - begun:.0f} s "
-            f"({pings[late[0]]} wants {placement.num_cpus:g} CPU and {placement.num_gpus:g} GPU{_labels(placement)}; free are "
-            f"{have}): lower placement.num_gpus, placement.num_cpus or run.workers, set placement.where=local, or raise "
-            "placement.place_timeout_s where nodes still come"
+            f"({pings[late[0]]} wants {placement.num_cpus:g} CPU and {placement.num_gpus:g} GPU{where}; free are "
+            f"{have}): lower {section}.num_gpus, {section}.num_cpus or run.workers, set {section}.where=local, or raise "
+            f"{section}.place_timeout_s where nodes still come"
         )
 
 
@@ -127,14 +124,14 @@ def _has_room(placement: PlacementConfig) -> bool:
     )
 
 
-def _await_models(handles: Handles, placement: PlacementConfig) -> None:
+def _await_models(handles: Handles, placement: PlacementConfig, section: str) -> None:
     loads = {h.load.remote(): name for name, replicas in handles.items() for h in replicas}
     for ref, name in loads.items():
         try:
             ray.get(ref, timeout=placement.load_timeout_s)
         except GetTimeoutError:
             raise ConfigError(
-                f"{name} was not loaded after placement.load_timeout_s={placement.load_timeout_s:g} s: raise it"
+                f"{name} was not loaded after {section}.load_timeout_s={placement.load_timeout_s:g} s: raise it"
             ) from None
         except RayTaskError as error:
             raise ValueError(f"{name}: {_first_line(error.cause)}") from None

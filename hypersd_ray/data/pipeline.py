@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -95,3 +96,15 @@ def split_windows(block: Columns) -> Iterator[tuple[int, Columns]]:
     borders = [0, *(np.flatnonzero(np.diff(ids)) + 1), len(ids)]
     for start, end in itertools.pairwise(borders):
         yield int(ids[start]), {name: column[start:end] for name, column in block.items()}
+
+
+def by_window(dataset: ray.data.Dataset) -> Iterator[tuple[int, Iterator[Columns]]]:
+    """(window, its rows piece by piece) in one execution, in order; a window without rows is passed over."""
+
+    def pieces() -> Iterator[tuple[int, Columns]]:
+        for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
+            if len(block.get("key", ())):
+                yield from split_windows(block)
+
+    for window, group in itertools.groupby(pieces(), key=operator.itemgetter(0)):
+        yield window, (columns for _, columns in group)

@@ -16,7 +16,7 @@ def actors(pool: ActorPool, in_flight: int | None = None) -> dict[str, Any]:
     """Arguments of `map_batches`: `pool`'s actors with their resources. Each may hold `in_flight` tasks; None is Ray's choice."""
     return {
         "compute": ray.data.ActorPoolStrategy(
-            min_size=pool.min_size, max_size=most(pool), max_tasks_in_flight_per_actor=in_flight
+            min_size=pool.min_size, max_size=largest_pool(pool), max_tasks_in_flight_per_actor=in_flight
         ),
         "num_cpus": pool.num_cpus,
         "num_gpus": pool.num_gpus or None,
@@ -24,7 +24,7 @@ def actors(pool: ActorPool, in_flight: int | None = None) -> dict[str, Any]:
     }
 
 
-def most(pool: ActorPool) -> int:
+def largest_pool(pool: ActorPool) -> int:
     """Actors at most: `max_size`, or one for each node that can hold one, or for each share of a GPU that one takes."""
     if pool.max_size is not None:
         return pool.max_size

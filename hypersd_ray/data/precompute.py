@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,19 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-from ray.data.extensions import ArrowTensorArray
 
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.data import DataConfig
-from hypersd_ray.data import rejects
+from hypersd_ray.data import latents, rejects
 from hypersd_ray.data.encode import TENSOR_COLUMNS
-from hypersd_ray.data.pipeline import Columns, encoded_dataset, split_windows
+from hypersd_ray.data.files import digest
+from hypersd_ray.data.pipeline import Columns, by_window, encoded_dataset
 from hypersd_ray.data.plan import Window
-from hypersd_ray.data.sources import MARKER, Sources, exists, find_shards
+from hypersd_ray.data.sources import Sources, find_shards
 
 ROW_GROUP_BYTES = 64 * 2**20
 _FOOTER = b"hypersd_ray"
@@ -72,7 +70,8 @@ def precompute(
     skipped = len(done)
     started, written = time.perf_counter(), 0
     if todo:
-        folder.write_marker({"complete": False, "model": model_path, **belongs, **_totals(sources.urls, done)})
+        started_with = {"complete": False, "model": model_path, **belongs, **_totals(sources.urls, done)}
+        latents.write_marker(folder.filesystem, folder.root, started_with)
         log = rejects.start_reject_log(config, f"{out.rstrip('/')}/rejects.jsonl", out.rstrip("/").rpartition("/")[2])
         for url, footer in done.items():
             ray.get(log.count.remote(url, footer["seen"], footer["rejects"]))
@@ -87,9 +86,9 @@ def precompute(
     complete = {"complete": True, **belongs, **totals}
     # Runs that share latents come by at once with nothing to do: one that wrote would pull the file from under another.
     if todo or any(
-        value != check_marker(out, {}).get(name) for name, value in json.loads(json.dumps(complete)).items()
+        value != latents.check_marker(out, {}).get(name) for name, value in json.loads(json.dumps(complete)).items()
     ):
-        folder.write_marker(complete | {"model": model_path})
+        latents.write_marker(folder.filesystem, folder.root, complete | {"model": model_path})
     return Summary(
         out,
         len(done),
@@ -114,7 +113,7 @@ def validate(config: DataConfig, model_path: str, out: str) -> tuple[Sources, di
         "resolution": config.resolution,
         "filters": config.filters.model_dump(),
     }
-    check_marker(out, belongs)
+    latents.check_marker(out, belongs)
     return sources, belongs
 
 
@@ -137,7 +136,7 @@ def resolve(
     wanted = {"model_hash": fingerprint(model_path), "resolution": config.resolution}
     listed: set[str] = set()
     for folder in sorted({url.rpartition("/")[0] for url in sources.urls}):
-        marker = check_marker(folder, wanted)
+        marker = latents.check_marker(folder, wanted)
         if not marker or not marker["complete"]:
             raise ConfigError(
                 f"data.shards: the latents in {folder} are not complete: run jobs/precompute.py on it (again)"
@@ -151,27 +150,10 @@ def rejected(sources: Sources) -> str:
     """What was rejected when the latents of `sources` were made, in a line; nothing where nothing was."""
     lines = []
     for folder in sorted({url.rpartition("/")[0] for url in sources.urls}):
-        marker = check_marker(folder, {})
+        marker = latents.check_marker(folder, {})
         summary = {"seen": marker["seen"], "rejects": marker["rejects"], "rejected": sum(marker["rejects"].values())}
         lines.append(rejects.told(summary, f"{folder}/rejects.jsonl"))
     return "; ".join(filter(None, lines))
-
-
-def check_marker(folder: str, wanted: dict[str, Any]) -> dict[str, Any]:
-    """The marker of a folder of latents, {} when there is none. Raises ConfigError where it differs from `wanted`."""
-    url = f"{folder.rstrip('/')}/{MARKER}"
-    if not exists(url):
-        return {}
-    with fsspec.open(url, "r", encoding="utf-8") as file:
-        marker = json.load(file)
-    for name, value in wanted.items():
-        if marker.get(name) != value:
-            made_with = f"by {marker.get('model')}" if name == "model_hash" else f"with {name}={marker.get(name)}"
-            raise ConfigError(
-                f"{url}: its latents were made {made_with}, this run has {name}={value}: "
-                "name another folder (data.cache_dir, --out) or precompute again"
-            )
-    return marker
 
 
 def fingerprint(model_path: str) -> str:
@@ -180,17 +162,10 @@ def fingerprint(model_path: str) -> str:
     Raises ConfigError when the folder holds none of them.
     """
     root = Path(model_path)
-    digest = hashlib.sha256()
     files = [f for part in _ENCODING_PARTS for f in sorted((root / part).glob("*")) if f.is_file()]
     if not files:
         raise ConfigError(f"the model {model_path} has no vae/ and text_encoder/: name a folder in diffusers format")
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(root)} {size} ".encode())
-        with file.open("rb") as data:
-            data.seek(max(0, size - 2**20))
-            digest.update(data.read())
-    return digest.hexdigest()[:16]
+    return digest(root, files)
 
 
 @dataclass(frozen=True)
@@ -223,27 +198,13 @@ class _Folder:
             if first is not None
             else pa.schema({"key": pa.string(), "caption": pa.string(), "row": pa.int64()})
         )
-        rows = 0
-        with (
-            self.filesystem.open(f"{path}.part", "wb") as file,
-            # No dictionaries and no compression: float16 noise does not shrink (zstd: 8%), and reading is faster.
-            pq.ParquetWriter(file, schema, compression="none", use_dictionary=False) as writer,
-        ):
-            for table in () if first is None else itertools.chain([first], groups):
-                writer.write_table(table, row_group_size=len(table))
-                rows += len(table)
+        with latents.open_file(self.filesystem, path, schema) as writer:
+            rows = latents.add(writer, () if first is None else itertools.chain([first], groups))
             counts: dict[str, Any] = ray.get(log.shard.remote(url))
             shapes = {f.name: list(f.type.shape) for f in schema if hasattr(f.type, "shape")}
             footer = {"file": path.rpartition("/")[2], "rows": rows, **counts, "columns": shapes}
             writer.add_key_value_metadata({_FOOTER: json.dumps(footer).encode()})
-        self.filesystem.mv(f"{path}.part", path)
         return footer
-
-    def write_marker(self, marker: dict[str, Any]) -> None:
-        """Replace the marker whole."""
-        with self.filesystem.open(f"{self.root}/{MARKER}.part", "w", encoding="utf-8") as file:
-            json.dump(marker, file, indent=1)
-        self.filesystem.mv(f"{self.root}/{MARKER}.part", f"{self.root}/{MARKER}")
 
 
 def _shards_in_order(
@@ -253,15 +214,10 @@ def _shards_in_order(
     windows = [Window(i, (url,)) for i, url in enumerate(urls)]
     dataset = encoded_dataset(windows, format, config, model_path, log)
 
-    def pieces() -> Iterator[tuple[int, Columns]]:
-        for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
-            if len(block.get("key", ())):
-                yield from split_windows(block)
-
     following = 0
-    for index, group in itertools.groupby(pieces(), key=operator.itemgetter(0)):
+    for index, pieces in by_window(dataset):
         yield from ((url, iter(())) for url in urls[following:index])
-        yield urls[index], (columns for _, columns in group)
+        yield urls[index], pieces
         following = index + 1
     yield from ((url, iter(())) for url in urls[following:])
 
@@ -274,19 +230,10 @@ def _row_groups(pieces: Iterator[Columns]) -> Iterator[pa.Table]:
         held.append(piece)
         size += sum(piece[name].nbytes for name in TENSOR_COLUMNS if name in piece)
         if size >= ROW_GROUP_BYTES:
-            yield _table(held)
+            yield latents.table(held)
             held, size = [], 0
     if held:
-        yield _table(held)
-
-
-def _table(pieces: list[Columns]) -> pa.Table:
-    def whole(name: str) -> np.ndarray:
-        return np.concatenate([p[name] for p in pieces])
-
-    tensors = {n: ArrowTensorArray.from_numpy(whole(n)) for n in TENSOR_COLUMNS if n in pieces[0]}
-    texts = {n: pa.array(whole(n).tolist(), pa.string()) for n in ("key", "caption")}
-    return pa.table({**texts, "row": pa.array(whole("row"), pa.int64()), **tensors})
+        yield latents.table(held)
 
 
 def _totals(urls: Sequence[str], footers: dict[str, dict[str, Any]]) -> dict[str, Any]:

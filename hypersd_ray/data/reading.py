@@ -75,11 +75,11 @@ class Cropped:
 def read_rows(url: str, format: str, config: DataConfig) -> Iterator[Cropped | Reject]:
     """Read, filter, decode and crop one shard. Never raises for what is in the shard, only for storage that stays away."""
     reader = read_tar if format == "webdataset" else read_parquet
-    for sample in patiently(reader, url):
+    for sample in reread(reader, url):
         yield sample if isinstance(sample, Reject) else _prepare(sample, url, config.resolution, config.filters)
 
 
-def patiently(
+def reread(
     reader: Callable[[str], Iterator[T]],
     url: str,
     waits_s: Sequence[float] = STORAGE_WAITS_S,

@@ -10,6 +10,7 @@ from typing import Literal
 import fsspec
 
 from hypersd_ray.config.base import ConfigError
+from hypersd_ray.data.files import exists
 
 Format = Literal["webdataset", "parquet", "latents"]
 
@@ -68,12 +69,6 @@ def expand_braces(pattern: str) -> list[str]:
     middles = [f"{i:0{len(first)}d}" for i in numbers] if words is None else words.split(",")
     before, after = pattern[: match.start()], pattern[match.end() :]
     return [full for middle in middles for full in expand_braces(before + middle + after)]
-
-
-def exists(url: str) -> bool:
-    """Whether a file or folder is there."""
-    filesystem, path = fsspec.core.url_to_fs(url)
-    return filesystem.exists(path)
 
 
 def _kind(url: str) -> str | None:

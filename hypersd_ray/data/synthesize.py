@@ -21,6 +21,7 @@ import ray.data
 
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.synthesize import SynthesizeConfig
+from hypersd_ray.data.files import absolute, write_json, write_whole
 from hypersd_ray.data.pools import actors
 from hypersd_ray.models.checkpoint import read_base
 
@@ -99,13 +100,12 @@ def synthesize(config: SynthesizeConfig, progress: Callable[[int, int, int], Non
     filesystem, root = fsspec.core.url_to_fs(out)
     filesystem.makedirs(root, exist_ok=True)
     if not filesystem.exists(f"{root}/{MARKER}"):
-        with filesystem.open(f"{root}/{MARKER}", "w", encoding="utf-8") as file:
-            json.dump(_marker(config, prompts), file, indent=1)
+        write_json(filesystem, f"{root}/{MARKER}", _marker(config, prompts))
     todo = [i for i in range(len(shards)) if not filesystem.exists(f"{root}/{_name(i)}")]
     done, made = len(shards) - len(todo), 0
     if todo:
         items = [{"shard": i, "images": json.dumps(shards[i])} for i in todo]
-        settings = config.model_dump() | {"model": str(Path(config.model).resolve()), "out": _absolute(out)}
+        settings = config.model_dump() | {"model": str(Path(config.model).resolve()), "out": absolute(out)}
         written = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             ShardMaker,
             fn_constructor_kwargs={"config": settings},
@@ -117,10 +117,6 @@ def synthesize(config: SynthesizeConfig, progress: Callable[[int, int, int], Non
             if progress is not None:
                 progress(done, len(shards), made)
     return Made(config.out, len(shards), len(shards) - len(todo), made)
-
-
-def _absolute(out: str) -> str:
-    return out if "://" in out else str(Path(out).expanduser().resolve())
 
 
 def _name(shard: int) -> str:
@@ -161,7 +157,7 @@ class ShardMaker:
     def _shard(self, shard: int, images: Sequence[tuple[str, int]]) -> int:
         filesystem, root = fsspec.core.url_to_fs(self.config.out)
         path = f"{root}/{_name(shard)}"
-        with filesystem.open(f"{path}.part", "wb") as file, tarfile.open(fileobj=file, mode="w|") as tar:
+        with write_whole(filesystem, path) as file, tarfile.open(fileobj=file, mode="w|") as tar:
             for first in range(0, len(images), self.config.pool.batch_size):
                 part = images[first : first + self.config.pool.batch_size]
                 for i, (picture, about) in enumerate(self._generate(part), start=first):
@@ -169,7 +165,6 @@ class ShardMaker:
                     self._add(tar, f"{key}.{self.config.image_format}", self._encoded(picture))
                     self._add(tar, f"{key}.txt", about["prompt"].encode())
                     self._add(tar, f"{key}.json", json.dumps(about | {"key": key}).encode())
-        filesystem.mv(f"{path}.part", path)
         return len(images)
 
     def _generate(self, images: Sequence[tuple[str, int]]) -> list[tuple[Any, dict[str, Any]]]:

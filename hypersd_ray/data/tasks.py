@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import ray
 
 from hypersd_ray.config.data import DataConfig
-from hypersd_ray.data.reading import Cropped, Reject, patiently, read_rows
+from hypersd_ray.data.reading import Cropped, Reject, read_rows, reread
 
 
 class ReadShard:
@@ -68,7 +68,7 @@ class ReadLatents:
             DamagedShardError: the file is gone or no whole parquet file: it is our own product, not the user's data.
         """
         url, window, part, parts = (batch[name][0] for name in ("url", "window", "part", "parts"))
-        for table in patiently(_row_groups, str(url), final=DamagedShardError):
+        for table in reread(_row_groups, str(url), final=DamagedShardError):
             if parts > 1:
                 table = table.take(np.flatnonzero(table.column("row").to_numpy() % parts == part))
             yield table.append_column("window", pa.array(np.full(len(table), window, dtype=np.int64)))

@@ -33,6 +33,8 @@ SDXL_UNET: dict[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
+VAE = {"block_out_channels": (128, 256, 512, 512)}
+"""Of both, as much of it as plans ask for."""
 SCHEDULE = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -49,6 +51,7 @@ def write_shape(folder: Path, family: Family) -> None:
     for file, content in (
         ("model_index.json", {"_class_name": pipeline}),
         ("unet/config.json", unet | {"in_channels": 4}),
+        ("vae/config.json", VAE),
         ("scheduler/scheduler_config.json", SCHEDULE),
     ):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)

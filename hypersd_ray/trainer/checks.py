@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pydantic
-import ray
 import yaml
 from packaging.version import Version
 
@@ -28,7 +27,7 @@ from hypersd_ray.trainer.kinds import KINDS, AnyConfig, Kind, kind_of
 from hypersd_ray.trainer.loop import PairSource
 from hypersd_ray.trainer.pairs import pair_folder
 from hypersd_ray.trainer.places import await_places
-from hypersd_ray.trainer.room import check_pool, most_there_will_be
+from hypersd_ray.trainer.room import check_pool, placement_section, require, takes
 
 ROOT = Path(__file__).parents[2]
 UPLOADED = "_ray_pkg_"
@@ -110,7 +109,7 @@ def check_open_number(config: AnyConfig) -> None:
             "be counted as workers'; set data.cache=disk, or encode before (jobs/precompute.py)"
         )
     if isinstance(config, FeedbackConfig | OneStepConfig) and KINDS[kind_of(config)].models(config):
-        where = "placement" if isinstance(config, FeedbackConfig) else "feedback.placement"
+        where = placement_section(config)
         taken = {name: getattr(config.placement, name) for name in ("num_gpus", "num_cpus")}
         if name := next((name for name, amount in taken.items() if amount), None):
             raise ConfigError(
@@ -182,28 +181,12 @@ def check_resources(config: AnyConfig) -> None:
     Raises:
         ConfigError: the resource that is missing and the setting to change.
     """
-    have, most = ray.cluster_resources(), most_there_will_be()
-    for name, each, knob in (
-        ("CPU", config.run.cpus_per_worker, "run.cpus_per_worker"),
-        ("GPU", config.run.gpus_per_worker, "run.gpus_per_worker"),
-    ):
-        beside = beside_workers(config)[name]
-        wanted = config.run.fewest * (each + beside)
-        if wanted <= have.get(name, 0) + 1e-9:
-            continue
-        needs = f"{config.run.fewest_knob}={config.run.fewest} with {knob}={each:g} need {wanted:g} {name}"
-        if beside:
-            needs += f", {beside:g} of a worker's for its data (data.reader_cpus, data.encoder; encoded before: jobs/precompute.py)"
-        if most is not None and wanted > max(have.get(name, 0), most.get(name, 0)):
-            raise ConfigError(
-                f"{needs}, the cluster's autoscaler adds nodes up to {most.get(name, 0):g}: lower {config.run.fewest_knob} or {knob}, "
-                "or raise max_workers in the cluster's configuration"
-            )
-        if not os.environ.get("RAY_AUTOSCALING"):
-            raise ConfigError(
-                f"{needs}, the cluster has {have.get(name, 0):g}: "
-                f"lower {config.run.fewest_knob} or {knob}, or set RAY_AUTOSCALING=1 where nodes may still come"
-            )
+    run, beside = config.run, beside_workers(config)
+    for name, each, knob in takes(run, "run"):
+        needs = f"{run.fewest_knob}={run.fewest} with {knob}={each:g}"
+        if beside[name]:
+            needs += f" and {beside[name]:g} for each one's data (data.reader_cpus, data.encoder; encoded before: jobs/precompute.py)"
+        require(needs, {name: run.fewest * (each + beside[name])}, f"{run.fewest_knob} or {knob}")
     if encodes_before(config.data):
         check_pool(config.data.encoder, "data.encoder", config.data.reader_cpus)
     if os.environ.get("RAY_AUTOSCALING"):

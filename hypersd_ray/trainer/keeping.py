@@ -22,9 +22,10 @@ import yaml
 from safetensors import SafetensorError
 
 from hypersd_ray.config.base import RunError, Strict
+from hypersd_ray.data.files import size
 from hypersd_ray.trainer import storage
 from hypersd_ray.training.checkpoint import MANIFEST, DamagedCheckpoint, check_whole, load_checkpoint, load_positions
-from hypersd_ray.training.distributed import most, of_first
+from hypersd_ray.training.distributed import max_over_workers, of_first
 from hypersd_ray.training.protocol import Checkpointed
 
 PREFIX, AGAIN = "checkpoint_", "-again"
@@ -95,7 +96,7 @@ def resume(
             except DamagedCheckpoint as caught:
                 error = str(caught)
             # before anything is loaded: a share of a ZeRO state is loaded by all workers or by none
-            if not most(int(bool(error)), device):
+            if not max_over_workers(int(bool(error)), device):
                 load_checkpoint(local, state)
                 return Found(path, positions, manifest["world_size"] != world, tuple(damaged))
         damaged.append(name)
@@ -130,7 +131,7 @@ def _check_shared(folder: str, rank: int, device: torch.device, patience_s: floa
     path, missing = f"{folder}/{CONFIG}", False
     try:
         storage.patiently(
-            functools.partial(storage.size, path),
+            functools.partial(size, path),
             path,
             patience_s if rank == 0 else min(SEEN_S, patience_s),
             storage.READING,
@@ -139,7 +140,7 @@ def _check_shared(folder: str, rank: int, device: torch.device, patience_s: floa
         if not isinstance(error.__cause__, FileNotFoundError):
             raise
         missing = True
-    if most(int(missing), device):
+    if max_over_workers(int(missing), device):
         raise RunError(
             f"a worker does not find {path}, which the job has written: set run.out to a folder that all nodes share, or to a "
             "URL (s3://, gs://)"

@@ -14,7 +14,7 @@ import ray.train
 import torch
 
 from hypersd_ray.trainer.local import watched
-from hypersd_ray.training.distributed import most
+from hypersd_ray.training.distributed import max_over_workers
 
 NOTHING, LOOK, SAVE, MOVE, STOP = range(5)
 
@@ -39,7 +39,7 @@ class Notices:
     def __call__(self) -> int:
         """NOTHING; SAVE: a checkpoint now, a node will go; MOVE: one now, others go on from it, said once; STOP: one now, and
         return."""
-        heard = most(self._heard(), self.device)
+        heard = max_over_workers(self._heard(), self.device)
         return self._look() if heard == LOOK else heard
 
     def _heard(self) -> int:

@@ -1,16 +1,13 @@
 """Pairs for regression (DMD): the noise x_T of a caption, and where the guided teacher's ODE ends from there.
 
-A folder of pairs is a folder of latents (data/precompute.py) whose latents are the ODE's end points; the noise is not
+A folder of pairs is a folder of latents (data/latents.py) whose latents are the ODE's end points; the noise is not
 stored, it is a function of the seed in the marker and of the row's key. So the training stream reads pairs as it reads
 latents, and a folder of pairs may be trained on as images too.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,45 +15,23 @@ from typing import Any
 
 import fsspec
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from pydantic import Field
-from ray.data.extensions import ArrowTensorArray
 
-from hypersd_ray.config.base import ConfigError, Strict
-from hypersd_ray.config.data import DataConfig
-from hypersd_ray.data.encode import TENSOR_COLUMNS
-from hypersd_ray.data.pipeline import Columns, precomputed_dataset, split_windows
+from hypersd_ray.config.base import ConfigError
+from hypersd_ray.config.pairs import OdePairsConfig
+from hypersd_ray.data import latents
+from hypersd_ray.data.files import digest
+from hypersd_ray.data.pipeline import Columns, by_window, precomputed_dataset
 from hypersd_ray.data.plan import Window
 from hypersd_ray.data.pools import actors
-from hypersd_ray.data.precompute import check_marker, fingerprint, resolve, validate
-from hypersd_ray.data.sources import MARKER, find_shards
+from hypersd_ray.data.precompute import fingerprint, resolve, validate
+from hypersd_ray.data.sources import find_shards
 from hypersd_ray.models.checkpoint import load_unet, read_base
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import load_encoders
 from hypersd_ray.models.roles import Plain
 from hypersd_ray.training import samples
-
-
-class OdePairsConfig(Strict):
-    """Which captions, which teacher, how its ODE is solved, and where the end points go."""
-
-    teacher: str
-    """Folder of the teacher in diffusers' layout."""
-    out: str
-    """Folder for the pairs, any fsspec URL."""
-    data: DataConfig
-    """The captions: image-text shards (encoded first, beside the pairs), or precomputed latents. data.encoder's actors
-    encode, and solve the ODE: by default one on a CPU; on GPUs set encoder.num_gpus, and max_size to how many."""
-    steps: int = Field(default=50, ge=1, le=1000)
-    """DDIM steps of the ODE."""
-    omega: float = Field(default=3.0, ge=1)
-    """Guidance scale, as uncond + omega (cond - uncond)."""
-    seed: int = 0
-    """The noise is a function of it and of each row's key."""
-    precision: str = Field(default="fp32", pattern="^(fp32|bf16)$")
-    """Number type of the teacher: fp32 or bf16."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +76,7 @@ def check(config: OdePairsConfig) -> dict[str, Any]:
     read_base(config.teacher)
     out = config.out.rstrip("/")
     made = {"seed": config.seed, "steps": config.steps, "omega": config.omega, "unet": unet_fingerprint(config.teacher)}
-    check_marker(out, {"pairs": made})
+    latents.check_marker(out, {"pairs": made})
     if find_shards(config.data.patterns, config.data.format).format == "latents":
         resolve(config.data, config.teacher, out)  # makes nothing here
     else:
@@ -130,14 +105,14 @@ def make_pairs(config: OdePairsConfig, progress: Callable[[int, int, int], None]
         "model": str(Path(config.teacher).resolve()), "model_hash": fingerprint(config.teacher),
         "resolution": data.resolution, "filters": data.filters.model_dump(), "pairs": made,
     }  # fmt: skip
-    _write_marker(filesystem, root, marker | {"complete": False, "files": counts})
+    latents.write_marker(filesystem, root, marker | {"complete": False, "files": counts})
     rows = 0
     for url, pieces in _solved(config, todo) if todo else ():
         counts[_name(url)] = _write(filesystem, f"{root}/{_name(url)}", pieces)
         rows += counts[_name(url)]
         if progress is not None:
             progress(len(counts), len(urls), rows)
-    _write_marker(filesystem, root, marker | {"complete": True, "files": counts, "rows": sum(counts.values())})
+    latents.write_marker(filesystem, root, marker | {"complete": True, "files": counts, "rows": sum(counts.values())})
     return Solved(config.out, len(counts), skipped, rows)
 
 
@@ -148,7 +123,7 @@ def pair_folder(folder: str, teacher: str) -> tuple[tuple[str, ...], dict[str, A
         ConfigError: it holds no pairs, not all of them, or another teacher's.
     """
     folder = folder.rstrip("/")
-    marker = check_marker(folder, {})
+    marker = latents.check_marker(folder, {})
     if not marker or "pairs" not in marker:
         raise ConfigError(f"regression.pairs={folder} holds no pairs: make them with jobs/pairs.py")
     if not marker["complete"]:
@@ -162,14 +137,8 @@ def pair_folder(folder: str, teacher: str) -> tuple[tuple[str, ...], dict[str, A
 
 def unet_fingerprint(model_path: str) -> str:
     """A hash of the UNet's config, and of its weights by name, size and last MiB. Not of the path."""
-    digest = hashlib.sha256()
-    for file in sorted((Path(model_path) / "unet").glob("*")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size} ".encode())
-        with file.open("rb") as data:
-            data.seek(max(0, size - 2**20))
-            digest.update(data.read())
-    return digest.hexdigest()[:16]
+    root = Path(model_path) / "unet"
+    return digest(root, sorted(root.glob("*")))
 
 
 def _solved(config: OdePairsConfig, urls: Sequence[str]) -> Iterator[tuple[str, Iterator[Columns]]]:
@@ -182,38 +151,17 @@ def _solved(config: OdePairsConfig, urls: Sequence[str]) -> Iterator[tuple[str, 
         **actors(pool),
     )
 
-    def pieces() -> Iterator[tuple[int, Columns]]:
-        for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
-            if len(block.get("key", ())):
-                yield from split_windows(block)
-
-    for index, group in itertools.groupby(pieces(), key=operator.itemgetter(0)):
-        yield urls[index], (columns for _, columns in group)
+    for index, pieces in by_window(dataset):
+        yield urls[index], pieces
 
 
 def _write(filesystem: Any, path: str, pieces: Iterator[Columns]) -> int:
     """One file, whole or not at all; -> its rows."""
-    rows = 0
-    with filesystem.open(f"{path}.part", "wb") as file:
-        writer = None
-        for piece in pieces:
-            tensors = {n: ArrowTensorArray.from_numpy(piece[n]) for n in TENSOR_COLUMNS if n in piece}
-            texts = {n: pa.array([str(v) for v in piece[n]], pa.string()) for n in ("key", "caption")}
-            table = pa.table({**texts, "row": pa.array(piece["row"], pa.int64()), **tensors})
-            writer = writer or pq.ParquetWriter(file, table.schema, compression="none", use_dictionary=False)
-            writer.write_table(table, row_group_size=len(table))
-            rows += len(table)
-        if writer is not None:
-            writer.close()
-    filesystem.mv(f"{path}.part", path)
-    return rows
+    tables = (latents.table([piece]) for piece in pieces)
+    first = next(tables)  # a file without rows is passed over
+    with latents.open_file(filesystem, path, first.schema) as writer:
+        return latents.add(writer, itertools.chain([first], tables))
 
 
 def _name(url: str) -> str:
     return url.rpartition("/")[2]
-
-
-def _write_marker(filesystem: Any, root: str, marker: dict[str, Any]) -> None:
-    with filesystem.open(f"{root}/{MARKER}.part", "w", encoding="utf-8") as file:
-        json.dump(marker, file, indent=1)
-    filesystem.mv(f"{root}/{MARKER}.part", f"{root}/{MARKER}")

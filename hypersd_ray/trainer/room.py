@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import ray
 
@@ -11,6 +11,7 @@ from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.data import ActorPool
 from hypersd_ray.config.feedback import FeedbackConfig
 from hypersd_ray.config.onestep import OneStepConfig
+from hypersd_ray.config.rewards import PlacementConfig
 from hypersd_ray.config.run import RunConfig
 
 
@@ -20,6 +21,13 @@ def most_there_will_be() -> dict[str, float] | None:
 
     found = state.get_max_resources_from_cluster_config()
     return None if found is None else {name: float(most) for name, most in found.items()}
+
+
+def takes(one: RunConfig | PlacementConfig | ActorPool, field: str) -> Iterator[tuple[str, float, str]]:
+    """(resource, how much of it a worker or an actor takes, the setting that says so); `field` is the setting that holds `one`."""
+    names = ("cpus_per_worker", "gpus_per_worker") if isinstance(one, RunConfig) else ("num_cpus", "num_gpus")
+    for resource, name in zip(("CPU", "GPU"), names, strict=True):
+        yield resource, getattr(one, name), f"{field}.{name}"
 
 
 def require(needs: str, wanted: Mapping[str, float], knobs: str) -> None:
@@ -51,11 +59,13 @@ def check_workers(run: RunConfig) -> None:
     Raises:
         ConfigError: one line.
     """
-    for name, each, knob in (
-        ("CPU", run.cpus_per_worker, "run.cpus_per_worker"),
-        ("GPU", run.gpus_per_worker, "run.gpus_per_worker"),
-    ):
+    for name, each, knob in takes(run, "run"):
         require(f"run.workers={run.workers} with {knob}={each:g}", {name: run.workers * each}, f"run.workers or {knob}")
+
+
+def placement_section(config: FeedbackConfig | OneStepConfig) -> str:
+    """What the settings call `config.placement`."""
+    return "placement" if isinstance(config, FeedbackConfig) else "feedback.placement"
 
 
 def check_actors(config: object, beside: Mapping[str, float]) -> None:
@@ -67,12 +77,9 @@ def check_actors(config: object, beside: Mapping[str, float]) -> None:
     if not isinstance(config, FeedbackConfig | OneStepConfig) or config.placement.where != "actors":
         return
     run, placement = config.run, config.placement
-    section = "placement" if isinstance(config, FeedbackConfig) else "feedback.placement"
+    section = placement_section(config)
     actors = len(config.models) * placement.replicas
-    for name, worker, actor, knob in (
-        ("CPU", run.cpus_per_worker, placement.num_cpus, f"{section}.num_cpus"),
-        ("GPU", run.gpus_per_worker, placement.num_gpus, f"{section}.num_gpus"),
-    ):
+    for (name, worker, _), (_, actor, knob) in zip(takes(run, "run"), takes(placement, section), strict=True):
         if actor and actors:
             require(
                 f"{run.fewest_knob}={run.fewest} and {actors} reward actors with {knob}={actor:g} each",
@@ -87,11 +94,9 @@ def check_pool(pool: ActorPool, field: str, reader_cpus: float = 0.0) -> None:
     Raises:
         ConfigError: one line.
     """
-    for name, each, beside, knob in (
-        ("CPU", pool.num_cpus, reader_cpus, "num_cpus"),
-        ("GPU", pool.num_gpus, 0.0, "num_gpus"),
-    ):
-        needs = f"{field}.min_size={pool.min_size} with {field}.{knob}={each:g}"
+    for name, each, knob in takes(pool, field):
+        beside = reader_cpus if name == "CPU" else 0.0
+        needs = f"{field}.min_size={pool.min_size} with {knob}={each:g}"
         if beside:
             needs += f" and a reader with data.reader_cpus={beside:g}"
-        require(needs, {name: pool.min_size * each + beside}, f"{field}.{knob}")
+        require(needs, {name: pool.min_size * each + beside}, knob)

@@ -27,7 +27,7 @@ from hypersd_ray.trainer.kinds import KINDS, AnyConfig, kind_of
 from hypersd_ray.trainer.local import start_local, unwatched
 from hypersd_ray.trainer.loop import LoopArguments, train_loop
 from hypersd_ray.trainer.progress import encoding_lines, watching
-from hypersd_ray.trainer.room import check_actors
+from hypersd_ray.trainer.room import check_actors, placement_section
 from hypersd_ray.trainer.stopping import Trainer, stopping
 
 
@@ -82,7 +82,7 @@ def shared_models(config: AnyConfig) -> Iterator[Handles | None]:
         yield None
         return
     assert isinstance(config, FeedbackConfig | OneStepConfig)
-    handles = start_evaluators(models, config.placement, config.run.name)
+    handles = start_evaluators(models, config.placement, config.run.name, placement_section(config))
     try:
         yield handles
     finally:

@@ -17,22 +17,13 @@ import fsspec
 
 from hypersd_ray.config.base import RunError
 from hypersd_ray.config.run import RunConfig
+from hypersd_ray.data.files import absolute, exists, is_url
 
 T = TypeVar("T")
 
 
 class StorageError(RunError):
     """What could not be written or read for longer than the run was to wait. It may be one worker's trouble alone."""
-
-
-def is_url(path: str) -> bool:
-    """True for s3://..., gs://... and the like."""
-    return "://" in path
-
-
-def absolute(path: str) -> str:
-    """Workers change directory, so a local path must not be relative."""
-    return path if is_url(path) else str(Path(path).expanduser().resolve())
 
 
 def out_folder(run: RunConfig) -> str:
@@ -45,22 +36,6 @@ def out_folder(run: RunConfig) -> str:
 def run_folder(run: RunConfig) -> str:
     """The run's own folder."""
     return f"{out_folder(run)}/{run.name}"
-
-
-def exists(path: str) -> bool:
-    """Whether a file or folder is there. Raises what storage raises when it cannot say."""
-    try:
-        size(path)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def size(path: str) -> int | None:
-    """Bytes of a file, None of some folders. Raises FileNotFoundError; fsspec's own `exists` takes every error for absence."""
-    fs, plain = fsspec.core.url_to_fs(path)
-    found: int | None = fs.info(plain).get("size")
-    return found
 
 
 def read_text(path: str) -> str:

@@ -36,14 +36,14 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
             bucket = []
 
 
-def add_up(values: Tensor) -> Tensor:
+def sum_over_workers(values: Tensor) -> Tensor:
     """The sum of the workers' tensors, the same on all of them; on the group's device where there is a group."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
-def most(value: int, device: torch.device | str = "cpu") -> int:
+def max_over_workers(value: int, device: torch.device | str = "cpu") -> int:
     """The greatest of the workers' values, the same on all of them."""
     if world_size() == 1:
         return value

@@ -29,7 +29,7 @@ from hypersd_ray.models.export import alpha_of, merge_lora, read_lora
 from hypersd_ray.models.perception.protocol import Instances
 from hypersd_ray.models.roles import STUDENT, TEACHER, LoRARoles, Roles
 from hypersd_ray.models.scoring import RewardClient
-from hypersd_ray.training.distributed import most, world_size
+from hypersd_ray.training.distributed import max_over_workers, world_size
 from hypersd_ray.training.learner import learner_of
 from hypersd_ray.training.pictures import decode, diversity, saturation
 from hypersd_ray.training.progress import Progress, learning_rate
@@ -299,7 +299,7 @@ class Feedback:
         if self.annotated_checked or self.looked_up * world_size() < ANNOTATED_WITHIN:
             return
         self.annotated_checked = True
-        if most(self.annotated, self.roles.device) == 0:
+        if max_over_workers(self.annotated, self.roles.device) == 0:
             raise RunError(
                 f"structure.annotations={self.config.structure.annotations} has none of the first {self.looked_up} pictures, "
                 f"the last of them {self.last_key!r}: keys in the shards must be its file names without suffix; name the "

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hypersd_ray.training.distributed import add_up
+from hypersd_ray.training.distributed import sum_over_workers
 
 Scores = Mapping[str, Mapping[int, float]]
 """Reward -> number of the sampler's steps -> its mean over pictures that were made so."""
@@ -37,7 +37,7 @@ class Looks:
         """The trained and the held-out rewards' means over all workers; every worker must call it."""
         for table in (self.trained, self.held_out):
             for name in sorted(table):
-                add_up(table[name])
+                sum_over_workers(table[name])
         return self._means(self.trained), self._means(self.held_out)
 
     def mean(self, name: str) -> Tensor:

@@ -39,6 +39,8 @@ GIGA = 1e9
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SHARE = 0.1
 """A part that takes more of a step, or of the GPUs, than this is called a limit."""
+TOKENS = 77
+"""Of a prompt, as CLIP's text encoders take it."""
 
 
 @dataclass(frozen=True)
@@ -196,8 +198,8 @@ def work_of(config: TSCDConfig | FeedbackConfig, info: BaseInfo) -> Work:
         judged = (config.refl.weight > 0) + (config.structure.weight > 0)
     elif config.adversarial.adv_end > 0:
         heads = sum(p.numel() for p in LatentDiscriminator(dict(unet.config), 0, False).parameters())
-    side, width = config.data.resolution // 8, unet_config["cross_attention_dim"]
-    latent = unet_config["in_channels"] * side * side + 77 * (max(width) if isinstance(width, list) else width)
+    side, width = config.data.resolution // info.latent_factor, unet_config["cross_attention_dim"]
+    latent = info.latent_channels * side * side + TOKENS * (max(width) if isinstance(width, list) else width)
     pooled = 1280 * 2 + 24 if info.family == "sdxl" else 0
     return Work(
         student + heads,

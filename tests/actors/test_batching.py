@@ -64,3 +64,18 @@ def test_a_bad_call_fails_alone():
     assert isinstance(bad, ValueError) and good.values[0] == 1 and other.values[0] == 5
     with pytest.raises(ValueError, match="bad is not a number"):
         raise bad
+
+
+@pytest.mark.parametrize("given_up", ["0", "bad"])
+def test_a_call_that_is_given_up_leaves_the_others_theirs(given_up):
+    """A cancelled call among those of a batch, whether the model would have answered it or refused it."""
+    batcher = MicroBatcher(model, max_batch=16, wait_s=0.05)
+
+    async def go():
+        calls = [(picture(1), [given_up], True), (picture(5), ["0"], True)]
+        first, second = [asyncio.create_task(batcher.submit(*call)) for call in calls]
+        await asyncio.sleep(0.01)  # both are in the queue
+        first.cancel()
+        return await asyncio.wait_for(second, 10)
+
+    assert asyncio.run(go()).values[0] == 5

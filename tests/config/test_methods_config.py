@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 
 from hypersd_ray.config.base import CombinationError, ConfigError
@@ -154,10 +152,6 @@ def test_an_impossible_combination_is_one_line(recipe, arguments, said):
     with pytest.raises(CombinationError, match=said) as caught:
         parse(recipes, kind, "", [recipe, *arguments])
     assert "\n" not in str(caught.value)
-
-
-def test_a_method_is_a_few_lines():
-    assert all(len(inspect.getsource(method).splitlines()) <= 24 for method in TRAJECTORIES.values())
 
 
 @pytest.mark.parametrize("name", ABLATIONS)

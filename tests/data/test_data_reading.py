@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hypersd_ray.config.data import DataConfig, FilterConfig
-from hypersd_ray.data.reading import Cropped, Reject, patiently, read_parquet, read_rows, read_tar
+from hypersd_ray.data.reading import Cropped, Reject, read_parquet, read_rows, read_tar, reread
 from hypersd_ray.data.tasks import DamagedShardError, ReadLatents
 from tests.data.data_shards import EMBEDDED, png, row, write_tar
 
@@ -132,10 +132,10 @@ def test_storage_that_fails_for_a_while_costs_no_row(tmp_path):
                 raise failures.pop()
             yield sample
 
-    assert [sample.key for sample in patiently(flaky, str(path), waits_s=(0, 0))] == ["0", "1", "2", "3"]
+    assert [sample.key for sample in reread(flaky, str(path), waits_s=(0, 0))] == ["0", "1", "2", "3"]
     failures = [PermissionError("expired")] * 3
     with pytest.raises(PermissionError, match="expired"):
-        list(patiently(flaky, str(path), waits_s=(0, 0)))
+        list(reread(flaky, str(path), waits_s=(0, 0)))
 
 
 def test_latents_too_are_read_again_and_a_damaged_file_is_not(tmp_path):

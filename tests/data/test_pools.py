@@ -43,13 +43,13 @@ def nodes(monkeypatch):
     ],
 )
 def test_one_a_node_or_a_share_of_a_gpu_unless_told(nodes, pool, most):
-    assert pools.most(pool) == most and pools.actors(pool)["compute"].max_size == most
+    assert pools.largest_pool(pool) == most and pools.actors(pool)["compute"].max_size == most
 
 
 @pytest.mark.cluster
 def test_ray_has_as_many_nodes_as_are_counted(ray_cluster):
     """The names of the columns are Ray's."""
     wanted = sum(one["Alive"] and one["Resources"].get("CPU", 0) >= 1 for one in ray.nodes())
-    assert pools.most(ActorPool(max_size=None)) == max(wanted, 1)
+    assert pools.largest_pool(ActorPool(max_size=None)) == max(wanted, 1)
     name = ray.nodes()[0]["NodeID"]
-    assert pools.most(ActorPool(max_size=None, label_selector={"ray.io/node-id": name})) == 1
+    assert pools.largest_pool(ActorPool(max_size=None, label_selector={"ray.io/node-id": name})) == 1

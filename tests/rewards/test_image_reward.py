@@ -73,10 +73,12 @@ def model(published, vocabulary):
 
 
 def test_scores_are_the_references(published, model, pictures):
+    """Of one picture with two prompts, and of another."""
     vit, bert, head, _ = published
+    shown = pictures[[0, 0, 1]]
     told = model.tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
     with torch.no_grad():
-        patches = vit.forward_features(model.preprocess(pictures[:3]))
+        patches = vit.forward_features(model.preprocess(shown))
         assert patches.shape == (3, 17, 32)
         out = bert(
             input_ids=told.input_ids,
@@ -85,19 +87,13 @@ def test_scores_are_the_references(published, model, pictures):
             encoder_attention_mask=torch.ones(3, 17),
         )
         expected = (head(out.last_hidden_state[:, 0])[:, 0] - MEAN) / STD
-    scores = model(pictures[:3], PROMPTS)
+    scores = model(shown, PROMPTS)
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
-    assert scores.std() > 0.01
+    assert torch.pdist(scores[:, None]).min() > 0.01
 
 
 def test_samples_do_not_interact(model, pictures):
     assert_independent(model, pictures[:3], PROMPTS)
-
-
-def test_the_prompt_matters(model, pictures):
-    same = pictures[:1].expand(2, -1, -1, -1)
-    a, b = model(same, ["a red cat", "the blue dogs"])
-    assert abs(a - b) > 1e-3
 
 
 def test_published_names_and_count():

@@ -15,7 +15,7 @@ from hypersd_ray.config.onestep import OneStepConfig
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.models.export import LoRAMetadata, save_diffusers_lora
 from hypersd_ray.models.lora import Adapters
-from hypersd_ray.trainer import checks, run
+from hypersd_ray.trainer import checks, room, run
 from tests.helpers.pipelines import build_pipeline, randomize, tiny_unet
 
 METADATA = LoRAMetadata(
@@ -155,13 +155,13 @@ def test_a_fake_score_of_another_run(config, parts, tmp_path, change):
             {"CPU": 4.0},
             None,
             "",
-            r"run\.workers=9 with run\.cpus_per_worker=1 need 22\.5 CPU, 1\.5 of .* the cluster has 4: lower",
+            r"run\.workers=9 with run\.cpus_per_worker=1 and 1\.5 for each .* need 22\.5 CPU, the cluster has 4: lower run\.workers or",
         ),
         (
             {"CPU": 4.0},
             {"CPU": 8.0},
             "1",
-            r"need 22\.5 CPU, .* the cluster's autoscaler adds nodes up to 8: lower run\.workers",
+            r"need 22\.5 CPU, the cluster's autoscaler adds nodes up to 8: lower run\.workers",
         ),
         ({"CPU": 4.0}, {"CPU": 22.5}, "1", None),
         ({"CPU": 22.5}, {"CPU": 0.0}, "", None),
@@ -169,8 +169,8 @@ def test_a_fake_score_of_another_run(config, parts, tmp_path, change):
     ],
 )
 def test_more_workers_than_there_will_ever_be(config, monkeypatch, have, most, autoscaling, said):
-    monkeypatch.setattr(checks.ray, "cluster_resources", lambda: have)
-    monkeypatch.setattr(checks, "most_there_will_be", lambda: most)
+    monkeypatch.setattr(room.ray, "cluster_resources", lambda: have)
+    monkeypatch.setattr(room, "most_there_will_be", lambda: most)
     monkeypatch.setattr(checks, "await_places", lambda *_: None)
     monkeypatch.setattr(checks.elastic, "nodes_now", lambda: [have])
     monkeypatch.setenv("RAY_AUTOSCALING", autoscaling)

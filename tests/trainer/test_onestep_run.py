@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel
 
 from hypersd_ray.config.data import ActorPool, DataConfig
 from hypersd_ray.config.onestep import OneStepConfig
+from hypersd_ray.config.pairs import OdePairsConfig
 from hypersd_ray.embedded import paths
 from hypersd_ray.models.cards import UNetSampling, read_sampling
 from hypersd_ray.models.checkpoint import load_unet, read_base
@@ -22,7 +23,7 @@ from hypersd_ray.models.lora import Adapters
 from hypersd_ray.models.roles import Plain
 from hypersd_ray.recipes.feedback import embedded_rewards
 from hypersd_ray.trainer import run
-from hypersd_ray.trainer.pairs import OdePairsConfig, make_pairs, pair_folder
+from hypersd_ray.trainer.pairs import make_pairs, pair_folder
 from hypersd_ray.training import samples
 from tests.helpers.pipelines import build_pipeline, micro_unet, randomize
 from tests.trainer.conftest import data_config

@@ -72,6 +72,9 @@ def test_the_tiny_recipes_plan():
     # The committed LoRA has 4.84 MB of float32, a checkpoint 19.4 MB (docs/cluster.md).
     assert 4 * work.parameters == pytest.approx(4.84e6, rel=0.01)
     assert work.checkpoint_bytes == pytest.approx(19.4e6, rel=0.02)
+    # Float16: 4 x 8 x 8 latents of 32 pixels (its autoencoder halves twice), 77 tokens of 96 numbers.
+    assert config.data.resolution == 32
+    assert work.row_bytes == 2 * (4 * 8 * 8 + 77 * 96)
     text = plan(config, ["seconds_per_image=0.015"])
     assert text.count("\n| ") == 10 and "| 256 | " in text and "not measured" in text
 

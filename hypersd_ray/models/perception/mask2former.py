@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -70,6 +69,4 @@ class Mask2Former(PerceptionModel):
 
 def load_mask2former(folder: str | Path, short_side: int = 0) -> Mask2Former:
     """From a transformers folder. Raises ValueError in one line."""
-    if importlib.util.find_spec("scipy") is None:  # transformers matches objects with it
-        raise ValueError("Mask2Former needs SciPy: pip install 'hypersd-ray[mask2former]'")
     return Mask2Former(load_component(Mask2FormerForUniversalSegmentation, Path(folder)), short_side)
