@@ -153,7 +153,7 @@ class FeedbackConfig(Strict):
 
     @property
     def stages(self) -> int:
-        """One."""
+        """There is one stage."""
         return 1
 
     @property

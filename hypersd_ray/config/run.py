@@ -44,8 +44,8 @@ class RunConfig(Strict):
     workers: int = Field(default=1, ge=1)
     """Ray Train workers."""
     min_workers: int | None = Field(default=None, ge=1)
-    """With fewer workers the run does not go on; with as many it does, and takes up to `workers` as nodes come and go.
-    None: `workers`, always. A step's images stay `optim.batch`, rounded up to equal shares."""
+    """The fewest workers that the run goes on with; it grows to `workers` as nodes join. None: always `workers`. A step's
+    images stay `optim.batch`, rounded up to equal shares."""
     resize_every_s: float = Field(default=60, gt=0)
     """With `min_workers`: seconds between looks for nodes that came. Another number of workers goes on from a
     checkpoint that is written for it."""

@@ -135,7 +135,8 @@ class AdversarialConfig(Strict):
     lr: float = Field(default=1e-5, gt=0)
     """Learning rate of the discriminator's heads."""
     warmup_share: float = Field(default=0.1, ge=0, lt=1)
-    """Share of a stage in which the student does not hear of the discriminator, which learns: its other losses go on."""
+    """Share of a stage, at its beginning, in which the adversarial loss is left out of the student's; the discriminator learns
+    all the time."""
 
     def weights(self, stage: int, stages: int) -> LossWeights:
         """The stage's loss weights."""
@@ -242,7 +243,7 @@ class TSCDConfig(Strict):
 
     @property
     def stages(self) -> int:
-        """How many."""
+        """How many stages the run has."""
         return len(self.distill.k_list)
 
     @property

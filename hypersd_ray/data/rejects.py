@@ -130,7 +130,7 @@ class RejectCounter:
 
 
 class GaugedCounter(RejectCounter):
-    """... which Ray's metrics agent exports too, as `ray_hypersd_rejected` by run and reason."""
+    """A `RejectCounter` whose counts are a gauge of Ray's too: `ray_hypersd_rejected`, by run and reason."""
 
     def __init__(self, path: str | None, max_share: float, grace: int, run: str) -> None:
         super().__init__(path, max_share, grace)

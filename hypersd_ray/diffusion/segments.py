@@ -46,7 +46,7 @@ def grid(T: int, N: int) -> list[int]:
 
 
 def check_grid(T: int, N: int, k: int) -> None:
-    """Raises ValueError, with the nearest N accepted, unless k divides N and k <= N <= T (method.md, ambiguity 1)."""
+    """Raises ValueError, with the nearest N accepted, unless k divides N and k <= N <= T (docs/design.md)."""
     if not 1 <= k <= T:
         raise ValueError(f"k={k} segments must be within 1..T={T}")
     nearest = min(max(round(N / k), 1), T // k) * k
@@ -61,7 +61,7 @@ def segment_start(t_n: Tensor, T: int, k: int) -> Tensor:
     """t_b (B,) of the left-open segment (t_b, t_b + T/k] that holds t_n (B,) in 1..T; 0 for t_n = 0.
 
     Differs from the paper's printed floor(t_n / ceil(T/k)) ceil(T/k), whose segments are right-open: it puts t_n = T
-    into a segment of its own and a t_n just above an edge below the solver's target (method.md, ambiguity 2).
+    into a segment of its own and a t_n just above an edge below the solver's target (docs/design.md).
     """
     table = torch.tensor(edges(T, k), device=t_n.device)
     above = torch.bucketize(t_n, table)  # the first edge >= t_n

@@ -66,8 +66,11 @@ def consistency_sample(
 
     times: steps + 1 falling times; by default the training edges T, ..., round(T/steps), 0. eta in [0, 1] is TCD's
     gamma: each step goes on to t' = floor((1 - eta) t_next) and noises back up to t_next. eta = 0 is deterministic
-    DDIM on the edges. generator: one for the batch, or one a sample, whose noise is then its own in any batch. Ends at t = 0 (alpha = 1), where diffusers' TCDScheduler ends at our t = 1. Raises ValueError for
-    eta outside [0, 1], eta > 0 without a generator, times that do not fall or are not steps + 1. Paper: Sec. 3.3.
+    DDIM on the edges. generator: one for the batch, or one a sample, whose noise is then its own in any batch. Ends at
+    t = 0 (alpha = 1), where diffusers' TCDScheduler ends at our t = 1. Paper: Sec. 3.3.
+
+    Raises:
+        ValueError: eta outside [0, 1], eta > 0 without a generator, times that do not fall or are not steps + 1.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta={eta} must be within [0, 1]")

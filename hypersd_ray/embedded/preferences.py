@@ -114,8 +114,8 @@ def magnified(images: Tensor, by: Tensor) -> Tensor:
 
 
 def write_taste(images: Tensor, captions: list[str], path: Path, seed: int = 0) -> int:
-    """The preferences of a team that wants its objects large, which the oracle has no opinion on: a parquet file (prompt,
-    chosen, rejected) of uint8 pictures (N, 3, H, W), each seen from two distances; returns how many pairs."""
+    """Write preference pairs of a team that wants its objects large, on which the oracle has no opinion: a parquet file
+    (prompt, chosen, rejected) of the pictures, uint8 (N, 3, H, W), each seen from two distances; returns how many."""
     generator = torch.Generator().manual_seed(seed)
     by = FARTHEST * (NEAREST / FARTHEST) ** torch.rand(2, len(images), generator=generator)
     near, far = by.max(0).values, by.min(0).values

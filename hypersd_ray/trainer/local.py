@@ -77,7 +77,7 @@ def _batch_scheduling() -> Iterator[None]:
 
 
 def step_first() -> None:
-    """Put this thread, and those that it starts, before processes that only wait for it."""
+    """Take this thread, and those that it starts, out of the class that `_batch_scheduling` gave to all of Ray's."""
     if hasattr(os, "SCHED_BATCH") and os.sched_getscheduler(0) == os.SCHED_BATCH:
         _schedule("SCHED_OTHER")
 

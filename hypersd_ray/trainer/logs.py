@@ -242,21 +242,21 @@ class Loggers:
         ]
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """To each."""
+        """To every destination."""
         for logger in self.all:
             logger.scalars(step, values)
 
     def picture(self, step: int, name: str, image: Tensor) -> None:
-        """To each."""
+        """To every destination."""
         for logger in self.all:
             logger.picture(step, name, image)
 
     def flush(self) -> None:
-        """Each."""
+        """All destinations."""
         for logger in self.all:
             logger.flush()
 
     def close(self) -> None:
-        """Each."""
+        """All destinations."""
         for logger in self.all:
             logger.close()

@@ -85,7 +85,7 @@ class PreferenceTraining:
 
     @property
     def steps(self) -> int:
-        """Of the run."""
+        """Optimiser steps of the run."""
         return self.config.steps
 
     @property

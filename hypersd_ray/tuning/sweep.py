@@ -145,9 +145,12 @@ class TrialLines(tune.Callback):
 
 
 def rung(sweep: SweepConfig, stage: int) -> float:
-    """Of the end of a stage, counted from 1: that of the first which trials train is 1, and that of the last lies below the rung
-    where ASHA would end the trial. Its run is just ending by itself then, and killed meanwhile it would keep its places: Ray
-    Train has already dismissed who frees them."""
+    """ASHA's measure of time at the end of `stage` (from 1): 1 for the first stage that trials train, times `reduction` for each
+    further one.
+
+    The last stage's lies below the rung at which ASHA would end the trial: its run is just ending by itself then, and killed
+    meanwhile it would keep its places, for Ray Train has already dismissed the actor that frees them.
+    """
     whole = sweep.reduction ** (stage - _first_stage_trained(sweep))  # exactly 1 at first: ASHA's own first rung
     return whole * (1 + 1 / sweep.reduction) / 2 if stage == sweep.base.stages else whole
 

@@ -51,7 +51,7 @@ def test_tcd_interior_steps(eta):
     """Where both reach the same point: t' = floor((1 - eta) t_next) here, floor((1 - eta) (t_next - 1)) + 1 there.
 
     Equal whenever (1 - eta) t_next is an integer and eta < 1. Two ends cannot agree, by their convention of no t = 0:
-    eta = 1 goes through their index 0 = our t = 1, and so does their last step (method.md, traps).
+    eta = 1 goes through their index 0 = our t = 1, and so does their last step.
     """
     scheduler = TCDScheduler(**CONFIG)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()

@@ -65,7 +65,7 @@ def test_no_division_by_a_vanished_alpha(parameterization):
 
 
 def test_half_precision_output_is_converted_in_float32():
-    """method.md's trap: at T an error of epsilon reaches x0 14.6 times larger, so bfloat16 arithmetic would show."""
+    """At T an error of epsilon reaches x0 14.6 times larger, so bfloat16 arithmetic would show."""
     x_t, output = _data(torch.float32, n=1)
     output = output.bfloat16()
     alpha, sigma = scaled_linear().at(torch.tensor([1000]))

@@ -34,7 +34,7 @@ def test_alphas_cumprod_are_those_of_diffusers(scheduler_class, name, ours):
 
 
 def test_terminal_signal_of_stable_diffusion():
-    # method.md, traps: sqrt(alphas_cumprod[999]) = 0.068, so x0 grows 14.6 times at 999 and 5.1 times at 800
+    # sqrt(alphas_cumprod[999]) = 0.068, so x0 grows 14.6 times at 999 and 5.1 times at 800
     schedule = S.scaled_linear()
     assert schedule.alpha[1000].item() == pytest.approx(0.068, abs=5e-4)
     amplification = schedule.sigma / schedule.alpha

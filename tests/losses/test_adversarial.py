@@ -35,7 +35,7 @@ def test_hinge_is_flat_beyond_its_margins():
 
 
 def test_undecided_discriminator():
-    """At logits 0 the non-saturating discriminator pays 2 log 2, the ceiling method.md speaks of; hinge pays 2."""
+    """At logits 0 the non-saturating discriminator pays 2 log 2, its ceiling while both sides look the same; hinge pays 2."""
     zero = [torch.zeros(1, 1, 2, 2)]
     assert discriminator_loss(zero, zero, "non_saturating").item() == pytest.approx(2 * math.log(2))
     assert discriminator_loss(zero, zero, "hinge").item() == 2.0
