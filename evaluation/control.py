@@ -197,9 +197,8 @@ def table(report: Report) -> str:
     """The rows in Markdown."""
     lines = ["| model | steps | edges agree (F1) | gained by the ControlNet |", "|---|---:|---:|---:|"]
     for row in report.rows:
-        a, g = row.agreement, row.gain
-        gain = "" if g is None else f"{g.mean:+.3f} [{g.low:+.3f}, {g.high:+.3f}]"
-        lines.append(f"| {row.model} | {row.steps or ''} | {a.mean:.3f} [{a.low:.3f}, {a.high:.3f}] | {gain} |")
+        gain = "" if row.gain is None else f"{row.gain:+.3f}"
+        lines.append(f"| {row.model} | {row.steps or ''} | {row.agreement:.3f} | {gain} |")
     return "\n".join(lines)
 
 

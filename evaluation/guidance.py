@@ -183,7 +183,7 @@ def table(report: Report) -> str:
     """Both tables in Markdown."""
 
     def cell(i: Interval | None, sign: str = "+") -> str:
-        return "" if i is None else f"{i.mean:{sign}.2f} [{i.low:{sign}.2f}, {i.high:{sign}.2f}]"
+        return "" if i is None else f"{i:{sign}.2f}"
 
     first = f"scale {report.settings['scales'][0]:g}"
     lines = [f"| model | guidance | CLIP score | minus {first} |", "|---|---:|---:|---:|"]

@@ -395,7 +395,7 @@ def table(report: Report) -> str:
     """The rows in Markdown."""
 
     def cell(i: Interval | None) -> str:
-        return "" if i is None else f"{i.mean:.3g} [{i.low:.3g}, {i.high:.3g}]"
+        return "" if i is None else f"{i:.3g}"
 
     lines = ["| model | steps | distance | minus teacher's at as many steps | sharpness |", "|---|---:|---:|---:|---:|"]
     for row in report.rows:

@@ -186,9 +186,7 @@ def table(report: Report) -> str:
         cells = []
         for judge in judges:
             cell, change = f"{row.means[judge].mean:.3f}", row.versus.get(judge)
-            cells.append(
-                cell if change is None else f"{cell} ({change.mean:+.3f} [{change.low:+.3f}, {change.high:+.3f}])"
-            )
+            cells.append(cell if change is None else f"{cell} ({change:+.3f})")
         lines.append(f"| {row.model} | {row.steps} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

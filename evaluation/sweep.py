@@ -12,7 +12,7 @@ from typing import Any
 import ray
 import torch
 
-from evaluation.bootstrap import Interval, paired_difference, paired_means
+from evaluation.bootstrap import Interval, paired_difference, paired_means, percentiles
 from hypersd_ray.config.sweep import LOGARITHMIC, SweepConfig
 from hypersd_ray.models.checkpoint import read_base
 from hypersd_ray.models.encoders import load_encoders
@@ -164,7 +164,7 @@ def compare(sweep: SweepConfig, outcome: Outcome) -> str:
             cells += ["", ""] if n not in its else [f"{sum(its[n]) / len(its[n]):.4g}", _cell(mine[n], its[n])]
         lines.append("| " + " | ".join(cells) + " |")
     i = objective_difference(ours, theirs, sweep.base.measure.clip_weight)
-    lines += ["", f"objective (less is better), best minus base: {i.mean:+.4g} [{i.low:+.4g}, {i.high:+.4g}]"]
+    lines += ["", f"objective (less is better), best minus base: {i:+.4g}"]
     if sweep.warm_start:
         lines += ["", "best.yaml begins, as the best trial did, from the base's first stage (first_stage)."]
     return "\n".join(lines)
@@ -183,8 +183,7 @@ def objective_difference(ours: Quality, theirs: Quality, clip_weight: float) -> 
     values = log_ratio(ours.distance, theirs.distance, 1e-12)
     if theirs.clip and clip_weight:
         values = values - clip_weight * log_ratio(ours.clip, theirs.clip, 1e-6)
-    low, high = torch.quantile(values[1:], torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(values[0].item(), low, high)
+    return percentiles(values[0].item(), values[1:])
 
 
 def _recorded(record: dict[str, Any]) -> Quality:
@@ -193,5 +192,4 @@ def _recorded(record: dict[str, Any]) -> Quality:
 
 
 def _cell(ours: list[float], theirs: list[float]) -> str:
-    i: Interval = paired_difference(torch.tensor(ours), torch.tensor(theirs))
-    return f"{i.mean:+.4g} [{i.low:+.4g}, {i.high:+.4g}]"
+    return f"{paired_difference(torch.tensor(ours), torch.tensor(theirs)):+.4g}"
