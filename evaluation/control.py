@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 
 import torch
 import tyro
-from diffusers import ControlNetModel, DDIMScheduler, StableDiffusionControlNetPipeline, TCDScheduler
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from pydantic import Field
 from torch import Tensor
 
@@ -32,7 +32,7 @@ from hypersd_ray.config.cli import run_job
 from hypersd_ray.embedded import paths
 from hypersd_ray.embedded.pictures import load_pictures, to_unit
 from hypersd_ray.models.edges import Hint, edge_map
-from hypersd_ray.models.export import TCD_GRID
+from hypersd_ray.models.samplers import diffusers_scheduler
 from hypersd_ray.training.samples import start_noise
 
 
@@ -180,14 +180,12 @@ def evaluate(
     show("hint", drawing.hints)
     own = bootstrap_interval(agreement(drawing.as_seen()), seed=config.seed)
     report.rows.append(Row("real pictures, autoencoded", 0, own, None))
-    # Latents are not confined to [-1, 1]: DDIM's own default would clip.
     scheduler = drawing.pipe.scheduler.config
-    ddim = DDIMScheduler.from_config(scheduler, timestep_spacing="trailing", clip_sample=False)
-    add("teacher", config.teacher_steps, ddim, config.guidance)
+    add("teacher", config.teacher_steps, diffusers_scheduler("ddim", scheduler), config.guidance)
     for name, lora in loras.items():
         drawing.pipe.unload_lora_weights()
         drawing.pipe.load_lora_weights(lora["path"])
-        tcd = TCDScheduler.from_config(scheduler, original_inference_steps=TCD_GRID)
+        tcd = diffusers_scheduler("tcd", scheduler)
         for steps in config.steps:
             add(name, steps, tcd, 0.0)
     return report

@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 
 import torch
 import tyro
-from diffusers import TCDScheduler
 from pydantic import Field
 from torch import Tensor
 
@@ -35,8 +34,8 @@ from hypersd_ray.config.base import ConfigError, Strict
 from hypersd_ray.config.cli import run_job
 from hypersd_ray.config.rewards import RewardConfig
 from hypersd_ray.embedded import paths
-from hypersd_ray.models.export import TCD_GRID
 from hypersd_ray.models.rewards.registry import load_reward
+from hypersd_ray.models.samplers import TCD_GRID, diffusers_scheduler
 
 TWO = re.compile(r"^(?P<first>an? .+) and (?P<second>an? .+) on (?P<ground>an? .+ background)$")
 """A caption of the embedded world that names two objects."""
@@ -109,8 +108,7 @@ class Guided(Subject):
         """Pictures (P, 3, H, W) in [0, 1] of `prompts`; `negative` has one a prompt."""
         self.prompts = list(prompts)
         without = dict(zip(prompts, negative or [""] * len(prompts), strict=True))
-        config = self.pipe.scheduler.config
-        self.pipe.scheduler = TCDScheduler.from_config(config, original_inference_steps=TCD_GRID)
+        self.pipe.scheduler = diffusers_scheduler("tcd", self.pipe.scheduler.config)
 
         def sample(chunk: list[str], x_T: Tensor, _: Any) -> Tensor:
             return self.pipe(

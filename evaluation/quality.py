@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 
 import torch
 import tyro
-from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, TCDScheduler, UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -42,9 +42,10 @@ from hypersd_ray.models.cards import read_sampling
 from hypersd_ray.models.checkpoint import load_component, read_base
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import Encoders
-from hypersd_ray.models.export import TCD_GRID, read_lora
+from hypersd_ray.models.export import read_lora
 from hypersd_ray.models.rewards.weights import sha256_of
 from hypersd_ray.models.roles import TEACHER, Roles
+from hypersd_ray.models.samplers import TCD_GRID, diffusers_scheduler
 from hypersd_ray.training import samples
 from hypersd_ray.training.quality import kept, latent_distance, teacher_sha256
 from hypersd_ray.training.randomness import generator_of
@@ -266,15 +267,8 @@ class Subject:
                     self.roles, TEACHER, x_T, cond, samples.Sampling(steps, eta=eta), seed, chunk
                 )
             )
-        config = self.pipe.scheduler.config
-        if inputs:
-            self.pipe.scheduler = LCMScheduler.from_config(config)
-        elif sampler == "tcd":
-            self.pipe.scheduler = TCDScheduler.from_config(config, original_inference_steps=TCD_GRID)
-        else:
-            # Latents are not confined to [-1, 1]; released configs say so too, but DDIM's own default clips.
-            self.pipe.scheduler = DDIMScheduler.from_config(config, timestep_spacing="trailing", clip_sample=False)
-
+        named = "lcm" if inputs else sampler
+        self.pipe.scheduler = diffusers_scheduler(named, self.pipe.scheduler.config, inputs)
         told: dict[str, Any] = {"timesteps": list(inputs)} if inputs else {"eta": eta}
 
         def sample(chunk: list[str], x_T: Tensor, _: Conditioning) -> Tensor:

@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
 
 import torch
-from diffusers import DiffusionPipeline, TCDScheduler
+from diffusers import DiffusionPipeline
 from pydantic import Field
 
 from evaluation.harness.judges import judge_specs
@@ -39,7 +39,7 @@ from hypersd_ray.config.data import ActorPool
 from hypersd_ray.config.evaluate import EvaluateConfig, JudgesConfig
 from hypersd_ray.embedded import paths
 from hypersd_ray.models.checkpoint import read_base
-from hypersd_ray.models.export import TCD_GRID
+from hypersd_ray.models.samplers import diffusers_scheduler
 
 
 class ThroughputConfig(Strict):
@@ -83,7 +83,7 @@ def bare(config: ThroughputConfig, rows: list[Row]) -> float:
         pipe = DiffusionPipeline.from_pretrained(config.base, **safely, torch_dtype=dtype, **checker).to(device)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--base {config.base} cannot be loaded: {' '.join(str(error).split())}") from None
-    pipe.scheduler = TCDScheduler.from_config(pipe.scheduler.config, original_inference_steps=TCD_GRID)
+    pipe.scheduler = diffusers_scheduler("tcd", pipe.scheduler.config)
     pipe.load_lora_weights(str(config.lora))
     pipe.fuse_lora()
     pipe.set_progress_bar_config(disable=True)
