@@ -192,8 +192,7 @@ class Measure:
         if not isinstance(reward, CLIPScore):
             raise ConfigError(f"clip.name={config.clip.name} has no embedding of pictures: use clip_score")
         self.reward: CLIPScore = reward
-        side = subject.shape[-1] * subject.pipe.vae_scale_factor
-        self.pictures = real_pictures(config.pictures, prompts, side)
+        self.pictures = real_pictures(config.pictures, prompts, subject.side)
         self.real = self._features(self.pictures)
 
     @torch.no_grad()

@@ -40,7 +40,7 @@ from hypersd_ray.config.cli import run_job
 from hypersd_ray.embedded import paths
 from hypersd_ray.models.cards import read_sampling
 from hypersd_ray.models.checkpoint import load_component, read_base
-from hypersd_ray.models.conditioning import Conditioning
+from hypersd_ray.models.conditioning import Conditioning, square_time_ids
 from hypersd_ray.models.encoders import Encoders
 from hypersd_ray.models.export import read_lora
 from hypersd_ray.models.rewards.weights import sha256_of
@@ -209,6 +209,7 @@ class Subject:
         self.base = pipe.unet.eval()
         self._use(self.base)
         self.shape = (pipe.unet.config.in_channels, *[pipe.unet.config.sample_size] * 2)
+        self.side = self.shape[-1] * self.info.latent_factor
         self.named: tuple[int, ...] = ()
 
     def _use(self, unet: UNet2DConditionModel) -> None:
@@ -239,11 +240,8 @@ class Subject:
         return torch.cat(parts)
 
     def _time_ids(self, batch: int) -> Tensor | None:
-        """SDXL's size conditioning of an uncropped square picture, the pipeline's own default; None for SD1.5."""
-        if self.info.family != "sdxl":
-            return None
-        side = float(self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor)
-        return torch.tensor([[side, side, 0, 0, side, side]], device=self.config.device).repeat(batch, 1)
+        """SDXL's size conditioning, the pipeline's own default; None for SD1.5."""
+        return square_time_ids(self.side, batch, self.config.device) if self.info.family == "sdxl" else None
 
     def teacher(self, steps: int) -> Tensor:
         """The teacher's latents (P, C, h, w) by `steps` guided DDIM steps."""

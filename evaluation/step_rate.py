@@ -40,7 +40,7 @@ from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.diffusion.schedule import scaled_linear
 from hypersd_ray.embedded import paths
 from hypersd_ray.models.checkpoint import read_base
-from hypersd_ray.models.conditioning import Conditioning
+from hypersd_ray.models.conditioning import Conditioning, square_time_ids
 from hypersd_ray.models.roles import FullRoles, LoRARoles, Roles
 from hypersd_ray.models.shapes import write_shape
 from hypersd_ray.recipes import ONESTEP_RECIPES, RECIPES
@@ -133,8 +133,8 @@ def inputs_of(settings: TSCDConfig, batch: int, device: torch.device) -> tuple[B
         if unet.get("addition_embed_type") != "text_time":
             return Conditioning(text)
         width = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
-        pooled, side = torch.randn(rows, width, generator=g).to(device), float(settings.data.resolution)
-        return Conditioning(text, pooled, torch.tensor([[side, side, 0, 0, side, side]], device=device).repeat(rows, 1))
+        pooled = torch.randn(rows, width, generator=g).to(device)
+        return Conditioning(text, pooled, square_time_ids(settings.data.resolution, rows, device))
 
     x0 = torch.randn(batch, unet["in_channels"], model.size, model.size, generator=g).to(device)
     return Batch(x0, conditioning(batch)), conditioning(1)

@@ -15,12 +15,13 @@ import torch
 from evaluation.bootstrap import Interval, paired_difference, paired_means, percentiles
 from hypersd_ray.config.sweep import LOGARITHMIC, SweepConfig
 from hypersd_ray.models.checkpoint import read_base
+from hypersd_ray.models.conditioning import square_time_ids
 from hypersd_ray.models.encoders import load_encoders
 from hypersd_ray.models.export import read_lora
 from hypersd_ray.models.roles import STUDENT
 from hypersd_ray.trainer import storage
 from hypersd_ray.trainer.kinds.tscd import build_roles, product, samplings
-from hypersd_ray.trainer.loop import latent_shape, square_time_ids
+from hypersd_ray.trainer.loop import latent_shape
 from hypersd_ray.training.quality import Quality, Yardstick
 from hypersd_ray.training.samples import Sampling
 from hypersd_ray.tuning.space import held, readable
@@ -125,7 +126,7 @@ def _measured(sweep: SweepConfig, trials: list[str], prompts: tuple[str, ...]) -
     measure = config.measure.model_copy(update={"prompts": prompts})
     roles, _ = build_roles(config, torch.device(device))
     encoders = load_encoders(config.teacher, device=device)
-    time_ids = square_time_ids(config, 1, device) if encoders.is_sdxl else None
+    time_ids = square_time_ids(config.data.resolution, 1, device) if encoders.is_sdxl else None
     yardstick = Yardstick(measure, roles, encoders, read_base(config.teacher).path, latent_shape(config), time_ids)
     known = {how.steps: how for how in samplings(config)}  # as the objective was measured
     eta = next(iter(known.values())).eta

@@ -25,7 +25,7 @@ from torch import Tensor
 from hypersd_ray.diffusion.guidance import guide
 from hypersd_ray.diffusion.parameterization import to_prediction
 from hypersd_ray.models.checkpoint import load_component, load_unet, read_base
-from hypersd_ray.models.conditioning import Conditioning, concatenate
+from hypersd_ray.models.conditioning import Conditioning, concatenate, size_time_ids
 from hypersd_ray.models.encoders import load_encoders
 from hypersd_ray.models.samplers import SCHEDULERS, diffusers_scheduler
 from serve.catalog import Catalog
@@ -78,7 +78,7 @@ class Engine:
         self.schedulers = {kind.__name__: diffusers_scheduler(name, catalog.base) for name, kind in SCHEDULERS.items()}
         # Requests are counted on one thread while another encodes: a fast tokenizer cannot be borrowed twice.
         self._counting = copy.deepcopy(self.encoders.tokenizers[0])
-        self._factor = 2 ** (len(self.encoders.vae.config.block_out_channels) - 1)
+        self._factor = self.info.latent_factor
         self._lock = threading.Lock()
 
     @property
@@ -158,10 +158,7 @@ class Engine:
 
     def _conditioning(self, key: BatchKey, shots: Sequence[Shot]) -> tuple[Conditioning, Conditioning | None]:
         """Of the prompts, and of the negative ones where the batch is guided."""
-        ids = None
-        if self.encoders.is_sdxl:
-            size = [float(key.height), float(key.width)]
-            ids = torch.tensor([[*size, 0, 0, *size]], device=self.device).repeat(len(shots), 1)
+        ids = size_time_ids(key.height, key.width, len(shots), self.device) if self.encoders.is_sdxl else None
         texts = self.encoders.encode_prompts([shot.prompt for shot in shots])
         cond = Conditioning(texts.prompt_embeds, texts.pooled, ids)
         if not key.guided:

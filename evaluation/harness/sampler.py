@@ -18,7 +18,7 @@ from evaluation.harness.prompts import Row
 from evaluation.harness.subjects import Cell
 from hypersd_ray.diffusion.guidance import guide
 from hypersd_ray.models.checkpoint import load_component, load_unet, read_base
-from hypersd_ray.models.conditioning import Conditioning, concatenate
+from hypersd_ray.models.conditioning import Conditioning, concatenate, square_time_ids
 from hypersd_ray.models.encoders import load_encoders
 from hypersd_ray.models.export import alpha_of, merge_lora, read_lora
 from hypersd_ray.models.roles import STUDENT, Plain
@@ -52,8 +52,8 @@ class Sampler:
         self.unet = load_unet(self.info, self.dtype, device)
         self.bare = {name: p.detach().cpu().clone() for name, p in self.unet.state_dict().items()}
         self.loaded = ""
-        side = self.unet.config.sample_size
-        self.shape = (self.unet.config.in_channels, side, side)
+        size = self.unet.config.sample_size
+        self.shape, self.side = (self.unet.config.in_channels, size, size), size * self.info.latent_factor
         self.null = self.encoders.null_conditioning()
 
     @property
@@ -97,10 +97,8 @@ class Sampler:
 
     def conditioning(self, prompts: Sequence[str]) -> Conditioning:
         """What the UNet is called with."""
-        embeds, ids = self.encoders.encode_prompts(list(prompts)), None
-        if self.encoders.is_sdxl:
-            side = float(self.unet.config.sample_size * 2 ** (len(self.encoders.vae.config.block_out_channels) - 1))
-            ids = torch.tensor([[side, side, 0, 0, side, side]], device=self.device).repeat(len(prompts), 1)
+        embeds = self.encoders.encode_prompts(list(prompts))
+        ids = square_time_ids(self.side, len(prompts), self.device) if self.encoders.is_sdxl else None
         return Conditioning(embeds.prompt_embeds, embeds.pooled, ids)
 
     def sample(self, cell: Cell, x_T: Tensor, cond: Conditioning, keys: Sequence[str]) -> Tensor:
