@@ -10,7 +10,6 @@ The hints' own row has the real pictures after the autoencoder, the most that ca
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -26,6 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from evaluation.bootstrap import Interval, bootstrap_interval, paired_difference
+from evaluation.output import progress, write_report
 from evaluation.quality import check_loras
 from hypersd_ray.config.base import Strict
 from hypersd_ray.config.cli import run_job
@@ -211,14 +211,12 @@ def main() -> None:
     seen: dict[str, Tensor] = {}
     report = evaluate(
         config,
-        log=lambda line: print(line, file=sys.stderr, flush=True),
+        log=progress,
         show=lambda name, pictures: seen.update({name: pictures[: config.columns]}),
     )
     print(table(report))
     out = out_file(config, report)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(asdict(report), indent=1) + "\n")
-    print(f"\nwritten to {out}", file=sys.stderr)
+    write_report(out, asdict(report))
     if config.grid is not None:
         from evaluation.pictures import draw_grid
 

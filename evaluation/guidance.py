@@ -13,7 +13,6 @@ Scores are 100 times the cosine. In brackets 95% bootstrap intervals over the pr
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ from pydantic import Field
 from torch import Tensor
 
 from evaluation.bootstrap import Interval, bootstrap_interval, paired_difference
+from evaluation.output import progress, write_report
 from evaluation.quality import QualityConfig, Subject, check_loras, read_prompts
 from hypersd_ray.config.base import ConfigError, Strict
 from hypersd_ray.config.cli import run_job
@@ -197,11 +197,9 @@ def table(report: Report) -> str:
 def main() -> None:
     """Measure, print the tables, write the JSON file."""
     config = tyro.cli(GuidanceConfig, description=__doc__)
-    report = evaluate(config, log=lambda line: print(line, file=sys.stderr, flush=True))
+    report = evaluate(config, log=progress)
     print(table(report))
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(json.dumps(asdict(report), indent=1) + "\n")
-    print(f"\nwritten to {config.out}", file=sys.stderr)
+    write_report(config.out, asdict(report))
 
 
 if __name__ == "__main__":

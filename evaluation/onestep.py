@@ -12,7 +12,6 @@ Shapes: pictures (P, 3, H, W) in [0, 1], features (P, D), per-prompt numbers (P,
 
 from __future__ import annotations
 
-import json
 import sys
 import tarfile
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from pydantic import Field
 from torch import Tensor
 
 from evaluation.bootstrap import Interval, bootstrap_interval, paired_difference, percentiles, resample_counts
+from evaluation.output import progress, write_report
 from evaluation.quality import QualityConfig, Subject, check_loras, check_sampling, read_prompts
 from hypersd_ray.config.base import ConfigError, Strict
 from hypersd_ray.config.cli import parse, run_job
@@ -298,11 +298,9 @@ def table(report: Report) -> str:
 def main() -> None:
     """Measure, print the table, write the JSON file."""
     config = parse({"tiny": tiny}, SingleStepConfig, __doc__ or "")
-    report = evaluate(config, log=lambda line: print(line, file=sys.stderr, flush=True))
+    report = evaluate(config, log=progress)
     print(table(report))
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(json.dumps(asdict(report), indent=1) + "\n")
-    print(f"\nwritten to {config.out}", file=sys.stderr)
+    write_report(config.out, asdict(report))
 
 
 if __name__ == "__main__":

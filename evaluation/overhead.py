@@ -16,7 +16,6 @@ neighbouring turns, with its 95% bootstrap interval. On two cores `--workers 1` 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -43,6 +42,7 @@ from pydantic import Field
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from evaluation.bootstrap import Interval, percentiles
+from evaluation.output import progress, write_report
 from hypersd_ray.config.base import RunError, Strict
 from hypersd_ray.config.cli import read_options, run_job
 from hypersd_ray.config.tscd import TSCDConfig
@@ -338,7 +338,7 @@ def main() -> None:
     """Measure, say, write."""
     config = read_options(OverheadConfig, sys.argv[1:], __doc__ or "", OverheadConfig())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else the runs would be left, frozen
-    report = measure(config, log=lambda line: print(line, file=sys.stderr, flush=True))
+    report = measure(config, log=progress)
     ratio = median_interval(report.quotients)
     print(
         f"{config.workers} workers, batch {config.batch}: Ray {statistics.median(report.ray):.4f} s a step, plain "
@@ -350,10 +350,7 @@ def main() -> None:
         f"cores: workers {workers:.2f} and Ray's other processes {all_of_ray - workers:.3f}, "
         f"plain {sum(report.plain_cores.values()):.2f}"
     )
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(
-        json.dumps(asdict(report) | {"ratio": ratio.mean, "interval": [ratio.low, ratio.high]}, indent=1) + "\n"
-    )
+    write_report(config.out, asdict(report) | {"ratio": ratio.mean, "interval": [ratio.low, ratio.high]})
 
 
 if __name__ == "__main__":

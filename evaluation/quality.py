@@ -21,7 +21,6 @@ import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -32,9 +31,10 @@ import torch
 import tyro
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from evaluation.bootstrap import Interval, bootstrap_interval, paired_difference
+from evaluation.output import progress, write_report
 from hypersd_ray.config.base import Strict
 from hypersd_ray.config.cli import run_job
 from hypersd_ray.embedded import paths
@@ -44,7 +44,7 @@ from hypersd_ray.models.conditioning import Conditioning, square_time_ids
 from hypersd_ray.models.encoders import Encoders
 from hypersd_ray.models.export import read_lora
 from hypersd_ray.models.rewards.weights import sha256_of
-from hypersd_ray.models.roles import TEACHER, Roles
+from hypersd_ray.models.roles import TEACHER, Plain
 from hypersd_ray.models.samplers import TCD_GRID, diffusers_scheduler
 from hypersd_ray.training import samples
 from hypersd_ray.training.quality import kept, latent_distance, teacher_sha256
@@ -173,13 +173,6 @@ def check_sampling(config: QualityConfig) -> None:
         raise ValueError(f"--eta {config.eta} with --sampler ddim, whose eta is another thing: use tcd, or eta 0")
 
 
-class _AsLoaded(Roles):
-    """One role: the pipeline's UNet with whatever LoRA diffusers has put on it."""
-
-    def playing(self, role: str) -> AbstractContextManager[nn.Module]:
-        return nullcontext(self.unet)
-
-
 class Subject:
     """The pipeline that is measured and the x_T that all rows share.
 
@@ -213,9 +206,9 @@ class Subject:
         self.named: tuple[int, ...] = ()
 
     def _use(self, unet: UNet2DConditionModel) -> None:
-        """Sample with `unet`."""
+        """Sample with `unet`, and whatever LoRA diffusers has put on it."""
         self.pipe.unet = unet
-        self.roles = _AsLoaded(unet, self.info.schedule, self.info.parameterization)
+        self.roles = Plain(unet, self.info.schedule, self.info.parameterization)
 
     def inputs(self, steps: int) -> tuple[int, ...]:
         """What the network is told in the steps of the LoRA that is loaded; () leaves it to the sampler."""
@@ -406,11 +399,9 @@ def table(report: Report) -> str:
 def main() -> None:
     """Measure, print the table, write the JSON file."""
     config = tyro.cli(QualityConfig, description=__doc__)
-    report = evaluate(config, log=lambda line: print(line, file=sys.stderr, flush=True))
+    report = evaluate(config, log=progress)
     print(table(report))
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(json.dumps(asdict(report), indent=1) + "\n")
-    print(f"\nwritten to {config.out}", file=sys.stderr)
+    write_report(config.out, asdict(report))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from evaluation.output import write_report
 from hypersd_ray.config.base import Strict
 from hypersd_ray.config.cli import run_job
 from hypersd_ray.config.data import DataConfig
@@ -386,9 +387,7 @@ def main() -> None:
         return
     result = compare(settings)
     print(table(result))
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\nwritten to {settings.out}", file=sys.stderr)
+    write_report(settings.out, result)
 
 
 if __name__ == "__main__":

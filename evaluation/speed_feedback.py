@@ -9,7 +9,6 @@ copy in each worker. Needs as many free cores as threads.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
@@ -24,6 +23,7 @@ import torch
 import tyro
 from pydantic import Field
 
+from evaluation.output import write_report
 from hypersd_ray.actors.client import RemoteBackend
 from hypersd_ray.actors.placement import Handles, start_evaluators, stop_evaluators
 from hypersd_ray.config.base import Strict
@@ -132,8 +132,7 @@ def main() -> None:
     for row in result["memory"]:
         print(f"{row['workers']} workers: models in {row['processes']} processes, {row['held_mb']:.1f} MB; "
               f"in each worker they would take {row['copies_mb']:.1f} MB")  # fmt: skip
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(settings.model_dump(mode="json") | result, indent=1) + "\n")
+    write_report(settings.out, settings.model_dump(mode="json") | result)
 
 
 if __name__ == "__main__":

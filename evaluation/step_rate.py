@@ -14,7 +14,6 @@ Shapes: latents (B, 4, s, s), prompt embeddings (B, L, D).
 from __future__ import annotations
 
 import gc
-import json
 import statistics
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from evaluation.output import progress, write_report
 from hypersd_ray.config.base import ConfigError, Strict
 from hypersd_ray.config.cli import read_options, run_job
 from hypersd_ray.config.onestep import OneStepConfig
@@ -257,16 +257,12 @@ def main() -> None:
         )
     rates: list[Rate] = []
     for kind in config.kinds:
-        rates += measure(config, kind, lambda line: print(line, file=sys.stderr, flush=True))
+        rates += measure(config, kind, progress)
         gc.collect()
     print(table(rates))
     name = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else "cpu"
     settings = config.model_dump(mode="json") | {"device_name": name, "torch": torch.__version__, "mfu_aim": MFU_AIM}
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(
-        json.dumps({"settings": settings, "rates": [asdict(rate) for rate in rates]}, indent=1) + "\n"
-    )
-    print(f"\nwritten to {config.out}", file=sys.stderr)
+    write_report(config.out, {"settings": settings, "rates": [asdict(rate) for rate in rates]})
 
 
 if __name__ == "__main__":

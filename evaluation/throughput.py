@@ -12,7 +12,6 @@ Aim: at least 0.9 of the bare loop with one generator, more than 1 with two on c
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
@@ -33,6 +32,7 @@ from evaluation.harness.plan import plan
 from evaluation.harness.prompts import Row, read_rows
 from evaluation.harness.store import Store, shards_of
 from evaluation.harness.subjects import find_subject
+from evaluation.output import write_report
 from hypersd_ray.config.base import ConfigError, Strict
 from hypersd_ray.config.cli import read_options, run_job
 from hypersd_ray.config.data import ActorPool
@@ -129,9 +129,8 @@ def main() -> None:
         print(
             f"{name:22s} {speed:8.2f} pictures/s, {statistics.median(ratios):.2f} of bare [{min(ratios):.2f}, {max(ratios):.2f}]"
         )
-    config.out.parent.mkdir(parents=True, exist_ok=True)
     about = {"settings": config.model_dump(mode="json"), "threads": threads(config), "turns": turns}
-    config.out.write_text(json.dumps(about, indent=1) + "\n")
+    write_report(config.out, about)
 
 
 if __name__ == "__main__":
