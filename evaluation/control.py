@@ -19,16 +19,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
 
 import torch
-import tyro
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from pydantic import Field
 from torch import Tensor
 
 from evaluation.bootstrap import Interval, bootstrap_interval, paired_difference
-from evaluation.output import progress, write_report
+from evaluation.output import progress, save_report
 from evaluation.quality import check_loras
 from hypersd_ray.config.base import Strict
-from hypersd_ray.config.cli import run_job
+from hypersd_ray.config.cli import read_options, run_job
 from hypersd_ray.embedded import paths
 from hypersd_ray.embedded.pictures import load_pictures, to_unit
 from hypersd_ray.models.edges import Hint, edge_map
@@ -207,7 +206,7 @@ def out_file(config: ControlConfig, report: Report) -> Path:
 
 def main() -> None:
     """Measure, print the table, write the JSON file."""
-    config = tyro.cli(ControlConfig, description=__doc__)
+    config: ControlConfig = read_options(ControlConfig, sys.argv[1:], __doc__ or "")
     seen: dict[str, Tensor] = {}
     report = evaluate(
         config,
@@ -216,7 +215,7 @@ def main() -> None:
     )
     print(table(report))
     out = out_file(config, report)
-    write_report(out, asdict(report))
+    save_report(out, asdict(report))
     if config.grid is not None:
         from evaluation.pictures import draw_grid
 

@@ -23,15 +23,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
 
 import torch
-import tyro
 from pydantic import Field
 from torch import Tensor
 
 from evaluation.bootstrap import Interval, bootstrap_interval, paired_difference
-from evaluation.output import progress, write_report
+from evaluation.output import progress, save_report
 from evaluation.quality import QualityConfig, Subject, check_loras, read_prompts
 from hypersd_ray.config.base import ConfigError, Strict
-from hypersd_ray.config.cli import run_job
+from hypersd_ray.config.cli import read_options, run_job
 from hypersd_ray.config.rewards import RewardConfig
 from hypersd_ray.embedded import paths
 from hypersd_ray.models.rewards.registry import load_reward
@@ -196,10 +195,10 @@ def table(report: Report) -> str:
 
 def main() -> None:
     """Measure, print the tables, write the JSON file."""
-    config = tyro.cli(GuidanceConfig, description=__doc__)
+    config: GuidanceConfig = read_options(GuidanceConfig, sys.argv[1:], __doc__ or "")
     report = evaluate(config, log=progress)
     print(table(report))
-    write_report(config.out, asdict(report))
+    save_report(config.out, asdict(report))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from pydantic import Field
 from torch import Tensor
 
 from evaluation.bootstrap import Interval, bootstrap_interval, paired_difference, percentiles, resample_counts
-from evaluation.output import progress, write_report
+from evaluation.output import progress, save_report
 from evaluation.quality import QualityConfig, Subject, check_loras, check_sampling, read_prompts
 from hypersd_ray.config.base import ConfigError, Strict
 from hypersd_ray.config.cli import parse, run_job
@@ -300,7 +300,7 @@ def main() -> None:
     config = parse({"tiny": tiny}, SingleStepConfig, __doc__ or "")
     report = evaluate(config, log=progress)
     print(table(report))
-    write_report(config.out, asdict(report))
+    save_report(config.out, asdict(report))
 
 
 if __name__ == "__main__":

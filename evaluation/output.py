@@ -15,7 +15,7 @@ def progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def write_report(out: Path, report: Any) -> None:
+def save_report(out: Path, report: Any) -> None:
     """Write it, and say where.
 
     Raises:

@@ -42,7 +42,7 @@ from pydantic import Field
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from evaluation.bootstrap import Interval, percentiles
-from evaluation.output import progress, write_report
+from evaluation.output import progress, save_report
 from hypersd_ray.config.base import RunError, Strict
 from hypersd_ray.config.cli import read_options, run_job
 from hypersd_ray.config.tscd import TSCDConfig
@@ -350,7 +350,7 @@ def main() -> None:
         f"cores: workers {workers:.2f} and Ray's other processes {all_of_ray - workers:.3f}, "
         f"plain {sum(report.plain_cores.values()):.2f}"
     )
-    write_report(config.out, asdict(report) | {"ratio": ratio.mean, "interval": [ratio.low, ratio.high]})
+    save_report(config.out, asdict(report) | {"ratio": ratio.mean, "interval": [ratio.low, ratio.high]})
 
 
 if __name__ == "__main__":

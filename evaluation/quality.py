@@ -28,15 +28,14 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
 
 import torch
-import tyro
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from pydantic import Field
 from torch import Tensor
 
 from evaluation.bootstrap import Interval, bootstrap_interval, paired_difference
-from evaluation.output import progress, write_report
+from evaluation.output import progress, save_report
 from hypersd_ray.config.base import Strict
-from hypersd_ray.config.cli import run_job
+from hypersd_ray.config.cli import read_options, run_job
 from hypersd_ray.embedded import paths
 from hypersd_ray.models.cards import read_sampling
 from hypersd_ray.models.checkpoint import load_component, read_base
@@ -155,7 +154,7 @@ def read_prompts(config: QualityConfig) -> list[str]:
 
 
 def check_sampling(config: QualityConfig) -> None:
-    """Not a validator of `QualityConfig`: tyro would draw a box around the one line.
+    """Fields that are each right and do not go together.
 
     Raises:
         ValueError: step counts that the sampler cannot take, an eta that it does not know.
@@ -398,10 +397,10 @@ def table(report: Report) -> str:
 
 def main() -> None:
     """Measure, print the table, write the JSON file."""
-    config = tyro.cli(QualityConfig, description=__doc__)
+    config: QualityConfig = read_options(QualityConfig, sys.argv[1:], __doc__ or "")
     report = evaluate(config, log=progress)
     print(table(report))
-    write_report(config.out, asdict(report))
+    save_report(config.out, asdict(report))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from evaluation.bootstrap import Interval, bootstrap_interval, paired_difference
 from evaluation.objects import object_precision, object_precision_difference
-from evaluation.output import progress, write_report
+from evaluation.output import progress, save_report
 from evaluation.quality import QualityConfig, Subject, check_loras, check_sampling, read_prompts
 from hypersd_ray.config.base import Strict
 from hypersd_ray.config.cli import parse, run_job
@@ -197,7 +197,7 @@ def main() -> None:
     config = parse({"tiny": tiny}, RewardsConfig, __doc__)
     report = evaluate(config, log=progress)
     print(table(report))
-    write_report(config.out, asdict(report))
+    save_report(config.out, asdict(report))
 
 
 if __name__ == "__main__":

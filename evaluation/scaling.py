@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from pydantic import Field, PositiveInt, model_validator
 
-from evaluation.output import write_report
+from evaluation.output import save_report
 from hypersd_ray.config.base import Strict
 from hypersd_ray.config.cli import read_options, run_job
 from hypersd_ray.trainer.local import free_port
@@ -203,7 +203,7 @@ def main() -> None:
     config = read_options(ScalingConfig, sys.argv[1:], __doc__ or "", ScalingConfig())
     found = measure(config)
     print(table(found))
-    write_report(config.out, found)
+    save_report(config.out, found)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from evaluation.output import progress, write_report
+from evaluation.output import progress, save_report
 from hypersd_ray.config.base import ConfigError, Strict
 from hypersd_ray.config.cli import read_options, run_job
 from hypersd_ray.config.onestep import OneStepConfig
@@ -262,7 +262,7 @@ def main() -> None:
     print(table(rates))
     name = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else "cpu"
     settings = config.model_dump(mode="json") | {"device_name": name, "torch": torch.__version__, "mfu_aim": MFU_AIM}
-    write_report(config.out, {"settings": settings, "rates": [asdict(rate) for rate in rates]})
+    save_report(config.out, {"settings": settings, "rates": [asdict(rate) for rate in rates]})
 
 
 if __name__ == "__main__":

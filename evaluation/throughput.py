@@ -32,7 +32,7 @@ from evaluation.harness.plan import plan
 from evaluation.harness.prompts import Row, read_rows
 from evaluation.harness.store import Store, shards_of
 from evaluation.harness.subjects import find_subject
-from evaluation.output import write_report
+from evaluation.output import save_report
 from hypersd_ray.config.base import ConfigError, Strict
 from hypersd_ray.config.cli import read_options, run_job
 from hypersd_ray.config.data import ActorPool
@@ -130,7 +130,7 @@ def main() -> None:
             f"{name:22s} {speed:8.2f} pictures/s, {statistics.median(ratios):.2f} of bare [{min(ratios):.2f}, {max(ratios):.2f}]"
         )
     about = {"settings": config.model_dump(mode="json"), "threads": threads(config), "turns": turns}
-    write_report(config.out, about)
+    save_report(config.out, about)
 
 
 if __name__ == "__main__":
