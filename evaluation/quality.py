@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -33,6 +32,7 @@ from pydantic import Field
 from torch import Tensor
 
 from evaluation.bootstrap import Interval, bootstrap_interval, paired_difference
+from evaluation.harness.prompts import held_out_prompts
 from evaluation.output import progress, save_report
 from hypersd_ray.config.base import Strict
 from hypersd_ray.config.cli import read_options, run_job
@@ -111,26 +111,6 @@ class Report:
     loras: dict[str, dict[str, Any]]
     latent_variance: float
     rows: list[Row] = field(default_factory=list)
-
-
-def held_out_prompts(folder: Path, limit: int) -> list[str]:
-    """The first `limit` distinct captions of `folder`'s val-*.tar, in the shards' order.
-
-    Raises:
-        ValueError: no shard is there, or it has fewer.
-    """
-    shards = sorted(folder.glob("val-*.tar"))
-    captions: dict[str, None] = {}
-    for shard in shards:
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                if member.name.endswith(".txt"):
-                    captions.setdefault(tar.extractfile(member).read().decode().strip())  # type: ignore[union-attr]
-    if len(captions) < limit:
-        raise ValueError(
-            f"--prompts {limit}: {folder}/val-*.tar has {len(captions)} distinct captions; ask for at most that"
-        )
-    return list(captions)[:limit]
 
 
 def read_prompts(config: QualityConfig) -> list[str]:
