@@ -51,11 +51,28 @@ def training_noise(means: Tensor, resamples: int, generator: torch.Generator) ->
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the interval around it."""
+    """A mean and the interval around it; `f"{interval:+.2f}"` is `+1.20 [+1.00, +1.40]`."""
 
     mean: float
     low: float
     high: float
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+
+def percentiles(mean: float, draws: Tensor, tail: float = 0.025) -> Interval:
+    """`mean`, and what `tail` of its resamples (R,) are below and `tail` above."""
+    low, high = torch.quantile(draws, torch.tensor([tail, 1 - tail], dtype=draws.dtype)).tolist()
+    return Interval(mean, low, high)
+
+
+def resample_counts(n: int, resamples: int, generator: torch.Generator) -> Tensor:
+    """(resamples, n) float64: how often each of n is in each draw of n with replacement. A resample's mean is then a
+    product of matrices."""
+    drawn = torch.randint(n, (resamples, n), generator=generator)
+    ones = torch.ones(drawn.shape, dtype=torch.float64)
+    return torch.zeros(resamples, n, dtype=torch.float64).scatter_add_(1, drawn, ones)
 
 
 def bootstrap_interval(values: Tensor, level: float = 0.95, resamples: int = 4000, seed: int = 0) -> Interval:
@@ -73,9 +90,7 @@ def bootstrap_interval(values: Tensor, level: float = 0.95, resamples: int = 400
     if not bool(torch.isfinite(values).all()):
         raise ValueError(f"{int((~torch.isfinite(values)).sum())} of {len(values)} values are not finite")
     means = resampled_means(values[None], resamples, seed)
-    tail = (1 - level) / 2
-    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return Interval(values.double().mean().item(), low, high)
+    return percentiles(values.double().mean().item(), means, (1 - level) / 2)
 
 
 def paired_means(a: Tensor, b: Tensor, resamples: int = 4000, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -88,11 +103,7 @@ def paired_means(a: Tensor, b: Tensor, resamples: int = 4000, seed: int = 0) -> 
     if a.shape != b.shape or a.ndim != 2 or a.shape[1] < 2:
         raise ValueError(f"paired means need one shape (k, n), n >= 2, got {tuple(a.shape)} and {tuple(b.shape)}")
     n = a.shape[1]
-    drawn = torch.randint(n, (resamples, n), generator=generator_of(seed, "bootstrap", n, resamples))
-    # How often each prompt was drawn, so that a resample's mean is a product of matrices.
-    times = torch.zeros(resamples, n, dtype=torch.float64).scatter_add_(
-        1, drawn, torch.ones(drawn.shape, dtype=torch.float64)
-    )
+    times = resample_counts(n, resamples, generator_of(seed, "bootstrap", n, resamples))
     return times @ a.double().T / n, times @ b.double().T / n
 
 

@@ -10,7 +10,6 @@ The hints' own row has the real pictures after the autoencoder, the most that ca
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -20,19 +19,19 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
 
 import torch
-import tyro
-from diffusers import ControlNetModel, DDIMScheduler, StableDiffusionControlNetPipeline, TCDScheduler
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from pydantic import Field
 from torch import Tensor
 
 from evaluation.bootstrap import Interval, bootstrap_interval, paired_difference
+from evaluation.output import progress, save_report
 from evaluation.quality import check_loras
 from hypersd_ray.config.base import Strict
-from hypersd_ray.config.cli import run_job
+from hypersd_ray.config.cli import read_options, run_job
 from hypersd_ray.embedded import paths
 from hypersd_ray.embedded.pictures import load_pictures, to_unit
 from hypersd_ray.models.edges import Hint, edge_map
-from hypersd_ray.models.export import TCD_GRID
+from hypersd_ray.models.samplers import diffusers_scheduler
 from hypersd_ray.training.samples import start_noise
 
 
@@ -180,14 +179,12 @@ def evaluate(
     show("hint", drawing.hints)
     own = bootstrap_interval(agreement(drawing.as_seen()), seed=config.seed)
     report.rows.append(Row("real pictures, autoencoded", 0, own, None))
-    # Latents are not confined to [-1, 1]: DDIM's own default would clip.
     scheduler = drawing.pipe.scheduler.config
-    ddim = DDIMScheduler.from_config(scheduler, timestep_spacing="trailing", clip_sample=False)
-    add("teacher", config.teacher_steps, ddim, config.guidance)
+    add("teacher", config.teacher_steps, diffusers_scheduler("ddim", scheduler), config.guidance)
     for name, lora in loras.items():
         drawing.pipe.unload_lora_weights()
         drawing.pipe.load_lora_weights(lora["path"])
-        tcd = TCDScheduler.from_config(scheduler, original_inference_steps=TCD_GRID)
+        tcd = diffusers_scheduler("tcd", scheduler)
         for steps in config.steps:
             add(name, steps, tcd, 0.0)
     return report
@@ -197,9 +194,8 @@ def table(report: Report) -> str:
     """The rows in Markdown."""
     lines = ["| model | steps | edges agree (F1) | gained by the ControlNet |", "|---|---:|---:|---:|"]
     for row in report.rows:
-        a, g = row.agreement, row.gain
-        gain = "" if g is None else f"{g.mean:+.3f} [{g.low:+.3f}, {g.high:+.3f}]"
-        lines.append(f"| {row.model} | {row.steps or ''} | {a.mean:.3f} [{a.low:.3f}, {a.high:.3f}] | {gain} |")
+        gain = "" if row.gain is None else f"{row.gain:+.3f}"
+        lines.append(f"| {row.model} | {row.steps or ''} | {row.agreement:.3f} | {gain} |")
     return "\n".join(lines)
 
 
@@ -210,18 +206,16 @@ def out_file(config: ControlConfig, report: Report) -> Path:
 
 def main() -> None:
     """Measure, print the table, write the JSON file."""
-    config = tyro.cli(ControlConfig, description=__doc__)
+    config: ControlConfig = read_options(ControlConfig, sys.argv[1:], __doc__ or "")
     seen: dict[str, Tensor] = {}
     report = evaluate(
         config,
-        log=lambda line: print(line, file=sys.stderr, flush=True),
+        log=progress,
         show=lambda name, pictures: seen.update({name: pictures[: config.columns]}),
     )
     print(table(report))
     out = out_file(config, report)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(asdict(report), indent=1) + "\n")
-    print(f"\nwritten to {out}", file=sys.stderr)
+    save_report(out, asdict(report))
     if config.grid is not None:
         from evaluation.pictures import draw_grid
 

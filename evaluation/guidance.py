@@ -13,7 +13,6 @@ Scores are 100 times the cosine. In brackets 95% bootstrap intervals over the pr
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -24,19 +23,18 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
 
 import torch
-import tyro
-from diffusers import TCDScheduler
 from pydantic import Field
 from torch import Tensor
 
 from evaluation.bootstrap import Interval, bootstrap_interval, paired_difference
+from evaluation.output import progress, save_report
 from evaluation.quality import QualityConfig, Subject, check_loras, read_prompts
 from hypersd_ray.config.base import ConfigError, Strict
-from hypersd_ray.config.cli import run_job
+from hypersd_ray.config.cli import read_options, run_job
 from hypersd_ray.config.rewards import RewardConfig
 from hypersd_ray.embedded import paths
-from hypersd_ray.models.export import TCD_GRID
 from hypersd_ray.models.rewards.registry import load_reward
+from hypersd_ray.models.samplers import TCD_GRID, diffusers_scheduler
 
 TWO = re.compile(r"^(?P<first>an? .+) and (?P<second>an? .+) on (?P<ground>an? .+ background)$")
 """A caption of the embedded world that names two objects."""
@@ -109,8 +107,7 @@ class Guided(Subject):
         """Pictures (P, 3, H, W) in [0, 1] of `prompts`; `negative` has one a prompt."""
         self.prompts = list(prompts)
         without = dict(zip(prompts, negative or [""] * len(prompts), strict=True))
-        config = self.pipe.scheduler.config
-        self.pipe.scheduler = TCDScheduler.from_config(config, original_inference_steps=TCD_GRID)
+        self.pipe.scheduler = diffusers_scheduler("tcd", self.pipe.scheduler.config)
 
         def sample(chunk: list[str], x_T: Tensor, _: Any) -> Tensor:
             return self.pipe(
@@ -183,7 +180,7 @@ def table(report: Report) -> str:
     """Both tables in Markdown."""
 
     def cell(i: Interval | None, sign: str = "+") -> str:
-        return "" if i is None else f"{i.mean:{sign}.2f} [{i.low:{sign}.2f}, {i.high:{sign}.2f}]"
+        return "" if i is None else f"{i:{sign}.2f}"
 
     first = f"scale {report.settings['scales'][0]:g}"
     lines = [f"| model | guidance | CLIP score | minus {first} |", "|---|---:|---:|---:|"]
@@ -198,12 +195,10 @@ def table(report: Report) -> str:
 
 def main() -> None:
     """Measure, print the tables, write the JSON file."""
-    config = tyro.cli(GuidanceConfig, description=__doc__)
-    report = evaluate(config, log=lambda line: print(line, file=sys.stderr, flush=True))
+    config: GuidanceConfig = read_options(GuidanceConfig, sys.argv[1:], __doc__ or "")
+    report = evaluate(config, log=progress)
     print(table(report))
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(json.dumps(asdict(report), indent=1) + "\n")
-    print(f"\nwritten to {config.out}", file=sys.stderr)
+    save_report(config.out, asdict(report))
 
 
 if __name__ == "__main__":

@@ -33,9 +33,10 @@ from pydantic import Field
 
 from evaluation.bareloop import PROMPT, Bare, bare, run_bare
 from evaluation.clients import Body, Tally, ask, client, keep_busy, one_by_one
+from evaluation.output import save_report
 from evaluation.serving import MEMORY, Server, running, settings_of
 from hypersd_ray.config.base import Strict
-from hypersd_ray.config.cli import run_job
+from hypersd_ray.config.cli import read_options, run_job
 
 LONG_BATCH = 0.2
 """Seconds of a batch from which the served share of the bare loop's rate is judged."""
@@ -312,7 +313,7 @@ Command = (
 
 def main() -> None:
     """Measure, print, write the JSON file."""
-    config = tyro.cli(Command, description=__doc__)
+    config: Command = read_options(Command, sys.argv[1:], __doc__ or "")
     if isinstance(config, Bare):
         bare(config)
         return
@@ -327,8 +328,7 @@ def main() -> None:
     machine = {"machine": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0))}
     report = {"measure": type(config).__name__.lower(), "settings": config.model_dump(mode="json")} | machine | result
     print(json.dumps(report, indent=1))
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(json.dumps(report, indent=1) + "\n")
+    save_report(config.out, report)
 
 
 if __name__ == "__main__":

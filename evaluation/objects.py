@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from evaluation.bootstrap import Interval
+from evaluation.bootstrap import Interval, percentiles, resample_counts
 from hypersd_ray.models.perception.protocol import Instances
 from hypersd_ray.training.randomness import generator_of
 
@@ -42,11 +42,7 @@ class ObjectPrecision:
 
     def draws(self, resamples: int, seed: int) -> Tensor:
         """(R, n) float64 counts of a bootstrap, the same for every model."""
-        generator = generator_of(seed, "objects", self.pictures, resamples)
-        index = torch.randint(self.pictures, (resamples, self.pictures), generator=generator)
-        return torch.zeros(resamples, self.pictures, dtype=torch.float64).scatter_add_(
-            1, index, torch.ones_like(index, dtype=torch.float64)
-        )
+        return resample_counts(self.pictures, resamples, generator_of(seed, "objects", self.pictures, resamples))
 
 
 class _Class:
@@ -86,14 +82,9 @@ def object_precision(
     precision = ObjectPrecision(found, named)
     whole = precision.mean(torch.ones(1, precision.pictures, dtype=torch.float64)).item()
     values = precision.mean(precision.draws(resamples, seed))
-    return _interval(whole, values), values
+    return percentiles(whole, values), values
 
 
 def object_precision_difference(ours: tuple[Interval, Tensor], theirs: tuple[Interval, Tensor]) -> Interval:
     """Ours minus theirs, the pictures kept together."""
-    return _interval(ours[0].mean - theirs[0].mean, ours[1] - theirs[1])
-
-
-def _interval(mean: float, values: Tensor) -> Interval:
-    low, high = torch.quantile(values, torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
-    return Interval(mean, low, high)
+    return percentiles(ours[0].mean - theirs[0].mean, ours[1] - theirs[1])

@@ -12,7 +12,6 @@ Shapes: pictures (P, 3, H, W) in [0, 1], features (P, D), per-prompt numbers (P,
 
 from __future__ import annotations
 
-import json
 import sys
 import tarfile
 from collections.abc import Callable, Sequence
@@ -26,7 +25,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from evaluation.bootstrap import Interval, bootstrap_interval, paired_difference
+from evaluation.bootstrap import Interval, bootstrap_interval, paired_difference, percentiles, resample_counts
+from evaluation.output import progress, save_report
 from evaluation.quality import QualityConfig, Subject, check_loras, check_sampling, read_prompts
 from hypersd_ray.config.base import ConfigError, Strict
 from hypersd_ray.config.cli import parse, run_job
@@ -153,18 +153,15 @@ def frechet_samples(
     found = frechet(*gaussian(features, everything), *gaussian(real, everything))[0]
     generator, parts = generator_of(seed, "frechet", len(features), resamples), []
     for first in range(0, resamples, chunk):
-        drawn = torch.randint(len(features), (min(chunk, resamples - first), len(features)), generator=generator)
-        weights = torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(drawn.shape).double())
+        weights = resample_counts(len(features), min(chunk, resamples - first), generator)
         parts.append(frechet(*gaussian(features, weights), *gaussian(real, weights)))
     draws = torch.cat(parts)
     return SCALE * found, SCALE * (draws - draws.mean() + found)
 
 
-def interval_of(value: Tensor, draws: Tensor, level: float = 0.95) -> Interval:
+def interval_of(value: Tensor, draws: Tensor) -> Interval:
     """A value () and the percentiles of its resamples (R,)."""
-    tail = (1 - level) / 2
-    low, high = torch.quantile(draws, torch.tensor([tail, 1 - tail], dtype=draws.dtype)).tolist()
-    return Interval(float(value), low, high)
+    return percentiles(float(value), draws, (1 - 0.95) / 2)  # as `bootstrap_interval`, to the last bit
 
 
 def baseline_of(baselines: Sequence[Path], steps: int) -> Path:
@@ -195,8 +192,7 @@ class Measure:
         if not isinstance(reward, CLIPScore):
             raise ConfigError(f"clip.name={config.clip.name} has no embedding of pictures: use clip_score")
         self.reward: CLIPScore = reward
-        side = subject.shape[-1] * subject.pipe.vae_scale_factor
-        self.pictures = real_pictures(config.pictures, prompts, side)
+        self.pictures = real_pictures(config.pictures, prompts, subject.side)
         self.real = self._features(self.pictures)
 
     @torch.no_grad()
@@ -276,11 +272,10 @@ def table(report: Report) -> str:
 
     def cell(row: Row, name: str, own: Interval) -> str:
         change = row.versus.get(name)
-        said = f"{own.mean:.2f} [{own.low:.2f}, {own.high:.2f}]"
         if change is None:
-            return f"{said} |"
+            return f"{own:.2f} |"
         share = change.mean / (own.mean - change.mean)
-        return f"{said} | {change.mean:+.2f} [{change.low:+.2f}, {change.high:+.2f}], {share:+.1%}"
+        return f"{own:.2f} | {change:+.2f}, {share:+.1%}"
 
     lines = [
         "| model | steps | Fréchet distance x 1000 | minus the baseline's | CLIP score | minus the baseline's |",
@@ -303,11 +298,9 @@ def table(report: Report) -> str:
 def main() -> None:
     """Measure, print the table, write the JSON file."""
     config = parse({"tiny": tiny}, SingleStepConfig, __doc__ or "")
-    report = evaluate(config, log=lambda line: print(line, file=sys.stderr, flush=True))
+    report = evaluate(config, log=progress)
     print(table(report))
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(json.dumps(asdict(report), indent=1) + "\n")
-    print(f"\nwritten to {config.out}", file=sys.stderr)
+    save_report(config.out, asdict(report))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ neighbouring turns, with its 95% bootstrap interval. On two cores `--workers 1` 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -42,6 +41,8 @@ import torch.multiprocessing as mp
 from pydantic import Field
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from evaluation.bootstrap import Interval, percentiles
+from evaluation.output import progress, save_report
 from hypersd_ray.config.base import RunError, Strict
 from hypersd_ray.config.cli import read_options, run_job
 from hypersd_ray.config.tscd import TSCDConfig
@@ -95,11 +96,10 @@ class Report:
         return [a / b for a, b in zip(self.ray, self.plain, strict=True)]
 
 
-def median_interval(values: list[float], resamples: int = 4000) -> tuple[float, float, float]:
-    """The median of `values`, and the ends of its 95% percentile bootstrap interval."""
+def median_interval(values: list[float], resamples: int = 4000) -> Interval:
+    """The median of `values` and its 95% percentile bootstrap interval."""
     drawn = np.random.default_rng(0).choice(values, (resamples, len(values)))
-    low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
-    return statistics.median(values), float(low), float(high)
+    return percentiles(statistics.median(values), torch.from_numpy(np.median(drawn, axis=1)))
 
 
 def run_config(config: OverheadConfig, folder: Path, name: str, shards: str) -> TSCDConfig:
@@ -338,11 +338,11 @@ def main() -> None:
     """Measure, say, write."""
     config = read_options(OverheadConfig, sys.argv[1:], __doc__ or "", OverheadConfig())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else the runs would be left, frozen
-    report = measure(config, log=lambda line: print(line, file=sys.stderr, flush=True))
-    ratio, low, high = median_interval(report.quotients)
+    report = measure(config, log=progress)
+    ratio = median_interval(report.quotients)
     print(
         f"{config.workers} workers, batch {config.batch}: Ray {statistics.median(report.ray):.4f} s a step, plain "
-        f"{statistics.median(report.plain):.4f} s; ratio {ratio:.3f} [{low:.3f}, {high:.3f}] "
+        f"{statistics.median(report.plain):.4f} s; ratio {ratio:.3f} "
         f"({len(report.ray)} turns, {min(report.quotients):.3f} to {max(report.quotients):.3f})"
     )
     workers, all_of_ray = report.ray_cores.get("ray::RayTrainWorker", 0.0), sum(report.ray_cores.values())
@@ -350,8 +350,7 @@ def main() -> None:
         f"cores: workers {workers:.2f} and Ray's other processes {all_of_ray - workers:.3f}, "
         f"plain {sum(report.plain_cores.values()):.2f}"
     )
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(json.dumps(asdict(report) | {"ratio": ratio, "interval": [low, high]}, indent=1) + "\n")
+    save_report(config.out, asdict(report) | {"ratio": ratio.mean, "interval": [ratio.low, ratio.high]})
 
 
 if __name__ == "__main__":

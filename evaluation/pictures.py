@@ -19,14 +19,14 @@ from hypersd_ray.config.feedback import FeedbackConfig
 from hypersd_ray.config.onestep import OneStepConfig
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.models.checkpoint import load_unet, read_base
-from hypersd_ray.models.conditioning import Conditioning
+from hypersd_ray.models.conditioning import Conditioning, square_time_ids
 from hypersd_ray.models.encoders import load_encoders
 from hypersd_ray.models.export import alpha_of, merge_lora, read_lora
 from hypersd_ray.models.roles import STUDENT, TEACHER, Plain
 from hypersd_ray.trainer import storage
 from hypersd_ray.trainer.kinds import AnyConfig, onestep, tscd
 from hypersd_ray.trainer.kinds.tscd import build_roles
-from hypersd_ray.trainer.loop import latent_shape, square_time_ids
+from hypersd_ray.trainer.loop import latent_shape
 from hypersd_ray.training import samples
 
 TEACHER_STEPS = (1, 2, 4, 8, 25)
@@ -49,7 +49,7 @@ def sample_rows(
     encoders = load_encoders(config.teacher, device=device)
     embeds = encoders.encode_prompts(list(prompts))
     x_T = samples.start_noise(config.run.seed, prompts, latent_shape(config)).to(device)
-    ids = square_time_ids(config, len(prompts), device) if encoders.is_sdxl else None
+    ids = square_time_ids(config.data.resolution, len(prompts), device) if encoders.is_sdxl else None
     cond = Conditioning(embeds.prompt_embeds, embeds.pooled, ids)
     rows = {
         f"teacher {n}": samples.teacher_samples(roles, x_T, cond, null.with_time_ids(ids), n, omega)
@@ -109,7 +109,7 @@ def feedback_rows(
     """Pictures uint8 (B, 3, H, W) of several LoRAs from the same noise, by row name ("before 1", "after 1", ...)."""
     info, encoders = read_base(config.teacher), load_encoders(config.teacher, device=device)
     embeds = encoders.encode_prompts(list(prompts))
-    ids = square_time_ids(config, len(prompts), device) if encoders.is_sdxl else None
+    ids = square_time_ids(config.data.resolution, len(prompts), device) if encoders.is_sdxl else None
     cond, rows = Conditioning(embeds.prompt_embeds, embeds.pooled, ids), {}
     for name, path in loras.items():
         unet = load_unet(info, torch.float32, device)

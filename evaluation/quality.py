@@ -18,10 +18,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,22 +27,24 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
 
 import torch
-import tyro
-from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, TCDScheduler, UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from evaluation.bootstrap import Interval, bootstrap_interval, paired_difference
+from evaluation.harness.prompts import held_out_prompts
+from evaluation.output import progress, save_report
 from hypersd_ray.config.base import Strict
-from hypersd_ray.config.cli import run_job
+from hypersd_ray.config.cli import read_options, run_job
 from hypersd_ray.embedded import paths
 from hypersd_ray.models.cards import read_sampling
 from hypersd_ray.models.checkpoint import load_component, read_base
-from hypersd_ray.models.conditioning import Conditioning
+from hypersd_ray.models.conditioning import Conditioning, square_time_ids
 from hypersd_ray.models.encoders import Encoders
-from hypersd_ray.models.export import TCD_GRID, read_lora
+from hypersd_ray.models.export import read_lora
 from hypersd_ray.models.rewards.weights import sha256_of
-from hypersd_ray.models.roles import TEACHER, Roles
+from hypersd_ray.models.roles import TEACHER, Plain
+from hypersd_ray.models.samplers import TCD_GRID, diffusers_scheduler
 from hypersd_ray.training import samples
 from hypersd_ray.training.quality import kept, latent_distance, teacher_sha256
 from hypersd_ray.training.randomness import generator_of
@@ -113,26 +113,6 @@ class Report:
     rows: list[Row] = field(default_factory=list)
 
 
-def held_out_prompts(folder: Path, limit: int) -> list[str]:
-    """The first `limit` distinct captions of `folder`'s val-*.tar, in the shards' order.
-
-    Raises:
-        ValueError: no shard is there, or it has fewer.
-    """
-    shards = sorted(folder.glob("val-*.tar"))
-    captions: dict[str, None] = {}
-    for shard in shards:
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                if member.name.endswith(".txt"):
-                    captions.setdefault(tar.extractfile(member).read().decode().strip())  # type: ignore[union-attr]
-    if len(captions) < limit:
-        raise ValueError(
-            f"--prompts {limit}: {folder}/val-*.tar has {len(captions)} distinct captions; ask for at most that"
-        )
-    return list(captions)[:limit]
-
-
 def read_prompts(config: QualityConfig) -> list[str]:
     """The prompts that `config` asks for: distinct, at most `config.prompts`.
 
@@ -154,7 +134,7 @@ def read_prompts(config: QualityConfig) -> list[str]:
 
 
 def check_sampling(config: QualityConfig) -> None:
-    """Not a validator of `QualityConfig`: tyro would draw a box around the one line.
+    """Fields that are each right and do not go together.
 
     Raises:
         ValueError: step counts that the sampler cannot take, an eta that it does not know.
@@ -170,13 +150,6 @@ def check_sampling(config: QualityConfig) -> None:
         )
     if config.eta > 0 and config.sampler == "ddim":
         raise ValueError(f"--eta {config.eta} with --sampler ddim, whose eta is another thing: use tcd, or eta 0")
-
-
-class _AsLoaded(Roles):
-    """One role: the pipeline's UNet with whatever LoRA diffusers has put on it."""
-
-    def playing(self, role: str) -> AbstractContextManager[nn.Module]:
-        return nullcontext(self.unet)
 
 
 class Subject:
@@ -208,12 +181,13 @@ class Subject:
         self.base = pipe.unet.eval()
         self._use(self.base)
         self.shape = (pipe.unet.config.in_channels, *[pipe.unet.config.sample_size] * 2)
+        self.side = self.shape[-1] * self.info.latent_factor
         self.named: tuple[int, ...] = ()
 
     def _use(self, unet: UNet2DConditionModel) -> None:
-        """Sample with `unet`."""
+        """Sample with `unet`, and whatever LoRA diffusers has put on it."""
         self.pipe.unet = unet
-        self.roles = _AsLoaded(unet, self.info.schedule, self.info.parameterization)
+        self.roles = Plain(unet, self.info.schedule, self.info.parameterization)
 
     def inputs(self, steps: int) -> tuple[int, ...]:
         """What the network is told in the steps of the LoRA that is loaded; () leaves it to the sampler."""
@@ -238,11 +212,8 @@ class Subject:
         return torch.cat(parts)
 
     def _time_ids(self, batch: int) -> Tensor | None:
-        """SDXL's size conditioning of an uncropped square picture, the pipeline's own default; None for SD1.5."""
-        if self.info.family != "sdxl":
-            return None
-        side = float(self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor)
-        return torch.tensor([[side, side, 0, 0, side, side]], device=self.config.device).repeat(batch, 1)
+        """SDXL's size conditioning, the pipeline's own default; None for SD1.5."""
+        return square_time_ids(self.side, batch, self.config.device) if self.info.family == "sdxl" else None
 
     def teacher(self, steps: int) -> Tensor:
         """The teacher's latents (P, C, h, w) by `steps` guided DDIM steps."""
@@ -266,15 +237,8 @@ class Subject:
                     self.roles, TEACHER, x_T, cond, samples.Sampling(steps, eta=eta), seed, chunk
                 )
             )
-        config = self.pipe.scheduler.config
-        if inputs:
-            self.pipe.scheduler = LCMScheduler.from_config(config)
-        elif sampler == "tcd":
-            self.pipe.scheduler = TCDScheduler.from_config(config, original_inference_steps=TCD_GRID)
-        else:
-            # Latents are not confined to [-1, 1]; released configs say so too, but DDIM's own default clips.
-            self.pipe.scheduler = DDIMScheduler.from_config(config, timestep_spacing="trailing", clip_sample=False)
-
+        named = "lcm" if inputs else sampler
+        self.pipe.scheduler = diffusers_scheduler(named, self.pipe.scheduler.config, inputs)
         told: dict[str, Any] = {"timesteps": list(inputs)} if inputs else {"eta": eta}
 
         def sample(chunk: list[str], x_T: Tensor, _: Conditioning) -> Tensor:
@@ -395,7 +359,7 @@ def table(report: Report) -> str:
     """The rows in Markdown."""
 
     def cell(i: Interval | None) -> str:
-        return "" if i is None else f"{i.mean:.3g} [{i.low:.3g}, {i.high:.3g}]"
+        return "" if i is None else f"{i:.3g}"
 
     lines = ["| model | steps | distance | minus teacher's at as many steps | sharpness |", "|---|---:|---:|---:|---:|"]
     for row in report.rows:
@@ -413,12 +377,10 @@ def table(report: Report) -> str:
 
 def main() -> None:
     """Measure, print the table, write the JSON file."""
-    config = tyro.cli(QualityConfig, description=__doc__)
-    report = evaluate(config, log=lambda line: print(line, file=sys.stderr, flush=True))
+    config: QualityConfig = read_options(QualityConfig, sys.argv[1:], __doc__ or "")
+    report = evaluate(config, log=progress)
     print(table(report))
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(json.dumps(asdict(report), indent=1) + "\n")
-    print(f"\nwritten to {config.out}", file=sys.stderr)
+    save_report(config.out, asdict(report))
 
 
 if __name__ == "__main__":

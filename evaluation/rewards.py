@@ -25,6 +25,7 @@ from torch import Tensor
 
 from evaluation.bootstrap import Interval, bootstrap_interval, paired_difference
 from evaluation.objects import object_precision, object_precision_difference
+from evaluation.output import progress, save_report
 from evaluation.quality import QualityConfig, Subject, check_loras, check_sampling, read_prompts
 from hypersd_ray.config.base import Strict
 from hypersd_ray.config.cli import parse, run_job
@@ -186,9 +187,7 @@ def table(report: Report) -> str:
         cells = []
         for judge in judges:
             cell, change = f"{row.means[judge].mean:.3f}", row.versus.get(judge)
-            cells.append(
-                cell if change is None else f"{cell} ({change.mean:+.3f} [{change.low:+.3f}, {change.high:+.3f}])"
-            )
+            cells.append(cell if change is None else f"{cell} ({change:+.3f})")
         lines.append(f"| {row.model} | {row.steps} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -196,11 +195,9 @@ def table(report: Report) -> str:
 def main() -> None:
     """Measure, print the table, write the JSON file."""
     config = parse({"tiny": tiny}, RewardsConfig, __doc__)
-    report = evaluate(config, log=lambda line: print(line, file=sys.stderr, flush=True))
+    report = evaluate(config, log=progress)
     print(table(report))
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(json.dumps(asdict(report), indent=1, default=str) + "\n")
-    print(f"\nwritten to {config.out}", file=sys.stderr)
+    save_report(config.out, asdict(report))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from pydantic import Field, PositiveInt, model_validator
 
+from evaluation.output import save_report
 from hypersd_ray.config.base import Strict
 from hypersd_ray.config.cli import read_options, run_job
 from hypersd_ray.trainer.local import free_port
@@ -202,8 +203,7 @@ def main() -> None:
     config = read_options(ScalingConfig, sys.argv[1:], __doc__ or "", ScalingConfig())
     found = measure(config)
     print(table(found))
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(json.dumps(found, indent=1) + "\n")
+    save_report(config.out, found)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
 
@@ -40,8 +40,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from evaluation.output import save_report
 from hypersd_ray.config.base import Strict
-from hypersd_ray.config.cli import run_job
+from hypersd_ray.config.cli import read_options, run_job
 from hypersd_ray.config.data import DataConfig
 from hypersd_ray.config.run import OptimConfig, RunConfig
 from hypersd_ray.config.tscd import AdversarialConfig, DistillConfig, LoRAConfig, TSCDConfig
@@ -376,19 +377,20 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+Command = (
+    Annotated[StepSettings, tyro.conf.subcommand("step")] | Annotated[VariantSettings, tyro.conf.subcommand("variant")]
+)
+
+
 def main() -> None:
     """Dispatch on the subcommand."""
-    settings = tyro.extras.subcommand_cli_from_dict(
-        {"step": StepSettings, "variant": VariantSettings}, description=__doc__
-    )
+    settings: Command = read_options(Command, sys.argv[1:], __doc__ or "")
     if isinstance(settings, VariantSettings):
         print(json.dumps(measure(settings)))
         return
     result = compare(settings)
     print(table(result))
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\nwritten to {settings.out}", file=sys.stderr)
+    save_report(settings.out, result)
 
 
 if __name__ == "__main__":

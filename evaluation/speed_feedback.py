@@ -9,7 +9,6 @@ copy in each worker. Needs as many free cores as threads.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
@@ -21,13 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 
 import ray
 import torch
-import tyro
 from pydantic import Field
 
+from evaluation.output import save_report
 from hypersd_ray.actors.client import RemoteBackend
 from hypersd_ray.actors.placement import Handles, start_evaluators, stop_evaluators
 from hypersd_ray.config.base import Strict
-from hypersd_ray.config.cli import run_job
+from hypersd_ray.config.cli import read_options, run_job
 from hypersd_ray.config.feedback import FeedbackConfig
 from hypersd_ray.embedded import paths
 from hypersd_ray.embedded.pictures import load_pictures
@@ -119,7 +118,7 @@ def memory(handles: Handles, settings: SpeedConfig) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Measure, print, write the JSON file."""
-    settings: SpeedConfig = tyro.cli(SpeedConfig, description=__doc__)
+    settings: SpeedConfig = read_options(SpeedConfig, sys.argv[1:], __doc__ or "")
     config = FEEDBACK_RECIPES["tiny"](lora=str(Path(settings.lora).resolve()))
     connect()
     handles = start_evaluators(config.models, config.placement, "speed")
@@ -132,8 +131,7 @@ def main() -> None:
     for row in result["memory"]:
         print(f"{row['workers']} workers: models in {row['processes']} processes, {row['held_mb']:.1f} MB; "
               f"in each worker they would take {row['copies_mb']:.1f} MB")  # fmt: skip
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(settings.model_dump(mode="json") | result, indent=1) + "\n")
+    save_report(settings.out, settings.model_dump(mode="json") | result)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ Shapes: latents (B, 4, s, s), prompt embeddings (B, L, D).
 from __future__ import annotations
 
 import gc
-import json
 import statistics
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from evaluation.output import progress, save_report
 from hypersd_ray.config.base import ConfigError, Strict
 from hypersd_ray.config.cli import read_options, run_job
 from hypersd_ray.config.onestep import OneStepConfig
@@ -40,7 +40,7 @@ from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.diffusion.schedule import scaled_linear
 from hypersd_ray.embedded import paths
 from hypersd_ray.models.checkpoint import read_base
-from hypersd_ray.models.conditioning import Conditioning
+from hypersd_ray.models.conditioning import Conditioning, square_time_ids
 from hypersd_ray.models.roles import FullRoles, LoRARoles, Roles
 from hypersd_ray.models.shapes import write_shape
 from hypersd_ray.recipes import ONESTEP_RECIPES, RECIPES
@@ -133,8 +133,8 @@ def inputs_of(settings: TSCDConfig, batch: int, device: torch.device) -> tuple[B
         if unet.get("addition_embed_type") != "text_time":
             return Conditioning(text)
         width = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
-        pooled, side = torch.randn(rows, width, generator=g).to(device), float(settings.data.resolution)
-        return Conditioning(text, pooled, torch.tensor([[side, side, 0, 0, side, side]], device=device).repeat(rows, 1))
+        pooled = torch.randn(rows, width, generator=g).to(device)
+        return Conditioning(text, pooled, square_time_ids(settings.data.resolution, rows, device))
 
     x0 = torch.randn(batch, unet["in_channels"], model.size, model.size, generator=g).to(device)
     return Batch(x0, conditioning(batch)), conditioning(1)
@@ -257,16 +257,12 @@ def main() -> None:
         )
     rates: list[Rate] = []
     for kind in config.kinds:
-        rates += measure(config, kind, lambda line: print(line, file=sys.stderr, flush=True))
+        rates += measure(config, kind, progress)
         gc.collect()
     print(table(rates))
     name = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else "cpu"
     settings = config.model_dump(mode="json") | {"device_name": name, "torch": torch.__version__, "mfu_aim": MFU_AIM}
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(
-        json.dumps({"settings": settings, "rates": [asdict(rate) for rate in rates]}, indent=1) + "\n"
-    )
-    print(f"\nwritten to {config.out}", file=sys.stderr)
+    save_report(config.out, {"settings": settings, "rates": [asdict(rate) for rate in rates]})
 
 
 if __name__ == "__main__":

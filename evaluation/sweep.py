@@ -12,15 +12,16 @@ from typing import Any
 import ray
 import torch
 
-from evaluation.bootstrap import Interval, paired_difference, paired_means
+from evaluation.bootstrap import Interval, paired_difference, paired_means, percentiles
 from hypersd_ray.config.sweep import LOGARITHMIC, SweepConfig
 from hypersd_ray.models.checkpoint import read_base
+from hypersd_ray.models.conditioning import square_time_ids
 from hypersd_ray.models.encoders import load_encoders
 from hypersd_ray.models.export import read_lora
 from hypersd_ray.models.roles import STUDENT
 from hypersd_ray.trainer import storage
 from hypersd_ray.trainer.kinds.tscd import build_roles, product, samplings
-from hypersd_ray.trainer.loop import latent_shape, square_time_ids
+from hypersd_ray.trainer.loop import latent_shape
 from hypersd_ray.training.quality import Quality, Yardstick
 from hypersd_ray.training.samples import Sampling
 from hypersd_ray.tuning.space import held, readable
@@ -125,7 +126,7 @@ def _measured(sweep: SweepConfig, trials: list[str], prompts: tuple[str, ...]) -
     measure = config.measure.model_copy(update={"prompts": prompts})
     roles, _ = build_roles(config, torch.device(device))
     encoders = load_encoders(config.teacher, device=device)
-    time_ids = square_time_ids(config, 1, device) if encoders.is_sdxl else None
+    time_ids = square_time_ids(config.data.resolution, 1, device) if encoders.is_sdxl else None
     yardstick = Yardstick(measure, roles, encoders, read_base(config.teacher).path, latent_shape(config), time_ids)
     known = {how.steps: how for how in samplings(config)}  # as the objective was measured
     eta = next(iter(known.values())).eta
@@ -164,7 +165,7 @@ def compare(sweep: SweepConfig, outcome: Outcome) -> str:
             cells += ["", ""] if n not in its else [f"{sum(its[n]) / len(its[n]):.4g}", _cell(mine[n], its[n])]
         lines.append("| " + " | ".join(cells) + " |")
     i = objective_difference(ours, theirs, sweep.base.measure.clip_weight)
-    lines += ["", f"objective (less is better), best minus base: {i.mean:+.4g} [{i.low:+.4g}, {i.high:+.4g}]"]
+    lines += ["", f"objective (less is better), best minus base: {i:+.4g}"]
     if sweep.warm_start:
         lines += ["", "best.yaml begins, as the best trial did, from the base's first stage (first_stage)."]
     return "\n".join(lines)
@@ -183,8 +184,7 @@ def objective_difference(ours: Quality, theirs: Quality, clip_weight: float) -> 
     values = log_ratio(ours.distance, theirs.distance, 1e-12)
     if theirs.clip and clip_weight:
         values = values - clip_weight * log_ratio(ours.clip, theirs.clip, 1e-6)
-    low, high = torch.quantile(values[1:], torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(values[0].item(), low, high)
+    return percentiles(values[0].item(), values[1:])
 
 
 def _recorded(record: dict[str, Any]) -> Quality:
@@ -193,5 +193,4 @@ def _recorded(record: dict[str, Any]) -> Quality:
 
 
 def _cell(ours: list[float], theirs: list[float]) -> str:
-    i: Interval = paired_difference(torch.tensor(ours), torch.tensor(theirs))
-    return f"{i.mean:+.4g} [{i.low:+.4g}, {i.high:+.4g}]"
+    return f"{paired_difference(torch.tensor(ours), torch.tensor(theirs)):+.4g}"

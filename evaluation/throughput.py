@@ -12,7 +12,6 @@ Aim: at least 0.9 of the bare loop with one generator, more than 1 with two on c
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
@@ -24,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
 
 import torch
-from diffusers import DiffusionPipeline, TCDScheduler
+from diffusers import DiffusionPipeline
 from pydantic import Field
 
 from evaluation.harness.judges import judge_specs
@@ -33,13 +32,14 @@ from evaluation.harness.plan import plan
 from evaluation.harness.prompts import Row, read_rows
 from evaluation.harness.store import Store, shards_of
 from evaluation.harness.subjects import find_subject
+from evaluation.output import save_report
 from hypersd_ray.config.base import ConfigError, Strict
 from hypersd_ray.config.cli import read_options, run_job
 from hypersd_ray.config.data import ActorPool
 from hypersd_ray.config.evaluate import EvaluateConfig, JudgesConfig
 from hypersd_ray.embedded import paths
 from hypersd_ray.models.checkpoint import read_base
-from hypersd_ray.models.export import TCD_GRID
+from hypersd_ray.models.samplers import diffusers_scheduler
 
 
 class ThroughputConfig(Strict):
@@ -83,7 +83,7 @@ def bare(config: ThroughputConfig, rows: list[Row]) -> float:
         pipe = DiffusionPipeline.from_pretrained(config.base, **safely, torch_dtype=dtype, **checker).to(device)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--base {config.base} cannot be loaded: {' '.join(str(error).split())}") from None
-    pipe.scheduler = TCDScheduler.from_config(pipe.scheduler.config, original_inference_steps=TCD_GRID)
+    pipe.scheduler = diffusers_scheduler("tcd", pipe.scheduler.config)
     pipe.load_lora_weights(str(config.lora))
     pipe.fuse_lora()
     pipe.set_progress_bar_config(disable=True)
@@ -129,9 +129,8 @@ def main() -> None:
         print(
             f"{name:22s} {speed:8.2f} pictures/s, {statistics.median(ratios):.2f} of bare [{min(ratios):.2f}, {max(ratios):.2f}]"
         )
-    config.out.parent.mkdir(parents=True, exist_ok=True)
     about = {"settings": config.model_dump(mode="json"), "threads": threads(config), "turns": turns}
-    config.out.write_text(json.dumps(about, indent=1) + "\n")
+    save_report(config.out, about)
 
 
 if __name__ == "__main__":

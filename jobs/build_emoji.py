@@ -9,21 +9,18 @@ The shards that this makes with its defaults are committed, so nobody needs npm 
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
 
-import tyro
 
-from hypersd_ray.config.cli import run_job
+from hypersd_ray.config.base import Strict
+from hypersd_ray.config.cli import read_options, run_job
 from hypersd_ray.embedded.catalogue import common_objects, load_catalogue
 
 
-@dataclass(frozen=True)
-class BuildConfig:
+class BuildConfig(Strict):
     """What to draw; every picture is a function of (seed, split, index)."""
 
     node_modules: Path
@@ -46,7 +43,7 @@ class BuildConfig:
 
 def main() -> None:
     """Build both splits."""
-    config = tyro.cli(BuildConfig, description=__doc__)
+    config: BuildConfig = read_options(BuildConfig, sys.argv[1:], __doc__ or "")
     from hypersd_ray.embedded import shards  # after the options: it writes with an extra's package
 
     catalogue = load_catalogue(config.node_modules)
@@ -58,8 +55,7 @@ def main() -> None:
         print(f"{split}: {made} pictures of {len(objects)} objects in {config.out}")
     shards.write_objects(config.out, objects)
     (config.out / "build.txt").write_text(
-        "\n".join(f"{k} = {v}" for k, v in dataclasses.asdict(config).items() if k not in ("node_modules", "out"))
-        + "\n"
+        "\n".join(f"{k} = {v}" for k, v in config.model_dump().items() if k not in ("node_modules", "out")) + "\n"
     )
 
 

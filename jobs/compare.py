@@ -32,8 +32,9 @@ def main() -> None:
     config = parse(COMPARE_RECIPES, CompareConfig, __doc__)
     from evaluation.harness.comparison import Comparison
     from evaluation.harness.pieces import write_json
+    from evaluation.output import progress
 
-    comparison = Comparison(config, lambda line: print(line, file=sys.stderr, flush=True))
+    comparison = Comparison(config, progress)
     if config.plan:
         print("\n".join(comparison.plan()))
         return

@@ -15,11 +15,10 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
 
-import tyro
 from pydantic import Field
 
 from hypersd_ray.config.base import Strict
-from hypersd_ray.config.cli import run_job
+from hypersd_ray.config.cli import read_options, run_job
 from hypersd_ray.embedded import paths
 
 
@@ -42,7 +41,7 @@ class ControlNetConfig(Strict):
 
 def main() -> None:
     """Train it, say where it is."""
-    config = tyro.cli(ControlNetConfig, description=__doc__)
+    config: ControlNetConfig = read_options(ControlNetConfig, sys.argv[1:], __doc__ or "")
     from hypersd_ray.embedded.pictures import load_pictures
     from hypersd_ray.embedded.pretrain_controlnet import train_controlnet
 

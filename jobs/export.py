@@ -16,11 +16,10 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
 
-import tyro
 from pydantic import Field
 
 from hypersd_ray.config.base import ConfigError, Strict
-from hypersd_ray.config.cli import run_job
+from hypersd_ray.config.cli import read_options, run_job
 
 
 class ExportConfig(Strict):
@@ -40,7 +39,7 @@ class ExportConfig(Strict):
 
 def main() -> None:
     """Merge, write both layouts, say what came out."""
-    config = tyro.cli(ExportConfig, description=__doc__)
+    config: ExportConfig = read_options(ExportConfig, sys.argv[1:], __doc__ or "")
     weights = config.weights or (1.0,) * len(config.loras)
     if len(weights) != len(config.loras):
         raise ConfigError(f"--weights {config.weights}: {len(weights)} for {len(config.loras)} LoRAs, one each")

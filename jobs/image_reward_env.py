@@ -14,10 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
 
-import tyro
 
 from hypersd_ray.config.base import ConfigError, RunError, Strict
-from hypersd_ray.config.cli import run_job
+from hypersd_ray.config.cli import read_options, run_job
 
 
 class EnvironmentConfig(Strict):
@@ -29,7 +28,7 @@ class EnvironmentConfig(Strict):
 
 def main() -> None:
     """Make it, say its interpreter."""
-    config = tyro.cli(EnvironmentConfig, description=__doc__)
+    config: EnvironmentConfig = read_options(EnvironmentConfig, sys.argv[1:], __doc__ or "")
     if config.out.exists():
         raise ConfigError(f"--out {config.out} exists: name a new folder, or remove it first")
     from hypersd_ray.models.rewards.image_reward_package import make_environment

@@ -14,18 +14,16 @@ twemoji; "fluent", which the teacher never saw, takes shards of jobs/build_emoji
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
 
 import torch
-import tyro
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
-from hypersd_ray.config.base import ConfigError
-from hypersd_ray.config.cli import run_job
+from hypersd_ray.config.base import ConfigError, Strict
+from hypersd_ray.config.cli import read_options, run_job
 from hypersd_ray.embedded import paths
 from hypersd_ray.embedded.pictures import load_pictures
 from hypersd_ray.embedded.pretrain_unet import train_unet
@@ -34,8 +32,7 @@ from hypersd_ray.embedded.text import make_text_encoder, train_tokenizer
 from hypersd_ray.models.checkpoint import load_component, read_base
 
 
-@dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(Strict):
     """Sizes of the two trainings."""
 
     out: Path
@@ -61,7 +58,7 @@ class PretrainConfig:
 
 def main() -> None:
     """Train both, or what of them is not finished yet."""
-    config = tyro.cli(PretrainConfig, description=__doc__)
+    config: PretrainConfig = read_options(PretrainConfig, sys.argv[1:], __doc__ or "")
     if config.style and config.start is None:
         raise ConfigError(f"--style {config.style} needs --start: the base model that is fine-tuned to it")
     config.out.mkdir(parents=True, exist_ok=True)

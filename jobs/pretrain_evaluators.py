@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, installed or not
 
-import tyro
 from pydantic import Field
 
 from hypersd_ray.config.base import Strict
-from hypersd_ray.config.cli import run_job
+from hypersd_ray.config.cli import read_options, run_job
 from hypersd_ray.embedded import paths
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ class EvaluatorsConfig(Strict):
 
 def main() -> None:
     """Train what is asked for, measure it on held-out pictures, and say so."""
-    config = tyro.cli(EvaluatorsConfig, description=__doc__)
+    config: EvaluatorsConfig = read_options(EvaluatorsConfig, sys.argv[1:], __doc__ or "")
     from hypersd_ray.embedded.pictures import load_pictures
 
     config.out.mkdir(parents=True, exist_ok=True)

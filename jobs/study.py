@@ -23,7 +23,7 @@ import tyro
 from pydantic import Field
 
 from hypersd_ray.config.base import ConfigError, Strict
-from hypersd_ray.config.cli import run_job
+from hypersd_ray.config.cli import read_options, run_job
 
 
 class Votes(Strict):
@@ -77,7 +77,7 @@ Command = (
 
 def main() -> None:
     """Do what the command says."""
-    config = tyro.cli(Command, description=__doc__)
+    config: Command = read_options(Command, sys.argv[1:], __doc__ or "")
     from evaluation.harness.pieces import write_whole
     from evaluation.study import analysis
     from evaluation.study.store import Store, without_password

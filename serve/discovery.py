@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
@@ -11,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.embedded import paths
-from hypersd_ray.models.checkpoint import Family, read_base
+from hypersd_ray.models.checkpoint import BaseInfo, Family, read_base
 from hypersd_ray.models.export import GUIDANCE, KEPT, LoRAMetadata
 from hypersd_ray.recipes import TINY_PROMPTS
 from serve.catalog import SCHEDULERS, Catalog, LoRAInfo, Scheduler
@@ -47,7 +46,7 @@ def read_catalog(settings: ModelSettings) -> Catalog:
         aliases=settings.aliases,
         base=str(folder),
         family=info.family,
-        sizes=_sizes(settings, info.unet_config, folder),
+        sizes=_sizes(settings, info),
         loras=loras,
         default_lora=settings.default_lora,
         controlnets=settings.controlnets,
@@ -105,10 +104,9 @@ def _examples(settings: ModelSettings) -> tuple[str, ...]:
     return TINY_PROMPTS if settings.base == EMBEDDED else ()
 
 
-def _sizes(settings: ModelSettings, unet: dict, folder: Path) -> tuple[str, ...]:
+def _sizes(settings: ModelSettings, info: BaseInfo) -> tuple[str, ...]:
     """The accepted sizes, each one that the network can do."""
-    vae = json.loads((folder / "vae" / "config.json").read_text())
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    factor, unet = info.latent_factor, info.unet_config
     native = unet["sample_size"] * factor
     multiple = factor * 2 ** (len(unet["block_out_channels"]) - 1)
     for size in settings.sizes:

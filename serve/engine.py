@@ -15,18 +15,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ControlNetModel, DDIMScheduler, LCMScheduler, TCDScheduler
+from diffusers import ControlNetModel
 from torch import Tensor
 
 from hypersd_ray.diffusion.guidance import guide
 from hypersd_ray.diffusion.parameterization import to_prediction
 from hypersd_ray.models.checkpoint import load_component, load_unet, read_base
-from hypersd_ray.models.conditioning import Conditioning, concatenate
+from hypersd_ray.models.conditioning import Conditioning, concatenate, size_time_ids
 from hypersd_ray.models.encoders import load_encoders
-from hypersd_ray.models.export import TCD_GRID
+from hypersd_ray.models.samplers import SCHEDULERS, diffusers_scheduler
 from serve.catalog import Catalog
 from serve.lora_switch import HotLoRA, LoRASwitch, load_hot_lora
 from serve.settings import NO_LORA, ModelSettings
@@ -74,17 +75,10 @@ class Engine:
             name: load_component(ControlNetModel, Path(folder), torch_dtype=self.dtype).to(self.device)
             for name, folder in catalog.controlnets.items()
         }
-        self.scheduler = TCDScheduler.from_pretrained(
-            catalog.base, subfolder="scheduler", original_inference_steps=TCD_GRID, local_files_only=True
-        )
-        self.lcm = LCMScheduler.from_config(self.scheduler.config)
-        # clip_sample is on by default, and latents are not within [-1, 1]
-        self.ddim = DDIMScheduler.from_pretrained(
-            catalog.base, subfolder="scheduler", timestep_spacing="trailing", clip_sample=False, local_files_only=True
-        )
+        self.schedulers = {kind.__name__: diffusers_scheduler(name, catalog.base) for name, kind in SCHEDULERS.items()}
         # Requests are counted on one thread while another encodes: a fast tokenizer cannot be borrowed twice.
         self._counting = copy.deepcopy(self.encoders.tokenizers[0])
-        self._factor = 2 ** (len(self.encoders.vae.config.block_out_channels) - 1)
+        self._factor = self.info.latent_factor
         self._lock = threading.Lock()
 
     @property
@@ -164,10 +158,7 @@ class Engine:
 
     def _conditioning(self, key: BatchKey, shots: Sequence[Shot]) -> tuple[Conditioning, Conditioning | None]:
         """Of the prompts, and of the negative ones where the batch is guided."""
-        ids = None
-        if self.encoders.is_sdxl:
-            size = [float(key.height), float(key.width)]
-            ids = torch.tensor([[*size, 0, 0, *size]], device=self.device).repeat(len(shots), 1)
+        ids = size_time_ids(key.height, key.width, len(shots), self.device) if self.encoders.is_sdxl else None
         texts = self.encoders.encode_prompts([shot.prompt for shot in shots])
         cond = Conditioning(texts.prompt_embeds, texts.pooled, ids)
         if not key.guided:
@@ -209,16 +200,16 @@ class Engine:
             x = scheduler.step(output, t, x, generator=generators, return_dict=False, **how)[0]
         return x
 
-    def _sampler(self, key: BatchKey) -> tuple[TCDScheduler | DDIMScheduler | LCMScheduler, dict[str, float]]:
+    def _sampler(self, key: BatchKey) -> tuple[Any, dict[str, float]]:
         """The scheduler with its timesteps set, and what its `step` takes beside the usual."""
         lora = self.catalog.lora(key.lora)
-        if lora is not None and lora.timesteps:
-            self.lcm.set_timesteps(timesteps=list(lora.timesteps), device=self.device)
-            return self.lcm, {}
         named = self.catalog.sampler(key.lora)
-        scheduler = {"TCDScheduler": self.scheduler, "DDIMScheduler": self.ddim, "LCMScheduler": self.lcm}[named]
-        scheduler.set_timesteps(key.steps, device=self.device)
-        return scheduler, {} if scheduler is self.lcm else {"eta": key.eta}
+        scheduler = self.schedulers[named]
+        if lora is not None and lora.timesteps:
+            scheduler.set_timesteps(timesteps=list(lora.timesteps), device=self.device)
+        else:
+            scheduler.set_timesteps(key.steps, device=self.device)
+        return scheduler, {} if named == "LCMScheduler" else {"eta": key.eta}
 
     def _network(
         self, key: BatchKey, shots: Sequence[Shot], cond: Conditioning, null: Conditioning | None
@@ -268,7 +259,7 @@ class Engine:
             on_preview(place, step, picture)
 
     def _alphas(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        alpha_bar = self.scheduler.alphas_cumprod[t.cpu()].to(self.device)
+        alpha_bar = self.schedulers["TCDScheduler"].alphas_cumprod[t.cpu()].to(self.device)
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def _decode(self, x: Tensor) -> list[np.ndarray]:

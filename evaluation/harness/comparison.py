@@ -10,29 +10,26 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import inspect
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evaluation.harness.judges import TITLES, chosen_judges
+from evaluation.harness.chains import chain_hash, check, default_lr, serving, sweep
+from evaluation.harness.judges import chosen_judges
 from evaluation.harness.pieces import POLL_S, Piece, Pieces, read_json, write_json, write_whole
 from evaluation.harness.plan import plan
 from evaluation.harness.prompts import Row, read_rows, selection_captions
 from evaluation.harness.run import evaluate
 from evaluation.harness.subjects import TEACHER, Subject, base_sha256, find_baseline, read_run, run_subject, teacher
-from evaluation.harness.telling import learns_from, told
+from evaluation.harness.telling import told
 from hypersd_ray.config.base import ConfigError, RunError
 from hypersd_ray.config.compare import CompareConfig
 from hypersd_ray.config.evaluate import EvaluateConfig, JudgesConfig
 from hypersd_ray.config.feedback import FeedbackConfig
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.data.precompute import resolve
-from hypersd_ray.embedded import paths
 from hypersd_ray.recipes.compare import TRAININGS
 from hypersd_ray.recipes.methods import Chain, Config, teacher_passes
 from hypersd_ray.trainer import run
@@ -41,18 +38,6 @@ from hypersd_ray.trainer.kinds import KINDS, kind_of
 Log = Callable[[str], None]
 DIVERGED = "NaN or inf"
 """In the words of a run that stops after run.max_bad_steps bad steps."""
-
-
-def default_lr(method: str) -> float:
-    """The method's own learning rate."""
-    return inspect.signature(TRAININGS[method]).parameters["lr"].default
-
-
-def sweep(config: CompareConfig, method: str) -> list[Piece]:
-    """A piece a rate."""
-    # %g is the run's name: two rates must not share it, nor one have two
-    rates = [float(f"{factor * default_lr(method):.4g}") for factor in config.rates]
-    return [Piece(method, rate, config.seeds[0]) for rate in rates]
 
 
 class Comparison:
@@ -67,30 +52,7 @@ class Comparison:
         self.out = Path(config.out).expanduser().resolve()
         self.there = Pieces(self.out)
         self.encoded = False
-        unknown = [m for m in config.methods if m not in TRAININGS]
-        if unknown:
-            raise ConfigError(f"--methods {unknown[0]}: choose of {', '.join(TRAININGS)}")
-        if config.select not in TITLES:
-            raise ConfigError(f"--select {config.select} gives no score to a picture: one of {', '.join(TITLES)}")
-        if not getattr(chosen_judges(self.evaluation()), config.select, ""):
-            raise ConfigError(
-                f"--select {config.select} has no weights here: give --judges.{config.select.replace('_', '-')}"
-            )
-        for method in config.methods:
-            try:
-                TRAININGS[method](budget=config.budget)
-            except ConfigError as error:
-                raise ConfigError(f"--budget {config.budget} with method {method}: {error}") from None
-            if config.select in learns_from(method, config.budget, chosen_judges(self.evaluation())):
-                raise ConfigError(
-                    f"--select {config.select}: {method} learns from that judge, and its rate would be chosen by what it was "
-                    "trained on; select another, such as clip_score"
-                )
-        if base_sha256(config.teacher) != base_sha256(str(paths.TEACHER)):
-            raise ConfigError(
-                f"--teacher {config.teacher}: the recipes of a comparison (hypersd_ray/recipes/methods.py) train the embedded "
-                "model; leave it out, or write recipes of that teacher"
-            )
+        check(config, chosen_judges(self.evaluation()))
         self._same()
 
     @functools.cached_property
@@ -340,7 +302,7 @@ class Comparison:
         found = self.done(piece)
         assert found is not None
         serves = {int(n): run for n, run in found.get("serves", {}).items()}
-        folders = {n: Path(_serving(serves, n) or found["runs"][-1]) for n in config.steps}
+        folders = {n: Path(serving(serves, n) or found["runs"][-1]) for n in config.steps}
         noisy = noisy if self.chain(piece).gamma else ()
         parts: dict[int, Subject] = {}
         for n, folder in folders.items():
@@ -415,18 +377,3 @@ class Comparison:
                 what = replace(what, baseline=self.config.baseline)
             results = evaluate(what, self.log)
         return told(self, results), rows
-
-
-def chain_hash(method: str, budget: int) -> str:
-    """Of all that a method's configurations say but rate, seed and where the checkout lies."""
-    chain = TRAININGS[method](budget=budget, lr=1e-3)  # the same one whatever the method's own is
-    lora = str(paths.LORAS / "tscd-k1.safetensors")
-    configs = [chain.first, *(link.config(lora) for link in chain.then)]
-    links = [[link.above, link.steps] for link in chain.then]
-    text = json.dumps([[c.model_dump(mode="json") for c in configs], links, chain.serves], sort_keys=True)
-    return hashlib.sha256(text.replace(str(paths.ROOT), "").encode()).hexdigest()[:16]
-
-
-def _serving(serves: dict[int, str], steps: int) -> str | None:
-    """Made for `steps`, or the next fewer, or the fewest."""
-    return serves[max((n for n in serves if n <= steps), default=min(serves))] if serves else None

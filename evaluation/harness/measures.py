@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.bootstrap import Interval, resampled_means, training_noise
+from evaluation.bootstrap import Interval, percentiles, resample_counts, resampled_means, training_noise
 from evaluation.harness.judges import FEATURES, OBJECTS, JudgeSpec, MetricCard, reward_card
 from evaluation.harness.subjects import Cell, by_weights
 from evaluation.objects import object_precision
@@ -50,7 +50,7 @@ class Values:
         there = self.each[:, self.there]
         if there.shape[1] < 2:
             return Interval(math.nan, math.nan, math.nan)
-        return _percentiles(there.mean().item(), resampled_means(there, resamples, seed))
+        return percentiles(there.mean().item(), resampled_means(there, resamples, seed))
 
     def minus(self, other: Values, resamples: int, seed: int) -> Interval:
         """The difference over the prompts that both have, kept together; each model's trainings are drawn apart."""
@@ -59,12 +59,7 @@ class Values:
             return Interval(math.nan, math.nan, math.nan)
         a, b = self.each[:, both], other.each[:, both]
         draws = resampled_means(a, resamples, seed, 0) - resampled_means(b, resamples, seed, 1)
-        return _percentiles((a.mean() - b.mean()).item(), draws)
-
-
-def _percentiles(point: float, draws: Tensor) -> Interval:
-    low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(point, low, high)
+        return percentiles((a.mean() - b.mean()).item(), draws)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +77,7 @@ class Draws:
         draws = self.draws.double()
         if self.centred:
             draws = draws - draws.mean() + self.point
-        return _percentiles(self.point, draws)
+        return percentiles(self.point, draws)
 
     def minus(self, other: Draws, resamples: int, seed: int) -> Interval:
         """The difference with the prompts kept together."""
@@ -178,11 +173,7 @@ def vendi(features: Tensor, weights: Tensor | None = None) -> Tensor:
 
 def counts(prompts: int, resamples: int, seed: int) -> Tensor:
     """(R, P) how often each prompt is in each resample, the same for every model."""
-    generator = generator_of(seed, "counts", prompts, resamples)
-    index = torch.randint(prompts, (resamples, prompts), generator=generator)
-    return torch.zeros(resamples, prompts, dtype=torch.float64).scatter_add_(
-        1, index, torch.ones_like(index, dtype=torch.float64)
-    )
+    return resample_counts(prompts, resamples, generator_of(seed, "counts", prompts, resamples))
 
 
 def work_out(cell: Cell, draws: Callable[[], Draws]) -> Draws:

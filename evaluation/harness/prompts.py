@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,6 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evaluation.quality import held_out_prompts
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.evaluate import EvaluateConfig
 from hypersd_ray.embedded import paths
@@ -31,6 +31,26 @@ class Row:
 
     key: str
     prompt: str
+
+
+def held_out_prompts(folder: Path, limit: int) -> list[str]:
+    """The first `limit` distinct captions of `folder`'s val-*.tar, in the shards' order.
+
+    Raises:
+        ValueError: no shard is there, or it has fewer.
+    """
+    shards = sorted(folder.glob("val-*.tar"))
+    captions: dict[str, None] = {}
+    for shard in shards:
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                if member.name.endswith(".txt"):
+                    captions.setdefault(tar.extractfile(member).read().decode().strip())  # type: ignore[union-attr]
+    if len(captions) < limit:
+        raise ValueError(
+            f"--prompts {limit}: {folder}/val-*.tar has {len(captions)} distinct captions; ask for at most that"
+        )
+    return list(captions)[:limit]
 
 
 def read_rows(config: EvaluateConfig, log: Callable[[str], None] = lambda _: None) -> list[Row]:

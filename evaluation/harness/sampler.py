@@ -11,17 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from evaluation.harness.prompts import Row
-from evaluation.harness.subjects import Cell, How
+from evaluation.harness.subjects import Cell
 from hypersd_ray.diffusion.guidance import guide
 from hypersd_ray.models.checkpoint import load_component, load_unet, read_base
-from hypersd_ray.models.conditioning import Conditioning, concatenate
+from hypersd_ray.models.conditioning import Conditioning, concatenate, square_time_ids
 from hypersd_ray.models.encoders import load_encoders
-from hypersd_ray.models.export import TCD_GRID, alpha_of, merge_lora, read_lora
+from hypersd_ray.models.export import alpha_of, merge_lora, read_lora
 from hypersd_ray.models.roles import STUDENT, Plain
+from hypersd_ray.models.samplers import diffusers_scheduler
 from hypersd_ray.training import samples
 from hypersd_ray.training.randomness import generator_of
 
@@ -51,8 +52,8 @@ class Sampler:
         self.unet = load_unet(self.info, self.dtype, device)
         self.bare = {name: p.detach().cpu().clone() for name, p in self.unet.state_dict().items()}
         self.loaded = ""
-        side = self.unet.config.sample_size
-        self.shape = (self.unet.config.in_channels, side, side)
+        size = self.unet.config.sample_size
+        self.shape, self.side = (self.unet.config.in_channels, size, size), size * self.info.latent_factor
         self.null = self.encoders.null_conditioning()
 
     @property
@@ -96,10 +97,8 @@ class Sampler:
 
     def conditioning(self, prompts: Sequence[str]) -> Conditioning:
         """What the UNet is called with."""
-        embeds, ids = self.encoders.encode_prompts(list(prompts)), None
-        if self.encoders.is_sdxl:
-            side = float(self.unet.config.sample_size * 2 ** (len(self.encoders.vae.config.block_out_channels) - 1))
-            ids = torch.tensor([[side, side, 0, 0, side, side]], device=self.device).repeat(len(prompts), 1)
+        embeds = self.encoders.encode_prompts(list(prompts))
+        ids = square_time_ids(self.side, len(prompts), self.device) if self.encoders.is_sdxl else None
         return Conditioning(embeds.prompt_embeds, embeds.pooled, ids)
 
     def sample(self, cell: Cell, x_T: Tensor, cond: Conditioning, keys: Sequence[str]) -> Tensor:
@@ -117,7 +116,7 @@ class Sampler:
     def _by_diffusers(self, cell: Cell, x_T: Tensor, cond: Conditioning, keys: Sequence[str]) -> Tensor:
         """The loop of diffusers' pipelines around one of its schedulers."""
         how = cell.how
-        scheduler = make_scheduler(str(self.info.path), how)
+        scheduler = diffusers_scheduler(how.scheduler, self.info.path, how.timesteps or ())
         if how.timesteps is not None:
             scheduler.set_timesteps(timesteps=list(how.timesteps))
         else:
@@ -154,19 +153,6 @@ class Sampler:
             return guide(conditional, null, scale)
 
         return call
-
-
-def make_scheduler(base: str, how: How) -> Any:
-    """diffusers' scheduler on the base's noise schedule, with the grid that the students were trained on."""
-    options: dict[str, Any] = {"subfolder": "scheduler", "local_files_only": True}
-    if how.scheduler == "ddim":
-        # Latents are not confined to [-1, 1]; released configs say so too, but DDIM's own default clips.
-        return DDIMScheduler.from_pretrained(base, **options, timestep_spacing="trailing", clip_sample=False)
-    if how.scheduler == "tcd":
-        return TCDScheduler.from_pretrained(base, **options, original_inference_steps=TCD_GRID)
-    if how.timesteps is not None:
-        return LCMScheduler.from_pretrained(base, **options)
-    return LCMScheduler.from_pretrained(base, **options, original_inference_steps=TCD_GRID)
 
 
 class _timed:

@@ -20,15 +20,17 @@ from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.evaluate import EvaluateConfig
 from hypersd_ray.models.cards import UNetSampling, read_sampling
 from hypersd_ray.models.checkpoint import read_base
-from hypersd_ray.models.export import GUIDANCE, KEPT, TCD_GRID, LoRAMetadata, read_lora, read_metadata
+from hypersd_ray.models.export import GUIDANCE, KEPT, LoRAMetadata, read_lora, read_metadata
 from hypersd_ray.models.rewards.weights import sha256_of
+from hypersd_ray.models.samplers import SCHEDULERS, TCD_GRID
 from hypersd_ray.trainer.kinds import KINDS, AnyConfig, kind_of
 from hypersd_ray.training.samples import Sampling
 
 Kind = Literal["base", "lora", "unet"]
 TEACHER = "teacher"
 UNET_FILE = "diffusion_pytorch_model.safetensors"
-SCHEDULERS = {"TCDScheduler": "tcd", "DDIMScheduler": "ddim", "LCMScheduler": "lcm"}
+SAMPLERS = {kind.__name__: name for name, kind in SCHEDULERS.items()}
+"""What a LoRA's file calls its scheduler -> what `How` does."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ def _named(spec: str) -> tuple[str, str]:
 def _how(config: EvaluateConfig, metadata: LoRAMetadata | UNetSampling | None, steps: int) -> How:
     """What the command line says, else what the LoRA or the UNet's folder says of itself, else TCD."""
     scheduler, timesteps = config.scheduler, None
-    own = SCHEDULERS.get(metadata.scheduler, "tcd") if metadata else "tcd"
+    own = SAMPLERS.get(metadata.scheduler, "tcd") if metadata else "tcd"
     if scheduler == "auto":
         scheduler = own  # type: ignore[assignment]
     if metadata and metadata.timesteps and scheduler == own:

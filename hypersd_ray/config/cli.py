@@ -114,10 +114,8 @@ def parse(
         raise ConfigError(one_line(error)) from None
 
 
-def read_options(
-    kind: type[Any], arguments: Sequence[str], description: str, default: Any = tyro.MISSING_NONPROP
-) -> Any:
-    """`tyro.cli`, with what it complains of as one line in place of a box.
+def read_options(kind: Any, arguments: Sequence[str], description: str, default: Any = tyro.MISSING_NONPROP) -> Any:
+    """`tyro.cli`, with what it complains of as one line in place of a box. `kind` is a config, or a union of subcommands'.
 
     Raises:
         ConfigError: the option, the value and what would be accepted.
@@ -148,7 +146,7 @@ def _columns(width: int) -> Iterator[None]:
             os.environ["COLUMNS"] = before
 
 
-def _unboxed(text: str, kind: type[Any]) -> str:
+def _unboxed(text: str, kind: Any) -> str:
     """The complaint in a box of tyro's (title, message, rule, hints) as one line; boxes are ASCII where UTF-8 is not."""
     lines = [line.strip(" │╭╮╰╯") for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()]
     body: list[str] = []
@@ -170,10 +168,10 @@ def _unboxed(text: str, kind: type[Any]) -> str:
     return message.removeprefix("Error parsing ")
 
 
-def _unknown_option(option: str, kind: type[Any]) -> str:
+def _unknown_option(option: str, kind: Any) -> str:
     if not option.startswith("-"):
         return f"unexpected argument {option!r}: options look like --field VALUE, --help lists them"
-    options = [f"--{name}" for name in _option_names(kind)]
+    options = list(dict.fromkeys(f"--{name}" for name in _option_names(kind)))  # subcommands may share one
     last = option.rpartition(".")[2].lstrip("-")
     near = difflib.get_close_matches(option, options, n=2, cutoff=0.75)
     near += [o for o in options if o.rpartition(".")[2].lstrip("-") == last and o not in near][:2]
@@ -184,8 +182,10 @@ def _unknown_option(option: str, kind: type[Any]) -> str:
     return f"unknown option {option}: {hint}--help lists all"
 
 
-def _option_names(kind: type[Any]) -> Iterator[str]:
-    """Dotted names of a config's fields, as tyro spells them."""
+def _option_names(kind: Any) -> Iterator[str]:
+    """Dotted names of a config's fields, as tyro spells them; of subcommands' configs, those of each."""
+    for command in get_args(kind):
+        yield from _option_names(command)
     for name, field in kind.model_fields.items() if hasattr(kind, "model_fields") else ():
         spelled = name.replace("_", "-")
         if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):

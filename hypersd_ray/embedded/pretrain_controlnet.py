@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, ControlNetModel
+from diffusers import ControlNetModel
 from torch import Tensor
 
 from hypersd_ray.diffusion.schedule import add_noise
@@ -22,8 +23,8 @@ EMPTY = 0.3
 
 def make_controlnet(teacher: str | Path) -> ControlNetModel:
     """The UNet's encoder with its weights; the hint goes down to the latents' size, its way in starts at zero."""
-    unet = load_unet(read_base(teacher), torch.float32, "cpu")
-    halvings = len(AutoencoderKL.load_config(Path(teacher) / "vae")["block_out_channels"]) - 1
+    info = read_base(teacher)
+    unet, halvings = load_unet(info, torch.float32, "cpu"), int(math.log2(info.latent_factor))
     return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32, 96, 256)[: halvings + 1])
 
 

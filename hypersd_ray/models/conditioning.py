@@ -62,6 +62,17 @@ class Conditioning:
         return {"text_embeds": self.pooled, "time_ids": self.time_ids}
 
 
+def size_time_ids(height: float, width: float, batch: int, device: torch.device | str = "cpu") -> Tensor:
+    """SDXL's size conditioning of an uncropped picture, (B, 6)."""
+    size = [float(height), float(width)]
+    return torch.tensor([[*size, 0, 0, *size]], device=device).repeat(batch, 1)
+
+
+def square_time_ids(side: float, batch: int, device: torch.device | str = "cpu") -> Tensor:
+    """Of a square one, the default of diffusers' pipelines."""
+    return size_time_ids(side, side, batch, device)
+
+
 def concatenate(first: Conditioning, second: Conditioning) -> Conditioning:
     """Both batches as one."""
     return Conditioning(

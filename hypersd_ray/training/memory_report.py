@@ -17,8 +17,8 @@ GB = 1e9
 RESERVE = 0.08
 """Share of a GPU's memory that no tensor of ours gets: CUDA's context, NCCL's buffers, gaps in the allocator's blocks."""
 
-PUBLISHED_VAE = (128, 256, 512, 512)
-"""Channels of SD1.5's and SDXL's autoencoder, a level each; all but the last halve the side."""
+PUBLISHED_FACTOR = 8
+"""Pixels of a picture's side to one of its latents', of SD1.5's and SDXL's autoencoder."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,9 @@ def model_of(config: TSCDConfig) -> Model:
         ValueError: it is no pipeline folder.
     """
     info = read_base(config.teacher)
-    vae, text = (_json(info.path / part / "config.json") for part in ("vae", "text_encoder"))
-    levels = len(vae.get("block_out_channels", PUBLISHED_VAE))
-    return Model(
-        info.unet_config, config.data.resolution // 2 ** (levels - 1), int(text.get("max_position_embeddings", 77))
-    )
+    factor = info.latent_factor if (info.path / "vae" / "config.json").is_file() else PUBLISHED_FACTOR
+    text = _json(info.path / "text_encoder" / "config.json")
+    return Model(info.unet_config, config.data.resolution // factor, int(text.get("max_position_embeddings", 77)))
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -7,12 +7,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+import tyro
 import yaml
 from ray.exceptions import LocalRayletDiedError
 
-from hypersd_ray.config.base import ConfigError, RunError
+from hypersd_ray.config.base import ConfigError, RunError, Strict
 from hypersd_ray.config.cli import parse, read_options, run_job
 from hypersd_ray.config.evaluate import EvaluateConfig
 from hypersd_ray.config.tscd import TSCDConfig
@@ -111,6 +113,32 @@ def test_help_on_pools_that_make_and_judge_pictures_says_nothing_of_encoding(cap
     told = capsys.readouterr().out
     pools = told[told.index("generators options") :]
     assert "--scorers.batch-size" in pools and not re.search(r"encode[ds]? ", pools.replace("encoded rows", ""))
+
+
+class _Make(Strict):
+    out: str
+
+
+class _Show(Strict):
+    out: str
+    rows: int = 3
+
+
+_Command = Annotated[_Make, tyro.conf.subcommand("make")] | Annotated[_Show, tyro.conf.subcommand("show")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "Expected one of {make, show}."),
+        (["make", "--outt", "a", "--out", "b"], "unknown option --outt: did you mean --out? --help lists all"),
+        (["show", "--out", "a", "--row", "2"], "unknown option --row: did you mean --rows? --help lists all"),
+        (["show"], "these options are required: --out"),
+    ],
+)
+def test_mistakes_in_subcommands_are_one_line_too(arguments, said):
+    with pytest.raises(ConfigError, match=f"^{re.escape(said)}$"):
+        read_options(_Command, arguments, "The job.")
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_a_base_of_pickles_is_refused(tmp_path):
     torch.save(load_file(file), file.with_suffix(".bin"))
     file.unlink()
     job = runpy.run_path(str(JOB))
-    config = job["PretrainConfig"](tmp_path / "out", data=tmp_path, start=tmp_path / "pickled", start_steps=(2,))
+    config = job["PretrainConfig"](out=tmp_path / "out", data=tmp_path, start=tmp_path / "pickled", start_steps=(2,))
     with pytest.raises(ConfigError, match=r"--start .*/pickled cannot be loaded: ") as caught:
         job["fine_tune"](config, config.start)
     assert "\n" not in str(caught.value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evaluation.bootstrap import bootstrap_interval, paired_difference
+from evaluation.bootstrap import Interval, bootstrap_interval, paired_difference, percentiles, resample_counts
 from evaluation.harness.measures import Values
 
 
@@ -71,6 +71,22 @@ def test_pairs_see_a_difference_that_two_intervals_do_not():
     paired = paired_difference(a, difficulty)
     assert 0.15 < paired.low < paired.mean < paired.high < 0.25
     assert paired.mean == pytest.approx(alone_a.mean - alone_b.mean, abs=1e-6)
+
+
+def test_percentiles_of_even_draws():
+    assert percentiles(7.0, torch.arange(41, dtype=torch.float64)) == Interval(7.0, 1.0, 39.0)  # 0.025 x 40 = 1
+    assert percentiles(7.0, torch.arange(11, dtype=torch.float64), tail=0.1) == Interval(7.0, 1.0, 9.0)
+
+
+def test_counts_of_a_resample_are_those_of_its_draws():
+    n, resamples = 5, 7
+    counts = resample_counts(n, resamples, torch.Generator().manual_seed(0))
+    drawn = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(0))
+    assert counts.tolist() == [[(row == i).sum().item() for i in range(n)] for row in drawn]
+
+
+def test_an_interval_is_said_in_the_digits_asked_for():
+    assert f"{Interval(1.2, 1.0, 1.4):+.2f}" == "+1.20 [+1.00, +1.40]"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from evaluation.harness.comparison import Comparison, _serving, default_lr, sweep
+from evaluation.harness.chains import default_lr, serving, sweep
+from evaluation.harness.comparison import Comparison
 from evaluation.harness.judges import embedded_judges
 from evaluation.harness.pieces import Piece, Pieces
 from evaluation.harness.prompts import selection_captions
@@ -261,8 +262,8 @@ def test_a_rate_is_chosen_at_the_steps_that_a_method_is_made_for(make_config):
 
 def test_each_number_of_steps_has_its_own_run():
     serves = {8: "a", 4: "b", 2: "c", 1: "d"}
-    assert [_serving(serves, n) for n in (1, 2, 3, 4, 6, 16)] == ["d", "c", "c", "b", "b", "a"]
-    assert _serving({}, 4) is None, "an earlier version's pieces: their last run"
+    assert [serving(serves, n) for n in (1, 2, 3, 4, 6, 16)] == ["d", "c", "c", "b", "b", "a"]
+    assert serving({}, 4) is None, "an earlier version's pieces: their last run"
 
 
 def test_what_a_reader_must_know_is_told(make_config):
@@ -308,7 +309,7 @@ def test_feedback_is_told_where_it_is_judged_by_its_own_reward(tmp_path):
 
 
 def test_the_rate_is_chosen_on_captions_outside_of_the_table():
-    from evaluation.quality import held_out_prompts
+    from evaluation.harness.prompts import held_out_prompts
 
     captions = selection_captions(128)
     assert len(set(captions)) == 128 and not set(captions) & set(held_out_prompts(paths.DATA, 512))

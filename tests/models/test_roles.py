@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from hypersd_ray.diffusion.schedule import scaled_linear
-from hypersd_ray.models.conditioning import Conditioning, concatenate
+from hypersd_ray.models.conditioning import Conditioning, concatenate, size_time_ids, square_time_ids
 from hypersd_ray.models.roles import EMA, PREVIOUS, STUDENT, TEACHER, FullRoles, LoRARoles
 from tests.helpers.distil import student_parameters
 from tests.helpers.pipelines import BETAS, call, random_inputs, randomize, tiny_unet
@@ -82,6 +82,11 @@ def test_sdxl_is_told_size_and_pooled_text():
             Conditioning(cond.prompt_embeds + 1, cond.pooled, cond.time_ids),
         ):
             assert (roles.predict(TEACHER, x_t, t, other).eps - eps).abs().max() > 1e-3
+
+
+def test_the_size_of_an_uncropped_picture():
+    assert size_time_ids(768, 1344, 2).tolist() == 2 * [[768.0, 1344.0, 0.0, 0.0, 768.0, 1344.0]]
+    assert square_time_ids(1024, 1).tolist() == [[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]]
 
 
 def test_sizes_stay_exact_in_bfloat16():
