@@ -24,7 +24,6 @@ from hypersd_ray.losses.distances import mse
 from hypersd_ray.losses.dmd import dmd_loss, fake_score_loss, renoising_times, score_distillation_loss
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.roles import FAKE, STUDENT, TEACHER, Roles
-from hypersd_ray.training.adversarial import adversarial_losses
 from hypersd_ray.training.distiller import Distiller
 from hypersd_ray.training.learner import Learner, learner_of
 from hypersd_ray.training.progress import learning_rate
@@ -109,7 +108,7 @@ class OneStep(Distiller):
             generator = generator_of(self.config.run.seed, self.rank, progress.stage, progress.step, index)
             for name, value in self._learn_student(micro, micro_pairs, generator, parts).items():
                 totals[name] = totals.get(name, 0) + value / parts
-        if self.student.pending or (self.heads is not None and self.heads.pending):
+        if self.student.pending or self._heads is not None:
             totals["grad_norm"] = self._update()
         else:  # the fake score alone learns
             progress.bad_in_a_row = 0
@@ -215,7 +214,7 @@ class OneStep(Distiller):
         c = self.config
         told = c.dmd.weight > 0 and not self.warming_up
         judged = self.rewarded is not None and not self.warming_up  # the fake score learns what stands still till then
-        if not told and not judged and self.heads is None:
+        if not told and not judged and self.adversary is None:
             return
         x_t, t = self._set_out(batch, generator)
         x = to_clean(self.roles, STUDENT, x_t, t, batch.cond)
@@ -227,17 +226,13 @@ class OneStep(Distiller):
             aes, found = self.rewarded(x, batch.captions)
             losses.append(c.feedback.weight * aes)
             metrics |= found
-        if self.discriminator is not None and self.heads is not None:
+        if self.adversary is not None:
             # Judged at all noise levels, whichever step an end is of.
             first, zero = torch.full_like(t, c.t_input), torch.zeros_like(t)
             pair = Pair(x, batch.x0, Times(first, zero, zero, zero), x_t)  # against the data: Eq. 8, 9
-            student, heads = adversarial_losses(
-                self.roles, self.discriminator, pair, batch.cond, c.adversarial.kind, generator
-            )
-            if self.progress.step >= c.adversarial.warmup_share * self.steps:
-                losses.append(self.weights.adversarial * student)
-            self.heads.backward(heads / parts)
-            metrics |= {"adversarial": student, "discriminator": heads}
+            adversarial, found = self._judge(self.adversary, pair, batch.cond, generator, parts)
+            losses += [] if adversarial is None else [adversarial]
+            metrics |= found
         if losses:
             self._learn(torch.stack(losses).sum(), metrics, parts)
 
