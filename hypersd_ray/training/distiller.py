@@ -18,6 +18,7 @@ from hypersd_ray.models.discriminator import LatentDiscriminator
 from hypersd_ray.models.roles import EMA, PREVIOUS, STUDENT, Roles
 from hypersd_ray.training.adversarial import Adversary, adversarial_losses, adversary_of
 from hypersd_ray.training.learner import Learner, Replicated, learner_of
+from hypersd_ray.training.metrics import averaged
 from hypersd_ray.training.progress import Progress, learning_rate
 from hypersd_ray.training.protocol import Saved
 from hypersd_ray.training.randomness import generator_of, seed_of
@@ -83,15 +84,16 @@ class Distiller:
 
         A step whose gradient has a NaN or inf on any worker changes nothing but the counts in `progress`.
         """
-        progress, parts = self.progress, self.config.optim.accumulation
-        totals: dict[str, Tensor] = {}
-        for index, micro in enumerate(batch.chunks(parts)):
-            generator = generator_of(self.config.run.seed, self.rank, progress.stage, progress.step, index)
-            for name, value in self._backward(micro, generator, parts).items():
-                totals[name] = totals.get(name, 0) + value / parts
+        parts = self.config.optim.accumulation
+        micros = enumerate(batch.chunks(parts))
+        totals = averaged((self._backward(micro, self._generator(index), parts) for index, micro in micros), parts)
         totals["grad_norm"] = self._update()
-        progress.step += 1
+        self.progress.step += 1
         return totals
+
+    def _generator(self, *what: int | str) -> torch.Generator:
+        """The randomness of `what` in the present step, a micro-batch's number first."""
+        return generator_of(self.config.run.seed, self.rank, self.progress.stage, self.progress.step, *what)
 
     def _backward(self, micro: Batch, generator: torch.Generator, parts: int) -> dict[str, Tensor]:
         """Accumulate the gradients of one micro-batch."""

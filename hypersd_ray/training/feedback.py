@@ -31,6 +31,7 @@ from hypersd_ray.models.roles import STUDENT, TEACHER, LoRARoles, Roles
 from hypersd_ray.models.scoring import RewardClient
 from hypersd_ray.training.distributed import most, world_size
 from hypersd_ray.training.learner import learner_of
+from hypersd_ray.training.metrics import averaged
 from hypersd_ray.training.pictures import decode, diversity, saturation
 from hypersd_ray.training.progress import Progress, learning_rate
 from hypersd_ray.training.protocol import Saved
@@ -195,13 +196,17 @@ class Feedback:
         A step whose gradient has a NaN or inf on any worker changes nothing but the counts in `progress`.
         """
         c, parts, progress = self.config, self.config.optim.accumulation, self.progress
-        totals: dict[str, Tensor] = {}
         lengths = c.refl.steps if c.refl.weight else (0,)
         looks = Looks(lengths, batch.x0.device) if c.watched and progress.step % c.watch.every == 0 else None
-        for index, micro in enumerate(batch.chunks(parts)):
-            generator = generator_of(c.run.seed, "feedback", self.rank, progress.step, index)
-            for name, value in self._backward(micro, generator, parts, looks).items():
-                totals[name] = totals.get(name, 0) + value / parts
+        totals = averaged(
+            (
+                self._backward(
+                    micro, generator_of(c.run.seed, "feedback", self.rank, progress.step, index), parts, looks
+                )
+                for index, micro in enumerate(batch.chunks(parts))
+            ),
+            parts,
+        )
         if looks is not None:
             self._watch(looks)
         if self.annotations is not None:

@@ -26,9 +26,9 @@ from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.roles import FAKE, STUDENT, TEACHER, Roles
 from hypersd_ray.training.distiller import Distiller
 from hypersd_ray.training.learner import Learner, learner_of
+from hypersd_ray.training.metrics import averaged
 from hypersd_ray.training.progress import learning_rate
 from hypersd_ray.training.protocol import Saved
-from hypersd_ray.training.randomness import generator_of
 from hypersd_ray.training.rewarded import Rewarded
 from hypersd_ray.training.tscd import Batch, Pair, consistency_loss, make_pair
 
@@ -102,12 +102,10 @@ class OneStep(Distiller):
         progress, parts = self.progress, self.config.optim.accumulation
         bad_before = progress.bad_in_a_row
         fake_metrics, fake_is_well = self._learn_fake(batch.chunks(parts))
-        totals: dict[str, Tensor] = {}
-        both = zip(batch.chunks(parts), [None] * parts if pairs is None else pairs.chunks(parts), strict=True)
-        for index, (micro, micro_pairs) in enumerate(both):
-            generator = generator_of(self.config.run.seed, self.rank, progress.stage, progress.step, index)
-            for name, value in self._learn_student(micro, micro_pairs, generator, parts).items():
-                totals[name] = totals.get(name, 0) + value / parts
+        micros = zip(batch.chunks(parts), [None] * parts if pairs is None else pairs.chunks(parts), strict=True)
+        totals = averaged(
+            (self._learn_student(*micro, self._generator(index), parts) for index, micro in enumerate(micros)), parts
+        )
         if self.student.pending or self._heads is not None:
             totals["grad_norm"] = self._update()
         else:  # the fake score alone learns
@@ -127,15 +125,14 @@ class OneStep(Distiller):
 
     def _learn_fake(self, micros: list[Batch]) -> tuple[dict[str, Tensor], bool]:
         """`fake_updates` updates of the fake score, each on newly generated latents; (metrics, none had a NaN)."""
-        c, progress = self.config, self.progress
-        well, loss = True, torch.zeros((), device=self.roles.device)
+        c, well, loss = self.config, True, torch.zeros((), device=self.roles.device)
         if c.dmd.weight == 0 or c.dmd.fake_updates == 0:
             return {}, well
         for update in range(c.dmd.fake_updates):
             loss = torch.zeros_like(loss)
             for index, micro in enumerate(micros):
-                generator = generator_of(c.run.seed, self.rank, progress.stage, progress.step, index, "fake", update)
-                part = self._fake_loss(micro.rows(c.consistency_rows(len(micro.x0)), len(micro.x0)), generator)
+                generated = micro.rows(c.consistency_rows(len(micro.x0)), len(micro.x0))
+                part = self._fake_loss(generated, self._generator(index, "fake", update))
                 self.fake.backward(part / len(micros))
                 loss += part.detach() / len(micros)
             well &= self._update_fake()
