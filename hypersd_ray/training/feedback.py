@@ -37,6 +37,7 @@ from hypersd_ray.training.progress import Progress, learning_rate
 from hypersd_ray.training.protocol import Saved
 from hypersd_ray.training.randomness import generator_of
 from hypersd_ray.training.rewarded import aes_of, mean
+from hypersd_ray.training.tscd import Batch
 from hypersd_ray.training.watch import HackingWatch, Looks
 
 WARN = logging.getLogger(__name__).warning
@@ -44,40 +45,6 @@ Annotations = Callable[[str], Instances | None]
 """A picture's key -> its objects at the training resolution; None where it has no annotation."""
 ANNOTATED_WITHIN = 1000
 """Pictures of all workers among which at least one must be annotated, where there are annotations."""
-
-
-@dataclass(frozen=True)
-class FeedbackBatch:
-    """x0 (B, C, h, w): latents of real pictures; cond, captions: their prompts; keys: their names in the shards."""
-
-    x0: Tensor
-    cond: Conditioning
-    captions: Sequence[str]
-    keys: Sequence[str]
-
-    @classmethod
-    def from_rows(cls, rows: dict[str, Any], device: torch.device | str) -> FeedbackBatch:
-        """From a `LatentStream` batch."""
-
-        def part(name: str) -> Tensor:
-            return rows[name].to(device, torch.float32)
-
-        pooled, time_ids = (part(name) if name in rows else None for name in ("pooled", "time_ids"))
-        cond = Conditioning(part("prompt_embeds"), pooled, time_ids)
-        return cls(part("latents"), cond, tuple(rows["caption"]), tuple(rows["key"]))
-
-    def chunks(self, parts: int) -> list[FeedbackBatch]:
-        """`parts` equal micro-batches."""
-        size = len(self.x0) // parts
-        return [
-            FeedbackBatch(
-                self.x0[i : i + size],
-                self.cond._map(lambda part, i=i: part[i : i + size]),
-                self.captions[i : i + size],
-                self.keys[i : i + size],
-            )
-            for i in range(0, size * parts, size)
-        ]
 
 
 @dataclass(frozen=True)
@@ -137,9 +104,7 @@ def denoise_from_noise(
     return replace(made, steps=steps)
 
 
-def denoise_from_picture(
-    roles: Roles, config: FeedbackConfig, batch: FeedbackBatch, generator: torch.Generator
-) -> Denoised:
+def denoise_from_picture(roles: Roles, config: FeedbackConfig, batch: Batch, generator: torch.Generator) -> Denoised:
     """Structure: x_0 noised to `start` (Eq. 1), denoised to `denoise_to`, x'_0 there (Sec. 3.2)."""
     times = config.structure.times()
     eps = torch.randn(batch.x0.shape, generator=generator).to(batch.x0.device)
@@ -190,7 +155,7 @@ class Feedback:
         """There is one stage: the run is finished."""
         self.progress.stage, self.progress.step = self.progress.stage + 1, 0
 
-    def step(self, batch: FeedbackBatch) -> dict[str, Tensor]:
+    def step(self, batch: Batch) -> dict[str, Tensor]:
         """One optimiser step on this worker's share; returns detached scalars.
 
         A step whose gradient has a NaN or inf on any worker changes nothing but the counts in `progress`.
@@ -219,7 +184,7 @@ class Feedback:
         return totals | dropped | self.watched | waited
 
     def _backward(
-        self, micro: FeedbackBatch, generator: torch.Generator, parts: int, looks: Looks | None = None
+        self, micro: Batch, generator: torch.Generator, parts: int, looks: Looks | None = None
     ) -> dict[str, Tensor]:
         """Accumulate the gradients of one micro-batch. Each branch goes backward by itself: one graph at a time.
 
@@ -255,7 +220,7 @@ class Feedback:
         """L_aes of Eq. 15 and each reward's mean."""
         return aes_of(self.client, self.config.trained, images, prompts)
 
-    def _percep(self, images: Tensor, micro: FeedbackBatch) -> Tensor:
+    def _percep(self, images: Tensor, micro: Batch) -> Tensor:
         """L_percep of Eq. 16."""
         find = self.annotations or (lambda key: None)
         told: list[Instances | Tensor | None] = [find(key) for key in micro.keys]

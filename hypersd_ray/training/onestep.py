@@ -161,7 +161,7 @@ class OneStep(Distiller):
         index = (
             goes_on.nonzero().flatten() if bool(goes_on.any()) else torch.zeros(1, dtype=torch.long, device=t.device)
         )
-        x = to_clean(self.roles, STUDENT, x_t[index], t[index], batch.cond._map(lambda part: part[index]))
+        x = to_clean(self.roles, STUDENT, x_t[index], t[index], batch.cond.rows(index))
         return x_t.index_copy(0, index, x.to(x_t))
 
     def _fake_loss(self, batch: Batch, generator: torch.Generator) -> Tensor:

@@ -10,7 +10,7 @@ from hypersd_ray.models.roles import EMA, PREVIOUS, STUDENT, TEACHER
 from hypersd_ray.training.adversarial import adversarial_losses, draw_t_star
 from hypersd_ray.training.progress import learning_rate
 from hypersd_ray.training.randomness import generator_of
-from hypersd_ray.training.tscd import Batch, consistency_loss, empty_some, make_pair, solver
+from hypersd_ray.training.tscd import consistency_loss, empty_some, make_pair, solver
 from tests.helpers.distil import (
     ADVERSARIAL,
     SETTINGS,
@@ -71,7 +71,7 @@ def test_a_step_is_adamw_on_the_mean_gradient_and_an_ema(tmp_path):
     by_hand = make_distiller(config)
     losses = []
     for index in range(2):
-        half = Batch(batch.x0[2 * index : 2 * index + 2], batch.cond._map(lambda p, i=index: p[2 * i : 2 * i + 2]))
+        half = batch.rows(2 * index, 2 * index + 2)
         generator = generator_of(config.run.seed, 0, 0, 0, index)
         pair = make_pair(by_hand.roles, half, by_hand.null, config.distill, 0, generator)
         losses.append((pair.student - pair.target).square().mean())

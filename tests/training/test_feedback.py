@@ -21,8 +21,9 @@ from hypersd_ray.models.roles import STUDENT, TEACHER
 from hypersd_ray.models.scoring import LocalBackend, RewardClient
 from hypersd_ray.recipes.feedback import feedback_tiny
 from hypersd_ray.trainer.kinds.feedback import read_annotations
-from hypersd_ray.training.feedback import Feedback, FeedbackBatch, build_roles
+from hypersd_ray.training.feedback import Feedback, build_roles
 from hypersd_ray.training.pictures import decode
+from hypersd_ray.training.tscd import Batch
 from hypersd_ray.training.watch import HackingWatch
 from tests.helpers.distil import InMemory, same, snapshot, student_parameters
 from tests.helpers.pipelines import build_pipeline, randomize, tiny_unet
@@ -94,9 +95,7 @@ def make(config, encoders, annotations=None, **models):
 def batch(encoders):
     g = torch.Generator().manual_seed(0)
     embeds = encoders.encode_prompts(list(PROMPTS)).prompt_embeds
-    return FeedbackBatch(
-        torch.randn(4, 4, 16, 16, generator=g), Conditioning(embeds), PROMPTS, ("k0", "k1", "k2", "k3")
-    )
+    return Batch(torch.randn(4, 4, 16, 16, generator=g), Conditioning(embeds), PROMPTS, ("k0", "k1", "k2", "k3"))
 
 
 def test_the_base_is_the_tscd_model(folder, tscd, batch):

@@ -19,7 +19,6 @@ from hypersd_ray.models.export import LoRAMetadata, save_diffusers_lora, save_ko
 from hypersd_ray.models.roles import STUDENT, Roles
 from hypersd_ray.training import samples
 from hypersd_ray.training.distiller import Distiller
-from hypersd_ray.training.feedback import FeedbackBatch
 from hypersd_ray.training.protocol import Training
 from hypersd_ray.training.samples import Sampling
 from hypersd_ray.training.tscd import Batch
@@ -78,9 +77,8 @@ class Kind:
 
 
 def distillation_batch(rows: dict[str, Any], device: torch.device) -> Batch:
-    """Latents, their conditioning and their captions."""
-    made = FeedbackBatch.from_rows(rows, device)
-    return Batch(made.x0, made.cond, made.captions)
+    """Latents, their conditioning, captions and keys."""
+    return Batch.from_rows(rows, device)
 
 
 def distillation_grid(samplings: Callable[[Any], Sequence[Sampling]]) -> Callable:

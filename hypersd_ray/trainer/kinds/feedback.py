@@ -28,8 +28,9 @@ from hypersd_ray.models.scoring import RewardClient, local_backend
 from hypersd_ray.trainer import storage
 from hypersd_ray.trainer.kinds.base import COMMON_SAME_RUN, Kind, Place, lora_file, save_loras, student_tensors
 from hypersd_ray.training import samples
-from hypersd_ray.training.feedback import Annotations, Feedback, FeedbackBatch, build_roles
+from hypersd_ray.training.feedback import Annotations, Feedback, build_roles
 from hypersd_ray.training.samples import Sampling
+from hypersd_ray.training.tscd import Batch
 
 FEEDBACK, MERGED = "feedback", "feedback-merged"
 """The products' names: the feedback LoRA alone, and the exact merge of the TSCD LoRA with it."""
@@ -170,7 +171,7 @@ KIND = Kind(
     (*COMMON_SAME_RUN, "tscd", "steps", "rewards", "refl", "structure", "drift"),
     check,
     build,
-    FeedbackBatch.from_rows,
+    Batch.from_rows,
     export,
     grid,
     lambda config, steps: lora_file(MERGED),
