@@ -42,8 +42,9 @@ from hypersd_ray.models.cards import read_sampling
 from hypersd_ray.models.checkpoint import load_component, read_base
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import Encoders
-from hypersd_ray.models.export import TCD_GRID, read_lora
-from hypersd_ray.models.rewards.weights import sha256_of
+from hypersd_ray.models.export import TCD_GRID
+from hypersd_ray.models.hashing import sha256_of
+from hypersd_ray.models.lora_file import read_lora
 from hypersd_ray.models.roles import TEACHER, Roles
 from hypersd_ray.training import samples
 from hypersd_ray.training.quality import kept, latent_distance, teacher_sha256

@@ -16,7 +16,7 @@ from evaluation.bootstrap import Interval, paired_difference, paired_means
 from hypersd_ray.config.sweep import LOGARITHMIC, SweepConfig
 from hypersd_ray.models.checkpoint import read_base
 from hypersd_ray.models.encoders import load_encoders
-from hypersd_ray.models.export import read_lora
+from hypersd_ray.models.lora_file import read_lora
 from hypersd_ray.models.roles import STUDENT
 from hypersd_ray.trainer import storage
 from hypersd_ray.trainer.kinds.tscd import build_roles, product, samplings

@@ -25,7 +25,8 @@ from hypersd_ray.diffusion.solver import ode_solve
 from hypersd_ray.losses.feedback import loss_drift, loss_feedback, loss_percep
 from hypersd_ray.models.checkpoint import load_unet, read_base
 from hypersd_ray.models.conditioning import Conditioning
-from hypersd_ray.models.export import alpha_of, merge_lora, read_lora
+from hypersd_ray.models.export import merge_lora
+from hypersd_ray.models.lora_file import alpha_of, read_lora
 from hypersd_ray.models.perception.protocol import Instances
 from hypersd_ray.models.roles import STUDENT, TEACHER, LoRARoles, Roles
 from hypersd_ray.models.scoring import RewardClient

@@ -166,7 +166,7 @@ def test_a_lora_of_another_base_changes_nothing(engine, tmp_path):
 
 
 def _tensors(path):
-    from hypersd_ray.models.export import read_lora
+    from hypersd_ray.models.lora_file import read_lora
 
     return read_lora(path)[0]
 

@@ -13,8 +13,9 @@ from hypersd_ray.config.base import CombinationError
 from hypersd_ray.config.data import DataConfig
 from hypersd_ray.config.onestep import OneStepConfig
 from hypersd_ray.config.tscd import TSCDConfig
-from hypersd_ray.models.export import LoRAMetadata, save_diffusers_lora
+from hypersd_ray.models.export import save_diffusers_lora
 from hypersd_ray.models.lora import Adapters
+from hypersd_ray.models.lora_file import LoRAMetadata
 from hypersd_ray.trainer import checks, run
 from tests.helpers.pipelines import build_pipeline, randomize, tiny_unet
 

@@ -15,7 +15,8 @@ from hypersd_ray.config.feedback import FeedbackConfig
 from hypersd_ray.config.rewards import PerceptionConfig, RewardConfig
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.models.conditioning import Conditioning
-from hypersd_ray.models.export import LoRAMetadata, save_diffusers_lora, save_kohya_lora
+from hypersd_ray.models.export import save_diffusers_lora, save_kohya_lora
+from hypersd_ray.models.lora_file import LoRAMetadata
 from hypersd_ray.models.roles import STUDENT, Roles
 from hypersd_ray.training import samples
 from hypersd_ray.training.distiller import Distiller

@@ -18,8 +18,8 @@ from hypersd_ray.diffusion.segments import edges
 from hypersd_ray.models.checkpoint import read_base
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import load_vae
-from hypersd_ray.models.export import LoRAMetadata, rank_of, read_lora
 from hypersd_ray.models.initial import fitting_lora
+from hypersd_ray.models.lora_file import LoRAMetadata, rank_of, read_lora
 from hypersd_ray.models.merge import Part, concatenate_loras
 from hypersd_ray.models.perception.coco import CocoAnnotations, crop_square
 from hypersd_ray.models.perception.protocol import Instances

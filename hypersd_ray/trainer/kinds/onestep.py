@@ -12,8 +12,9 @@ from hypersd_ray.config.onestep import OneStepConfig
 from hypersd_ray.models.cards import UNetCard, save_unet_with_card
 from hypersd_ray.models.checkpoint import load_unet, read_base
 from hypersd_ray.models.encoders import load_vae
-from hypersd_ray.models.export import TIMESTEP, LoRAMetadata, merge_lora, rank_of
+from hypersd_ray.models.export import merge_lora
 from hypersd_ray.models.initial import fitting_lora
+from hypersd_ray.models.lora_file import TIMESTEP, LoRAMetadata, rank_of
 from hypersd_ray.models.roles import EMA, STUDENT
 from hypersd_ray.trainer import storage
 from hypersd_ray.trainer.kinds.base import (

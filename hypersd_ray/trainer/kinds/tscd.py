@@ -14,8 +14,8 @@ from hypersd_ray.models.cards import UNetCard, save_unet_with_card
 from hypersd_ray.models.checkpoint import load_unet, read_base
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import load_encoders
-from hypersd_ray.models.export import GUIDANCE, KEPT, LoRAMetadata
 from hypersd_ray.models.initial import fitting_lora
+from hypersd_ray.models.lora_file import GUIDANCE, KEPT, LoRAMetadata
 from hypersd_ray.models.roles import EMA, STUDENT, FullRoles, LoRARoles, Roles
 from hypersd_ray.models.zero import ZeroRoles
 from hypersd_ray.trainer import storage
