@@ -26,7 +26,7 @@ from hypersd_ray.models.lora_file import alpha_of, read_lora
 from hypersd_ray.models.roles import STUDENT, TEACHER, Plain
 from hypersd_ray.trainer import storage
 from hypersd_ray.trainer.kinds import AnyConfig, onestep, tscd
-from hypersd_ray.trainer.kinds.tscd import build_roles
+from hypersd_ray.trainer.kinds.base import build_roles
 from hypersd_ray.trainer.loop import latent_shape, square_time_ids
 from hypersd_ray.training import samples
 

@@ -116,6 +116,13 @@ def test_pairs_that_are_none(config, tmp_path):
     refused(changed(config, regression={"pairs": str(tmp_path), "batch": 32}), r"regression\.pairs=.* holds no pairs")
 
 
+def test_a_clip_that_is_not_there(config):
+    refused(
+        changed(config, measure={"prompts": ("a cat", "a dog"), "clip": "/nowhere"}),
+        r"measure\.clip=/nowhere does not exist",
+    )
+
+
 def test_bf16_without_a_gpu(config):
     refused(changed(config, run=config.run.model_dump() | {"precision": "bf16"}), "bf16 is for GPUs")
 
