@@ -33,7 +33,7 @@ from hypersd_ray.config.cli import parse, run_job
 from hypersd_ray.config.rewards import RewardConfig
 from hypersd_ray.data.images import crop_square, open_image
 from hypersd_ray.embedded import paths
-from hypersd_ray.models.export import read_lora
+from hypersd_ray.models.lora_file import read_lora
 from hypersd_ray.models.rewards.clip import CLIPScore
 from hypersd_ray.models.rewards.registry import load_reward
 from hypersd_ray.training.randomness import generator_of

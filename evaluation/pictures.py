@@ -21,11 +21,12 @@ from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.models.checkpoint import load_unet, read_base
 from hypersd_ray.models.conditioning import Conditioning, square_time_ids
 from hypersd_ray.models.encoders import load_encoders
-from hypersd_ray.models.export import alpha_of, merge_lora, read_lora
+from hypersd_ray.models.export import merge_lora
+from hypersd_ray.models.lora_file import alpha_of, read_lora
 from hypersd_ray.models.roles import STUDENT, TEACHER, Plain
 from hypersd_ray.trainer import storage
 from hypersd_ray.trainer.kinds import AnyConfig, onestep, tscd
-from hypersd_ray.trainer.kinds.tscd import build_roles
+from hypersd_ray.trainer.kinds.base import build_roles
 from hypersd_ray.trainer.loop import latent_shape
 from hypersd_ray.training import samples
 

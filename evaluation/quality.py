@@ -41,8 +41,8 @@ from hypersd_ray.models.cards import read_sampling
 from hypersd_ray.models.checkpoint import load_component, read_base
 from hypersd_ray.models.conditioning import Conditioning, square_time_ids
 from hypersd_ray.models.encoders import Encoders
-from hypersd_ray.models.export import read_lora
-from hypersd_ray.models.rewards.weights import sha256_of
+from hypersd_ray.models.hashing import sha256_of
+from hypersd_ray.models.lora_file import read_lora
 from hypersd_ray.models.roles import TEACHER, Plain
 from hypersd_ray.models.samplers import TCD_GRID, diffusers_scheduler
 from hypersd_ray.training import samples

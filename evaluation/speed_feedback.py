@@ -36,7 +36,8 @@ from hypersd_ray.models.scoring import Backend, RewardClient, local_backend
 from hypersd_ray.recipes import FEEDBACK_RECIPES
 from hypersd_ray.trainer.kinds.feedback import read_annotations
 from hypersd_ray.trainer.run import connect
-from hypersd_ray.training.feedback import Feedback, FeedbackBatch, build_roles
+from hypersd_ray.training.feedback import Feedback, build_roles
+from hypersd_ray.training.tscd import Batch
 
 
 class SpeedConfig(Strict):
@@ -54,17 +55,17 @@ class SpeedConfig(Strict):
     """The JSON file that is written."""
 
 
-def one_batch(config: FeedbackConfig, size: int) -> FeedbackBatch:
+def one_batch(config: FeedbackConfig, size: int) -> Batch:
     """Annotated pictures of the embedded world, encoded."""
     images, captions = load_pictures(paths.DATA, "train")
     encoders = load_encoders(config.teacher)
     embeds = encoders.encode_prompts(captions[:size])
     keys = [f"train{i:07d}" for i in range(size)]
     cond = Conditioning(embeds.prompt_embeds, embeds.pooled)
-    return FeedbackBatch(encoders.encode_images(images[:size]), cond, tuple(captions[:size]), tuple(keys))
+    return Batch(encoders.encode_images(images[:size]), cond, tuple(captions[:size]), tuple(keys))
 
 
-def stepper(config: FeedbackConfig, backend: Backend, batch: FeedbackBatch) -> Callable[[], float]:
+def stepper(config: FeedbackConfig, backend: Backend, batch: Batch) -> Callable[[], float]:
     """A training of its own; each call is one step, its result the seconds it took."""
     vae = load_vae(config.teacher).eval().requires_grad_(False)
     training = Feedback(config, build_roles(config, "cpu"), vae, RewardClient(backend), read_annotations(config))

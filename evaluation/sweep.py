@@ -17,10 +17,11 @@ from hypersd_ray.config.sweep import LOGARITHMIC, SweepConfig
 from hypersd_ray.models.checkpoint import read_base
 from hypersd_ray.models.conditioning import square_time_ids
 from hypersd_ray.models.encoders import load_encoders
-from hypersd_ray.models.export import read_lora
+from hypersd_ray.models.lora_file import read_lora
 from hypersd_ray.models.roles import STUDENT
 from hypersd_ray.trainer import storage
-from hypersd_ray.trainer.kinds.tscd import build_roles, product, samplings
+from hypersd_ray.trainer.kinds.base import build_roles
+from hypersd_ray.trainer.kinds.tscd import product, samplings
 from hypersd_ray.trainer.loop import latent_shape
 from hypersd_ray.training.quality import Quality, Yardstick
 from hypersd_ray.training.samples import Sampling

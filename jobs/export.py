@@ -45,7 +45,8 @@ def main() -> None:
         raise ConfigError(f"--weights {config.weights}: {len(weights)} for {len(config.loras)} LoRAs, one each")
     import torch
 
-    from hypersd_ray.models.export import alpha_of, read_lora, save_diffusers_lora, save_kohya_lora, usage
+    from hypersd_ray.models.export import save_diffusers_lora, save_kohya_lora, usage
+    from hypersd_ray.models.lora_file import alpha_of, read_lora
     from hypersd_ray.models.merge import Part, compress_lora, concatenate_loras
 
     parts, described = [], None

@@ -55,7 +55,8 @@ def draw(config: FeedbackConfig, folder: str) -> list[str]:
 def report(config: FeedbackConfig, result) -> None:
     """What came out, and where it is."""
     from evaluation import ending
-    from hypersd_ray.models.export import read_lora, usage
+    from hypersd_ray.models.export import usage
+    from hypersd_ray.models.lora_file import read_lora
     from hypersd_ray.trainer import storage
     from hypersd_ray.trainer.kinds.feedback import FEEDBACK, MERGED
 

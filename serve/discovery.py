@@ -6,12 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
-from safetensors import SafetensorError, safe_open
-
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.embedded import paths
 from hypersd_ray.models.checkpoint import BaseInfo, Family, read_base
-from hypersd_ray.models.export import GUIDANCE, KEPT, LoRAMetadata
+from hypersd_ray.models.lora_file import GUIDANCE, KEPT, read_metadata
 from hypersd_ray.recipes import TINY_PROMPTS
 from serve.catalog import SCHEDULERS, Catalog, LoRAInfo, Scheduler
 from serve.settings import AUTO_LORA, EMBEDDED, NO_LORA, SIZE, ModelSettings
@@ -73,10 +71,9 @@ def _lora_files(given: Iterable[str]) -> list[Path]:
 
 def _lora(path: Path, settings: ModelSettings, family: Family) -> LoRAInfo:
     try:
-        with safe_open(path, "pt") as file:
-            metadata = LoRAMetadata.from_strings(file.metadata() or {})
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ConfigError(f"model.loras: {path}: {error}") from None
+        metadata = read_metadata(path)
+    except ValueError as error:
+        raise ConfigError(f"model.loras: {error}") from None
     keeps = path.stem in settings.keeps_guidance
     if metadata is None:
         return LoRAInfo(name=path.stem, path=str(path), keeps_guidance=keeps)

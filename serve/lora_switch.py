@@ -14,7 +14,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from hypersd_ray.models.export import alpha_of, merge_lora, read_lora
+from hypersd_ray.models.export import merge_lora
+from hypersd_ray.models.lora_file import alpha_of, read_lora
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,13 +23,13 @@ from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.evaluate import EvaluateConfig, JudgesConfig
 from hypersd_ray.config.rewards import PerceptionConfig, RewardConfig, RewardName
 from hypersd_ray.embedded import paths
+from hypersd_ray.models.hashing import sha256_of
 from hypersd_ray.models.perception.registry import load_perception
 from hypersd_ray.models.rewards.aesthetic import AestheticPredictor
 from hypersd_ray.models.rewards.clip import CLIPScore, HPSv2, PickScore
 from hypersd_ray.models.rewards.image_reward import ImageReward
 from hypersd_ray.models.rewards.protocol import RewardModel
 from hypersd_ray.models.rewards.registry import ARCHITECTURES, load_reward
-from hypersd_ray.models.rewards.weights import sha256_of
 
 AS_TENSORS = ", on tensors (within a grey level of PIL's)"
 """How all judges resize: see hypersd_ray/models/rewards/preprocess.py."""

@@ -20,7 +20,8 @@ from hypersd_ray.diffusion.guidance import guide
 from hypersd_ray.models.checkpoint import load_component, load_unet, read_base
 from hypersd_ray.models.conditioning import Conditioning, concatenate, square_time_ids
 from hypersd_ray.models.encoders import load_encoders
-from hypersd_ray.models.export import alpha_of, merge_lora, read_lora
+from hypersd_ray.models.export import merge_lora
+from hypersd_ray.models.lora_file import alpha_of, read_lora
 from hypersd_ray.models.roles import STUDENT, Plain
 from hypersd_ray.models.samplers import diffusers_scheduler
 from hypersd_ray.training import samples

@@ -20,8 +20,8 @@ from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.evaluate import EvaluateConfig
 from hypersd_ray.models.cards import UNetSampling, read_sampling
 from hypersd_ray.models.checkpoint import read_base
-from hypersd_ray.models.export import GUIDANCE, KEPT, LoRAMetadata, read_lora, read_metadata
-from hypersd_ray.models.rewards.weights import sha256_of
+from hypersd_ray.models.hashing import sha256_of
+from hypersd_ray.models.lora_file import GUIDANCE, KEPT, LoRAMetadata, read_lora, read_metadata
 from hypersd_ray.models.samplers import SCHEDULERS, TCD_GRID
 from hypersd_ray.trainer.kinds import KINDS, AnyConfig, kind_of
 from hypersd_ray.training.samples import Sampling

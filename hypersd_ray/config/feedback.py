@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from hypersd_ray.config.base import CombinationError, Strict
 from hypersd_ray.config.data import DataConfig
+from hypersd_ray.config.measure import MeasureConfig
 from hypersd_ray.config.rewards import PerceptionConfig, PlacementConfig, RewardConfig
 from hypersd_ray.config.run import OptimConfig, RunConfig, check_shares
 from hypersd_ray.config.tscd import LoRAConfig
@@ -135,6 +136,11 @@ class FeedbackConfig(Strict):
     """The optimiser."""
     run: RunConfig = RunConfig(name="feedback")
     """Where it runs."""
+
+    @property
+    def measure(self) -> MeasureConfig:
+        """Nothing is measured at the end: what it learns from and what it does not are logged all along."""
+        return MeasureConfig()
 
     @property
     def trained(self) -> tuple[RewardConfig, ...]:

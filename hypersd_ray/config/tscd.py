@@ -256,6 +256,11 @@ class TSCDConfig(Strict):
         """Segments of each stage."""
         return self.distill.k_list
 
+    @property
+    def fewest_rows(self) -> int:
+        """Rows that a micro-batch needs."""
+        return 1
+
     def located(self, locate: Callable[[str], str]) -> Self:
         """The same with `locate` applied to each path that workers read."""
         update: dict[str, Any] = {"teacher": locate(self.teacher)}

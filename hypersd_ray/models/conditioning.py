@@ -39,6 +39,10 @@ class Conditioning:
         """A conditioning of batch 1 repeated `batch` times, without a copy."""
         return self._map(lambda part: part.expand(batch, *part.shape[1:]))
 
+    def rows(self, which: slice | Tensor) -> Conditioning:
+        """Some rows of the batch, by a slice or by their numbers."""
+        return self._map(lambda part: part[which])
+
     def with_time_ids(self, time_ids: Tensor | None) -> Conditioning:
         """The same text with another size conditioning."""
         return Conditioning(self.prompt_embeds, self.pooled, time_ids)

@@ -9,8 +9,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from hypersd_ray.models.checkpoint import BaseInfo
-from hypersd_ray.models.export import rank_of, read_lora
 from hypersd_ray.models.lora import Adapters
+from hypersd_ray.models.lora_file import rank_of, read_lora
 
 
 def fitting_lora(

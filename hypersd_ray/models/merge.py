@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hypersd_ray.models.export import _pairs
+from hypersd_ray.models.lora_file import one_rank, pairs_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +52,8 @@ def concatenate_loras(parts: Sequence[Part]) -> Merged:
     """
     if not parts:
         raise ValueError("nothing to merge: name at least one LoRA")
-    pairs = [_pairs(part.tensors, part.name) for part in parts]
-    ranks = [_rank(found, part.name) for found, part in zip(pairs, parts, strict=True)]
+    pairs = [pairs_of(part.tensors, part.name) for part in parts]
+    ranks = [one_rank(found, part.name) for found, part in zip(pairs, parts, strict=True)]
     modules = list(dict.fromkeys(module for found in pairs for module in found))
     tensors: dict[str, Tensor] = {}
     for module in modules:
@@ -86,8 +86,8 @@ def compress_lora(tensors: Mapping[str, Tensor], alpha: float, rank: int) -> Mer
     Raises:
         ValueError: `rank` is not within 1..the present rank.
     """
-    pairs = _pairs(tensors, "LoRA")
-    present = _rank(pairs, "LoRA")
+    pairs = pairs_of(tensors, "LoRA")
+    present = one_rank(pairs, "LoRA")
     if not 1 <= rank <= present:
         raise ValueError(f"rank={rank} must be within 1..{present}, the rank of the LoRA that is compressed")
     smaller: dict[str, Tensor] = {}
@@ -108,13 +108,6 @@ def compress_lora(tensors: Mapping[str, Tensor], alpha: float, rank: int) -> Mer
         total = s.square().sum()
         errors[module] = float((s[kept:].square().sum() / total).sqrt()) if total > 0 else 0.0
     return Merged(smaller, rank, float(rank), errors)
-
-
-def _rank(pairs: Mapping[str, tuple[Tensor, Tensor]], name: str) -> int:
-    ranks = {len(a) for a, _ in pairs.values()}
-    if len(ranks) != 1:
-        raise ValueError(f"{name} has mixed ranks {sorted(ranks)}; one rank for all modules is what can be merged")
-    return ranks.pop()
 
 
 def _shape(pair: tuple[Tensor, Tensor]) -> tuple[int, ...]:

@@ -6,8 +6,8 @@ Shapes: x_t (B, C, h, w); t (B,) our time 1..T; Conditioning of batch B.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -127,6 +127,13 @@ class Roles:
         raise NotImplementedError
 
 
+@contextmanager
+def _within(surroundings: AbstractContextManager, network: nn.Module) -> Iterator[nn.Module]:
+    """The network, as it is called within `surroundings`."""
+    with surroundings:
+        yield network
+
+
 class Plain(Roles):
     """The network as it is, whatever role is asked for: sampling without training."""
 
@@ -153,7 +160,7 @@ class LoRARoles(Roles):
             self.copy(like, role)
 
     def playing(self, role: str) -> AbstractContextManager[nn.Module]:
-        return _Playing(self.unet, self.adapters, None if role == TEACHER else role)
+        return _within(self.adapters.playing(None if role == TEACHER else role), self.unet)
 
     def named_tensors(self, role: str) -> dict[str, nn.Parameter]:
         return self.adapters.named_tensors(role)
@@ -168,20 +175,6 @@ class LoRARoles(Roles):
             return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
 
         self.unet.enable_gradient_checkpointing(run)
-
-
-class _Playing(AbstractContextManager):
-    """`Adapters.playing`, with the network as its value."""
-
-    def __init__(self, unet: nn.Module, adapters: Adapters, role: str | None):
-        self.unet, self.inner = unet, adapters.playing(role)
-
-    def __enter__(self) -> nn.Module:
-        self.inner.__enter__()
-        return self.unet
-
-    def __exit__(self, *exc) -> None:
-        self.inner.__exit__(*exc)
 
 
 class FullRoles(Roles):
@@ -202,7 +195,7 @@ class FullRoles(Roles):
     def playing(self, role: str) -> AbstractContextManager[nn.Module]:
         if self.dtype == torch.float32 or role == TEACHER:
             return nullcontext(self.networks[role])
-        return _Autocast(self.networks[role], self.device.type, self.dtype)
+        return _within(torch.autocast(self.device.type, self.dtype), self.networks[role])
 
     def named_tensors(self, role: str) -> dict[str, nn.Parameter]:
         return dict(self.networks[role].named_parameters())
@@ -228,17 +221,3 @@ def check_fit(shapes: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]) -
             f"UNet tensors do not fit: {len(differ)} differ in name or shape (first {differ[0]}); "
             "is it of the same base model?"
         )
-
-
-class _Autocast(AbstractContextManager):
-    """Run a float32 network under autocast."""
-
-    def __init__(self, network: nn.Module, device: str, dtype: torch.dtype):
-        self.network, self.inner = network, torch.autocast(device, dtype)
-
-    def __enter__(self) -> nn.Module:
-        self.inner.__enter__()
-        return self.network
-
-    def __exit__(self, *exc) -> None:
-        self.inner.__exit__(*exc)

@@ -19,7 +19,7 @@ from hypersd_ray.config.run import OptimConfig
 from hypersd_ray.config.zero import ZeroConfig
 from hypersd_ray.diffusion.parameterization import Parameterization
 from hypersd_ray.diffusion.schedule import Schedule
-from hypersd_ray.models.rewards.weights import sha256_of
+from hypersd_ray.models.hashing import sha256_of
 from hypersd_ray.models.roles import EMA, STUDENT, TEACHER, Roles, check_fit
 from hypersd_ray.models.shards import Followed, Trained, collect, partitioned, placed, scatter
 

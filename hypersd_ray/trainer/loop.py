@@ -20,7 +20,7 @@ from hypersd_ray.config.run import rows_each
 from hypersd_ray.data.plan import StreamPosition, deal_again
 from hypersd_ray.data.stream import LatentStream
 from hypersd_ray.models.checkpoint import read_base
-from hypersd_ray.models.conditioning import Conditioning
+from hypersd_ray.models.conditioning import Conditioning, square_time_ids
 from hypersd_ray.models.encoders import load_encoders
 from hypersd_ray.trainer import keeping, storage
 from hypersd_ray.trainer.kinds import KINDS, AnyConfig
@@ -231,7 +231,7 @@ class Worker:
         cond = Conditioning(
             embeds.prompt_embeds,
             embeds.pooled,
-            square_time_ids(self.config, len(prompts), self.device) if encoders.is_sdxl else None,
+            square_time_ids(self.config.data.resolution, len(prompts), self.device) if encoders.is_sdxl else None,
         )
         name, rows = self.kind.grid(self.config, self.distiller, x_T, cond)
         if self.loggers is not None:
@@ -256,13 +256,13 @@ class Worker:
 
     def _measure(self) -> dict[str, float]:
         """The stage's quality, where the run measures it: into the logs and the report of its end."""
-        measure = getattr(self.config, "measure", None)  # not every kind has one
+        measure = self.config.measure
         if measure is None or not measure.prompts or (self.loggers is None and not self.distiller.roles.together):
             return {}
         self.clock.pause()
         if self.yardstick is None:
             encoders = load_encoders(self.config.teacher, device=str(self.device))
-            time_ids = square_time_ids(self.config, 1, self.device) if encoders.is_sdxl else None
+            time_ids = square_time_ids(self.config.data.resolution, 1, self.device) if encoders.is_sdxl else None
             teacher, shape = Path(self.config.teacher), latent_shape(self.config)
             self.yardstick = Yardstick(measure, self.distiller.roles, encoders, teacher, shape, time_ids)
         known = {how.steps: how for how in self.kind.samplings(self.config)}
@@ -316,9 +316,3 @@ def latent_shape(config: AnyConfig) -> tuple[int, int, int]:
     info = read_base(config.teacher)
     side = config.data.resolution // info.latent_factor
     return info.latent_channels, side, side
-
-
-def square_time_ids(config: AnyConfig, batch: int, device: torch.device | str) -> torch.Tensor:
-    """SDXL's size conditioning of an uncropped square picture at the run's resolution, (B, 6)."""
-    side = float(config.data.resolution)
-    return torch.tensor([[side, side, 0, 0, side, side]], device=device).repeat(batch, 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from enum import IntEnum
 
 import ray
 import ray.train
@@ -16,7 +17,22 @@ import torch
 from hypersd_ray.trainer.local import watched
 from hypersd_ray.training.distributed import max_over_workers
 
-NOTHING, LOOK, SAVE, MOVE, STOP = range(5)
+
+class Notice(IntEnum):
+    """From what is least urgent: the greatest of the workers' counts, and it travels as its number."""
+
+    NOTHING = 0
+    LOOK = 1
+    """Rank 0 found that it is time to ask for nodes that will go; never returned."""
+    SAVE = 2
+    """A checkpoint now: a node will go."""
+    MOVE = 3
+    """A checkpoint now: others go on from it. Said once."""
+    STOP = 4
+    """A checkpoint now, and return."""
+
+
+NOTHING, LOOK, SAVE, MOVE, STOP = Notice
 
 
 class Notices:
@@ -36,13 +52,12 @@ class Notices:
         self.last_call = math.inf  # rank 0's alone
         self.moves = False
 
-    def __call__(self) -> int:
-        """NOTHING; SAVE: a checkpoint now, a node will go; MOVE: one now, others go on from it, said once; STOP: one now, and
-        return."""
-        heard = max_over_workers(self._heard(), self.device)
+    def __call__(self) -> Notice:
+        """The most urgent that any worker has heard, the same on all."""
+        heard = Notice(max_over_workers(self._heard(), self.device))
         return self._look() if heard == LOOK else heard
 
-    def _heard(self) -> int:
+    def _heard(self) -> Notice:
         if self.rank != 0:
             return NOTHING
         now = time.monotonic()
@@ -63,7 +78,7 @@ class Notices:
             return LOOK
         return NOTHING
 
-    def _look(self) -> int:
+    def _look(self) -> Notice:
         info = ray.train.get_preemption_info()  # on all workers at once
         if info is None or self.saved_for == info.preempted_node_ids:
             return NOTHING

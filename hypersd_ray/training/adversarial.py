@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,22 @@ from hypersd_ray.losses.adversarial import AdversarialKind, discriminator_loss, 
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.discriminator import LatentDiscriminator, features
 from hypersd_ray.models.roles import Roles
+from hypersd_ray.training.learner import Replicated
 from hypersd_ray.training.tscd import Pair
+
+
+@dataclass(frozen=True)
+class Adversary:
+    """The discriminator of a stage, and what learns its heads."""
+
+    network: LatentDiscriminator
+    learner: Replicated
+
+
+def adversary_of(network: LatentDiscriminator, lr: float) -> Adversary:
+    """`network`, about to learn."""
+    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.0, 0.99))
+    return Adversary(network, Replicated(dict(network.named_parameters()), optimizer))
 
 
 def draw_t_star(pair: Pair, generator: torch.Generator) -> Tensor:

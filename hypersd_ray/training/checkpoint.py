@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hypersd_ray.models.rewards.weights import sha256_of
+from hypersd_ray.models.hashing import sha256_of
 from hypersd_ray.training.protocol import Checkpointed, Saveable
 
 MANIFEST = "manifest.json"

@@ -16,12 +16,13 @@ from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.discriminator import LatentDiscriminator
 from hypersd_ray.models.roles import EMA, PREVIOUS, STUDENT, Roles
-from hypersd_ray.training.adversarial import adversarial_losses
+from hypersd_ray.training.adversarial import Adversary, adversarial_losses, adversary_of
 from hypersd_ray.training.learner import Learner, Replicated, learner_of
+from hypersd_ray.training.metrics import averaged
 from hypersd_ray.training.progress import Progress, learning_rate
 from hypersd_ray.training.protocol import Saved
 from hypersd_ray.training.randomness import generator_of, seed_of
-from hypersd_ray.training.tscd import Batch, consistency_loss, distance, empty_some, make_pair
+from hypersd_ray.training.tscd import Batch, Pair, consistency_loss, distance, empty_some, make_pair
 
 
 class Distiller:
@@ -69,31 +70,30 @@ class Distiller:
         stage = min(self.progress.stage, self.config.stages - 1)  # none is left: the last one's are as good as any
         self.student.forget()
         self.weights = self.config.adversarial.weights(stage, self.config.stages)
-        self.discriminator = self.heads = None
+        self.adversary: Adversary | None = None
         if self.weights.adversarial > 0:
-            heads = LatentDiscriminator(
+            network = LatentDiscriminator(
                 dict(self.roles.unet.config),
                 seed_of(self.config.run.seed, "discriminator", stage),
                 self.config.adversarial.is_conditional(stage),
             )
-            self.discriminator = heads.to(self.roles.device)
-            optimizer = torch.optim.AdamW(heads.parameters(), lr=self.config.adversarial.lr, betas=(0.0, 0.99))
-            self.heads = Replicated(dict(heads.named_parameters()), optimizer)
+            self.adversary = adversary_of(network.to(self.roles.device), self.config.adversarial.lr)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One optimiser step on this worker's share of the batch; returns detached scalars.
 
         A step whose gradient has a NaN or inf on any worker changes nothing but the counts in `progress`.
         """
-        progress, parts = self.progress, self.config.optim.accumulation
-        totals: dict[str, Tensor] = {}
-        for index, micro in enumerate(batch.chunks(parts)):
-            generator = generator_of(self.config.run.seed, self.rank, progress.stage, progress.step, index)
-            for name, value in self._backward(micro, generator, parts).items():
-                totals[name] = totals.get(name, 0) + value / parts
+        parts = self.config.optim.accumulation
+        micros = enumerate(batch.chunks(parts))
+        totals = averaged((self._backward(micro, self._generator(index), parts) for index, micro in micros), parts)
         totals["grad_norm"] = self._update()
-        progress.step += 1
+        self.progress.step += 1
         return totals
+
+    def _generator(self, *what: int | str) -> torch.Generator:
+        """The randomness of `what` in the present step, a micro-batch's number first."""
+        return generator_of(self.config.run.seed, self.rank, self.progress.stage, self.progress.step, *what)
 
     def _backward(self, micro: Batch, generator: torch.Generator, parts: int) -> dict[str, Tensor]:
         """Accumulate the gradients of one micro-batch."""
@@ -101,27 +101,40 @@ class Distiller:
         pair = make_pair(self.roles, micro, self.null, self.config.distill, self.progress.stage, generator)
         consistency = consistency_loss(pair, self.measure)
         loss, metrics = self.weights.mse * consistency, {"consistency": consistency.detach()}
-        if self.discriminator is not None and self.heads is not None:
-            student, heads = adversarial_losses(
-                self.roles, self.discriminator, pair, micro.cond, self.config.adversarial.kind, generator
-            )
-            if self.progress.step >= self.config.adversarial.warmup_share * self.steps:
-                loss = loss + self.weights.adversarial * student
-            self.heads.backward(heads / parts)
-            metrics |= {"adversarial": student.detach(), "discriminator": heads.detach()}
+        if self.adversary is not None:
+            adversarial, found = self._judge(self.adversary, pair, micro.cond, generator, parts)
+            loss = loss if adversarial is None else loss + adversarial
+            metrics |= found
         self.student.backward(loss / parts)
         return metrics | {"loss": loss.detach()}
+
+    def _judge(
+        self, adversary: Adversary, pair: Pair, cond: Conditioning, generator: torch.Generator, parts: int
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The discriminator's loss backward; (the student's with its weight, None while it does not hear of it; metrics)."""
+        settings = self.config.adversarial
+        student, discriminator = adversarial_losses(self.roles, adversary.network, pair, cond, settings.kind, generator)
+        adversary.learner.backward(discriminator / parts)
+        told = self.progress.step >= settings.warmup_share * self.steps
+        metrics = {"adversarial": student.detach(), "discriminator": discriminator.detach()}
+        return self.weights.adversarial * student if told else None, metrics
+
+    @property
+    def _heads(self) -> Replicated | None:
+        """What learns the discriminator's heads, where they wait for a step."""
+        return self.adversary.learner if self.adversary is not None and self.adversary.learner.pending else None
 
     def _update(self) -> Tensor:
         """Average, clip, step; returns the student's gradient norm."""
         config, progress, finite, norm = self.config, self.progress, True, torch.zeros(())
-        if self.heads is not None and self.heads.pending:
-            finite = bool(torch.isfinite(self.heads.reduce()))
+        heads = self._heads
+        if heads is not None:
+            finite = bool(torch.isfinite(heads.reduce()))
         if self.student.pending:
             norm = self.student.step(learning_rate(config.optim, progress.step, self.steps), hold=not finite)
             finite = finite and bool(torch.isfinite(norm))
-        if self.heads is not None and self.heads.pending:
-            self.heads.step(config.adversarial.lr, hold=not finite)
+        if heads is not None:
+            heads.step(config.adversarial.lr, hold=not finite)
         if finite:
             self.roles.ema_update(config.distill.ema_decay)
         progress.count(finite)
@@ -140,9 +153,9 @@ class Distiller:
             yield role, self.roles.gather(role)
         for role, learner in self._learners().items():
             yield f"{role}-moments", learner.moments()
-        if self.discriminator is not None and self.heads is not None:
-            yield "discriminator", self.discriminator.state_dict()
-            yield "discriminator-moments", self.heads.moments()
+        if self.adversary is not None:
+            yield "discriminator", self.adversary.network.state_dict()
+            yield "discriminator-moments", self.adversary.learner.moments()
 
     def notes(self) -> dict[str, Any]:
         """The progress."""
@@ -161,6 +174,6 @@ class Distiller:
                 self.roles.load(role, saved(role))
             for role, learner in self._learners().items():
                 learner.load_moments(saved(f"{role}-moments"))
-        if self.discriminator is not None and self.heads is not None:
-            self.discriminator.load_state_dict(dict(saved("discriminator")))
-            self.heads.load_moments(saved("discriminator-moments"))
+        if self.adversary is not None:
+            self.adversary.network.load_state_dict(dict(saved("discriminator")))
+            self.adversary.learner.load_moments(saved("discriminator-moments"))

@@ -25,17 +25,20 @@ from hypersd_ray.diffusion.solver import ode_solve
 from hypersd_ray.losses.feedback import loss_drift, loss_feedback, loss_percep
 from hypersd_ray.models.checkpoint import load_unet, read_base
 from hypersd_ray.models.conditioning import Conditioning
-from hypersd_ray.models.export import alpha_of, merge_lora, read_lora
+from hypersd_ray.models.export import merge_lora
+from hypersd_ray.models.lora_file import alpha_of, read_lora
 from hypersd_ray.models.perception.protocol import Instances
 from hypersd_ray.models.roles import STUDENT, TEACHER, LoRARoles, Roles
 from hypersd_ray.models.scoring import RewardClient
 from hypersd_ray.training.distributed import max_over_workers, world_size
 from hypersd_ray.training.learner import learner_of
+from hypersd_ray.training.metrics import averaged
 from hypersd_ray.training.pictures import decode, diversity, saturation
 from hypersd_ray.training.progress import Progress, learning_rate
 from hypersd_ray.training.protocol import Saved
 from hypersd_ray.training.randomness import generator_of
 from hypersd_ray.training.rewarded import aes_of, mean
+from hypersd_ray.training.tscd import Batch
 from hypersd_ray.training.watch import HackingWatch, Looks
 
 WARN = logging.getLogger(__name__).warning
@@ -43,40 +46,6 @@ Annotations = Callable[[str], Instances | None]
 """A picture's key -> its objects at the training resolution; None where it has no annotation."""
 ANNOTATED_WITHIN = 1000
 """Pictures of all workers among which at least one must be annotated, where there are annotations."""
-
-
-@dataclass(frozen=True)
-class FeedbackBatch:
-    """x0 (B, C, h, w): latents of real pictures; cond, captions: their prompts; keys: their names in the shards."""
-
-    x0: Tensor
-    cond: Conditioning
-    captions: Sequence[str]
-    keys: Sequence[str]
-
-    @classmethod
-    def from_rows(cls, rows: dict[str, Any], device: torch.device | str) -> FeedbackBatch:
-        """From a `LatentStream` batch."""
-
-        def part(name: str) -> Tensor:
-            return rows[name].to(device, torch.float32)
-
-        pooled, time_ids = (part(name) if name in rows else None for name in ("pooled", "time_ids"))
-        cond = Conditioning(part("prompt_embeds"), pooled, time_ids)
-        return cls(part("latents"), cond, tuple(rows["caption"]), tuple(rows["key"]))
-
-    def chunks(self, parts: int) -> list[FeedbackBatch]:
-        """`parts` equal micro-batches."""
-        size = len(self.x0) // parts
-        return [
-            FeedbackBatch(
-                self.x0[i : i + size],
-                self.cond._map(lambda part, i=i: part[i : i + size]),
-                self.captions[i : i + size],
-                self.keys[i : i + size],
-            )
-            for i in range(0, size * parts, size)
-        ]
 
 
 @dataclass(frozen=True)
@@ -136,9 +105,7 @@ def denoise_from_noise(
     return replace(made, steps=steps)
 
 
-def denoise_from_picture(
-    roles: Roles, config: FeedbackConfig, batch: FeedbackBatch, generator: torch.Generator
-) -> Denoised:
+def denoise_from_picture(roles: Roles, config: FeedbackConfig, batch: Batch, generator: torch.Generator) -> Denoised:
     """Structure: x_0 noised to `start` (Eq. 1), denoised to `denoise_to`, x'_0 there (Sec. 3.2)."""
     times = config.structure.times()
     eps = torch.randn(batch.x0.shape, generator=generator).to(batch.x0.device)
@@ -189,19 +156,23 @@ class Feedback:
         """There is one stage: the run is finished."""
         self.progress.stage, self.progress.step = self.progress.stage + 1, 0
 
-    def step(self, batch: FeedbackBatch) -> dict[str, Tensor]:
+    def step(self, batch: Batch) -> dict[str, Tensor]:
         """One optimiser step on this worker's share; returns detached scalars.
 
         A step whose gradient has a NaN or inf on any worker changes nothing but the counts in `progress`.
         """
         c, parts, progress = self.config, self.config.optim.accumulation, self.progress
-        totals: dict[str, Tensor] = {}
         lengths = c.refl.steps if c.refl.weight else (0,)
         looks = Looks(lengths, batch.x0.device) if c.watched and progress.step % c.watch.every == 0 else None
-        for index, micro in enumerate(batch.chunks(parts)):
-            generator = generator_of(c.run.seed, "feedback", self.rank, progress.step, index)
-            for name, value in self._backward(micro, generator, parts, looks).items():
-                totals[name] = totals.get(name, 0) + value / parts
+        totals = averaged(
+            (
+                self._backward(
+                    micro, generator_of(c.run.seed, "feedback", self.rank, progress.step, index), parts, looks
+                )
+                for index, micro in enumerate(batch.chunks(parts))
+            ),
+            parts,
+        )
         if looks is not None:
             self._watch(looks)
         if self.annotations is not None:
@@ -214,7 +185,7 @@ class Feedback:
         return totals | dropped | self.watched | waited
 
     def _backward(
-        self, micro: FeedbackBatch, generator: torch.Generator, parts: int, looks: Looks | None = None
+        self, micro: Batch, generator: torch.Generator, parts: int, looks: Looks | None = None
     ) -> dict[str, Tensor]:
         """Accumulate the gradients of one micro-batch. Each branch goes backward by itself: one graph at a time.
 
@@ -250,7 +221,7 @@ class Feedback:
         """L_aes of Eq. 15 and each reward's mean."""
         return aes_of(self.client, self.config.trained, images, prompts)
 
-    def _percep(self, images: Tensor, micro: FeedbackBatch) -> Tensor:
+    def _percep(self, images: Tensor, micro: Batch) -> Tensor:
         """L_percep of Eq. 16."""
         find = self.annotations or (lambda key: None)
         told: list[Instances | Tensor | None] = [find(key) for key in micro.keys]

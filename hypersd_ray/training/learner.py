@@ -102,9 +102,10 @@ class Replicated:
         wanted = {f"{key}/{name}" for key in MOMENTS for name in self.named} | {"step"}
         if differ := sorted(wanted ^ moments.keys()):
             raise ValueError(f"the optimiser's moments do not fit: {len(differ)} differ (first {differ[0]})")
-        states: dict[int, Any] = {
-            i: {key: moments[f"{key}/{name}"] for key in MOMENTS} | {"step": moments["step"].clone()}
-            for i, name in enumerate(self.named)
+        states: dict[int, Any] = {  # copies: what is read from a file may be a view into it
+            i: {key: moments[f"{key}/{name}"].to(p.device, copy=True) for key in MOMENTS}
+            | {"step": moments["step"].clone()}
+            for i, (name, p) in enumerate(self.named.items())
         }
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": states})
 

@@ -1,7 +1,7 @@
 """What each worker of a full UNet's training holds, before a weight is loaded, and which way of sharing it out fits.
 
 The states' sizes are what `FullRoles`, `Trained` and `Followed` (models/) and DeepSpeed keep, a line each; the
-activations are measured (activations.py). Bytes throughout; P: the UNet's weights, N: workers.
+activations are measured (activations.py). Bytes throughout.
 """
 
 from __future__ import annotations
@@ -107,9 +107,9 @@ def work_of(config: TSCDConfig, workers: int, shape: Shape) -> Work:
     peaks, learns, calls = [float(looking(frozen, guided * rows))], {"student": 1}, {"teacher": 1, "ema": 1}
     if isinstance(config, OneStepConfig):
         again = config.consistency_rows(rows)
-        single, told = rows - again, config.dmd.weight > 0
-        real = looking(frozen, single * (1 if config.dmd.guidance == 1 else 2))
-        peaks = [student(single, max(real, looking(shape, single)))]
+        generated = rows - again  # rows of newly made latents
+        real = looking(frozen, generated * (1 if config.dmd.guidance == 1 else 2))
+        peaks = [student(generated, max(real, looking(shape, generated)))]
         learns = {"student": 1 + (again > 0)}
         calls = {"teacher": (again > 0) + 1, "ema": int(again > 0), "fake": 0}
         if again:
@@ -117,8 +117,8 @@ def work_of(config: TSCDConfig, workers: int, shape: Shape) -> Work:
         if config.regression.pairs is not None:
             peaks.append(student(max(1, config.regression.batch // (workers * parts))))
             learns["student"] += 1
-        if told and config.dmd.fake_updates:
-            peaks.append(learning(shape, single).peak)
+        if config.dmd.weight > 0 and config.dmd.fake_updates:
+            peaks.append(learning(shape, generated).peak)
             learns["fake"], calls["fake"] = config.dmd.fake_updates, 1
             calls["student"] = config.dmd.fake_updates
     else:
@@ -126,85 +126,133 @@ def work_of(config: TSCDConfig, workers: int, shape: Shape) -> Work:
     return Work(parts, learns, calls, max(peaks))
 
 
-def _plain(sizes: Sizes, held: dict[str, int], c: int) -> Plan:
-    """ZeRO stage 0: FullRoles and AdamW; float32 but for the teacher."""
-    plan, P = Plan(ZeroConfig()), sizes.all
-    plan.gpu |= {TEACHER: c * P, WEIGHTS: 4 * P, OPTIMIZER: 8 * P, GRADIENTS: 4 * P, EMA: 4 * P * held[EMA]}
-    plan.gpu[FAKE] = 12 * P * held[FAKE]
-    plan.stepping = 4 * min(P, BUCKET + sizes.largest)  # a message of gradients
+def _plain(sizes: Sizes, held: dict[str, int], bytes_each: int) -> Plan:
+    """ZeRO stage 0: FullRoles and AdamW; float32 but for the teacher, whose weights take `bytes_each`."""
+    plan, weights = Plan(ZeroConfig()), sizes.all
+    plan.gpu |= {
+        TEACHER: bytes_each * weights, WEIGHTS: 4 * weights, OPTIMIZER: 8 * weights, GRADIENTS: 4 * weights,
+        EMA: 4 * weights * held[EMA], FAKE: 12 * weights * held[FAKE],
+    }  # fmt: skip
+    plan.stepping = 4 * min(weights, BUCKET + sizes.largest)  # a message of gradients
     return plan
 
 
-def _shared(zero: ZeroConfig, sizes: Sizes, held: dict[str, int], c: int, N: int) -> Plan:
-    """ZeRO stages 1 to 3: the engine's tensors for each trained network, and the shares of those that follow."""
-    plan, P, stage = Plan(zero), sizes.all, zero.stage
-    share, bucket = P / N, min(zero.bucket, P)
+@dataclass(frozen=True)
+class AtRest:
+    """What the engine of one trained network holds between its steps; `host_*` in the CPU's memory, `optimizer` (float32
+    weights and moments) there where it is offloaded."""
+
+    weights: float
+    optimizer: float
+    gradients: float
+    host_gradients: float
+    buffers: float
+    host_buffers: float
+
+
+def _at_rest(zero: ZeroConfig, sizes: Sizes, bytes_each: int, workers: int) -> AtRest:
+    """Bytes per weight of the network, `each` where a weight takes bytes_each, of which / N is a worker's share:
+
+    stage       weights     gradients, GPU          gradients, CPU            buffers
+    1           each        4 in bfloat16, else 0   0                         0
+    1 offload   each        0                       4 / N                     a share in the CPU's memory, a weight in both
+    2           each        0                       0                         0
+    2 offload   each        0                       4 / N in bfloat16, 8 / N  as 1 offload
+    3           each / N    4 / N                   0                         a bucket
+    3 offload   each / N    0                       8 / N                     a bucket
+
+    Beside them everywhere 12 / N of `optimizer`, and in stage 3 the small weights that stay whole.
+    """
+    share, bfloat16 = sizes.all / workers, bytes_each == 2
+    weights = bytes_each * (share + sizes.small if zero.stage == 3 else sizes.all)
+    buffers = host_buffers = 0.0
+    if zero.stage == 3:
+        buffers = bytes_each * zero.bucket  # that gradients are reduced from
+    elif zero.offload:
+        buffers = bytes_each * sizes.largest
+        host_buffers = bytes_each * (share + sizes.largest)
+    if zero.offload:  # the float32 weights' gradients, and where those came from
+        gradients, host_gradients = 0.0, {1: 4, 2: 4 if bfloat16 else 8, 3: 8}[zero.stage] * share
+    else:  # BF16_Optimizer keeps all of float32 gradients, stage 3 its share
+        gradients, host_gradients = {1: 4 * sizes.all if bfloat16 else 0, 2: 0, 3: 4 * share}[zero.stage], 0.0
+    return AtRest(weights, 12 * share, gradients, host_gradients, buffers, host_buffers)
+
+
+@dataclass(frozen=True)
+class WhileLearning:
+    """What is on the GPU beside `AtRest` in a network's step: `buffers` meanwhile, `stepping` after the backward pass."""
+
+    gradients: float
+    buffers: float
+    stepping: float
+
+
+def _while_learning(zero: ZeroConfig, sizes: Sizes, bytes_each: int, workers: int) -> WhileLearning:
+    """Bytes per weight of the network, as in `_at_rest`:
+
+    stage       gradients                     buffers                  stepping
+    1           each in bfloat16, else 4      a bucket                 0
+    1 offload   4                             a bucket                 0
+    2           4 / N in bfloat16, else 8 / N a bucket                 0
+    2 offload   4 / N in bfloat16, else 0     a bucket                 0
+    3           a block's                     two buckets, two blocks  4 / N
+    3 offload   a block's                     two buckets, two blocks  0
+    """
+    share, bfloat16 = sizes.all / workers, bytes_each == 2
+    if zero.stage == 3:
+        buffers = bytes_each * (2 * min(zero.bucket, sizes.all) + 2 * sizes.block)
+        return WhileLearning(bytes_each * sizes.block, buffers, 0.0 if zero.offload else 4 * share)
+    if zero.stage == 2:
+        gradients = (4 if bfloat16 else 0 if zero.offload else 8) * share
+    else:
+        gradients = (bytes_each if bfloat16 and not zero.offload else 4) * sizes.all
+    return WhileLearning(gradients, bytes_each * zero.bucket, 0.0)
+
+
+def _shared(zero: ZeroConfig, sizes: Sizes, held: dict[str, int], bytes_each: int, workers: int) -> Plan:
+    """ZeRO stages 1 to 3: the engine's tensors for each trained network, of which one learns at a time, and the shares of
+    those that follow."""
+    rest = _at_rest(zero, sizes, bytes_each, workers)
+    learns = _while_learning(zero, sizes, bytes_each, workers)
+    plan, share = Plan(zero, learns.buffers, learns.stepping), sizes.all / workers
     gpu, cpu = plan.gpu, plan.cpu
     optimizer = cpu if zero.offload else gpu
-    low = c == 2
-    # At rest, of each trained network
-    weights = c * P if stage < 3 else c * (share + sizes.small)
-    masters_and_moments = 12 * share
-    rest_gradients = host_gradients = buffers = host_buffers = 0.0
-    if stage == 1 and low and not zero.offload:
-        rest_gradients = 4 * P  # BF16_Optimizer's float32 gradients
-    if stage == 3:
-        if zero.offload:
-            host_gradients = 4 * share
-        else:
-            rest_gradients = 4 * share
-        buffers += c * zero.bucket  # that gradients are reduced from
-    if zero.offload:
-        host_gradients += 4 * share  # of the float32 weights
-        if stage < 3:
-            host_buffers += c * share + c * sizes.largest
-            buffers += c * sizes.largest
-            host_gradients += c * share if stage == 2 and not low else 0
-    # While one of them learns
-    gradients = {
-        0: 0.0,
-        1: c * P if low and not zero.offload else 4 * P,
-        2: (4 if low else 0 if zero.offload else 8) * share,
-        3: c * sizes.block,
-    }[stage]
-    plan.learning = c * zero.bucket if stage < 3 else c * (2 * bucket + 2 * sizes.block)
-    plan.stepping = 4 * share if stage == 3 and not zero.offload else 0.0
-
-    gpu[TEACHER] = c * share if zero.teacher else c * P
-    gpu[WEIGHTS], optimizer[OPTIMIZER] = weights, masters_and_moments
-    gpu[GRADIENTS], cpu[GRADIENTS] = rest_gradients + gradients, host_gradients
-    gpu[EMA], own = c * (P if stage < 3 else share) * held[EMA], 4 * share * held[EMA]
-    optimizer[EMA] += own
+    gpu[TEACHER] = bytes_each * (share if zero.teacher else sizes.all)
+    gpu[WEIGHTS] = rest.weights
+    optimizer[OPTIMIZER] = rest.optimizer
+    gpu[GRADIENTS], cpu[GRADIENTS] = rest.gradients + learns.gradients, rest.host_gradients
+    gpu[EMA] = bytes_each * (share if zero.stage == 3 else sizes.all) * held[EMA]
+    optimizer[EMA] += 4 * share * held[EMA]
     if held[FAKE]:
-        gpu[FAKE], cpu[FAKE] = weights + rest_gradients, host_gradients
-        optimizer[FAKE] += masters_and_moments
+        gpu[FAKE], cpu[FAKE] = rest.weights + rest.gradients, rest.host_gradients
+        optimizer[FAKE] += rest.optimizer
     trained = 1 + held[FAKE]
-    gpu[BUFFERS] = trained * buffers
-    cpu[BUFFERS] = trained * host_buffers
+    gpu[BUFFERS], cpu[BUFFERS] = trained * rest.buffers, trained * rest.host_buffers
     return plan
 
 
-def _moved(zero: ZeroConfig, sizes: Sizes, work: Work, c: int, N: int) -> float:
+def _moved(zero: ZeroConfig, sizes: Sizes, work: Work, bytes_each: int, workers: int) -> float:
     """Bytes that a worker sends in a step, over the network and between CPU and GPU; rings, as NCCL has them."""
-    ring, P, moved = (N - 1) / N, sizes.all, 0.0
+    ring, moved = (workers - 1) / workers, 0.0
+    weights = bytes_each * sizes.all  # bytes of a network's
     for role, learns in work.learns.items():
         steps = learns if role == "fake" else 1  # the fake score makes one with each of its passes
         passes = learns * work.parts
         if zero.stage == 0:
-            moved += steps * 2 * 4 * P * ring
+            moved += steps * 2 * 4 * sizes.all * ring
         elif zero.stage == 1:
-            moved += steps * (2 * c * P + c * P) * ring
+            moved += steps * 3 * weights * ring
         elif zero.stage == 2:
-            moved += passes * 2 * c * P * ring + steps * c * P * ring
+            moved += passes * 2 * weights * ring + steps * weights * ring
         else:
-            moved += passes * 3 * c * P * ring  # gathered forward and backward, and the gradient reduced
+            moved += passes * 3 * weights * ring  # gathered forward and backward, and the gradient reduced
         if zero.offload:
-            moved += steps * (4 + c) * P / N
+            moved += steps * (4 + bytes_each) * sizes.all / workers
     if zero.stage in (1, 2):
-        moved += c * P * ring  # the EMA, published
+        moved += weights * ring  # the EMA, published
     if zero.stage == 3:
         gathered = {role: n for role, n in work.calls.items() if role != "teacher" or zero.teacher}
-        moved += sum(gathered.values()) * work.parts * c * P * ring
+        moved += sum(gathered.values()) * work.parts * weights * ring
     return moved
 
 
@@ -220,16 +268,16 @@ def plan(
     config: TSCDConfig, unet_config: dict[str, Any], size: int, workers: int, zero: ZeroConfig, tokens: int = 77
 ) -> Plan:
     """One way of `workers` workers to train `config`; `size` is the latents' side, `tokens` a prompt's length."""
-    sizes, c = sizes_of(unet_config, zero), 2 if config.run.precision == "bf16" else 4
+    sizes, bytes_each = sizes_of(unet_config, zero), 2 if config.run.precision == "bf16" else 4
     previous = config.distill.teacher == "previous" and config.stages > 1
     held = {EMA: 1 + previous, FAKE: int(isinstance(config, OneStepConfig))}
     work = work_of(config, workers, shapes_of(config, unet_config, size, tokens)[zero.stage > 0])
-    made = _shared(zero, sizes, held, c, workers) if zero.stage else _plain(sizes, held, c)
+    made = _shared(zero, sizes, held, bytes_each, workers) if zero.stage else _plain(sizes, held, bytes_each)
     made.gpu[ACTIVATIONS] = work.peak
     made.gpu[BUFFERS] += max(made.learning, made.stepping - work.peak)
     if config.adversarial.adv_end > 0 or config.adversarial.adv_start > 0:
         made.gpu[BUFFERS] += 12 * sizes.heads  # the discriminator and its moments
-    made.moved = _moved(zero, sizes, work, c, workers)
+    made.moved = _moved(zero, sizes, work, bytes_each, workers)
     return made
 
 

@@ -117,8 +117,7 @@ def _nothing_fits(config: TSCDConfig, model: Model, plans: list[Plan], gpu_memor
 def _knobs(config: TSCDConfig) -> list[tuple[str, TSCDConfig]]:
     """Settings that save memory, from what costs least: what to say, and the configuration with it."""
     optim, workers = config.optim, config.run.workers
-    rows = getattr(config, "fewest_rows", 1)
-    most = max(optim.accumulation, optim.batch // (workers * rows))
+    most = max(optim.accumulation, optim.batch // (workers * config.fewest_rows))
     steps: list[tuple[dict[str, Any], str]] = [
         ({"checkpointing": True}, "--optim.checkpointing"),
         ({"accumulation": most}, f"--optim.accumulation {most}"),

@@ -24,12 +24,11 @@ from hypersd_ray.losses.distances import mse
 from hypersd_ray.losses.dmd import dmd_loss, fake_score_loss, renoising_times, score_distillation_loss
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.roles import FAKE, STUDENT, TEACHER, Roles
-from hypersd_ray.training.adversarial import adversarial_losses
 from hypersd_ray.training.distiller import Distiller
 from hypersd_ray.training.learner import Learner, learner_of
+from hypersd_ray.training.metrics import averaged
 from hypersd_ray.training.progress import learning_rate
 from hypersd_ray.training.protocol import Saved
-from hypersd_ray.training.randomness import generator_of
 from hypersd_ray.training.rewarded import Rewarded
 from hypersd_ray.training.tscd import Batch, Pair, consistency_loss, make_pair
 
@@ -103,13 +102,11 @@ class OneStep(Distiller):
         progress, parts = self.progress, self.config.optim.accumulation
         bad_before = progress.bad_in_a_row
         fake_metrics, fake_is_well = self._learn_fake(batch.chunks(parts))
-        totals: dict[str, Tensor] = {}
-        both = zip(batch.chunks(parts), [None] * parts if pairs is None else pairs.chunks(parts), strict=True)
-        for index, (micro, micro_pairs) in enumerate(both):
-            generator = generator_of(self.config.run.seed, self.rank, progress.stage, progress.step, index)
-            for name, value in self._learn_student(micro, micro_pairs, generator, parts).items():
-                totals[name] = totals.get(name, 0) + value / parts
-        if self.student.pending or (self.heads is not None and self.heads.pending):
+        micros = zip(batch.chunks(parts), [None] * parts if pairs is None else pairs.chunks(parts), strict=True)
+        totals = averaged(
+            (self._learn_student(*micro, self._generator(index), parts) for index, micro in enumerate(micros)), parts
+        )
+        if self.student.pending or self._heads is not None:
             totals["grad_norm"] = self._update()
         else:  # the fake score alone learns
             progress.bad_in_a_row = 0
@@ -128,15 +125,14 @@ class OneStep(Distiller):
 
     def _learn_fake(self, micros: list[Batch]) -> tuple[dict[str, Tensor], bool]:
         """`fake_updates` updates of the fake score, each on newly generated latents; (metrics, none had a NaN)."""
-        c, progress = self.config, self.progress
-        well, loss = True, torch.zeros((), device=self.roles.device)
+        c, well, loss = self.config, True, torch.zeros((), device=self.roles.device)
         if c.dmd.weight == 0 or c.dmd.fake_updates == 0:
             return {}, well
         for update in range(c.dmd.fake_updates):
             loss = torch.zeros_like(loss)
             for index, micro in enumerate(micros):
-                generator = generator_of(c.run.seed, self.rank, progress.stage, progress.step, index, "fake", update)
-                part = self._fake_loss(micro.rows(c.consistency_rows(len(micro.x0)), len(micro.x0)), generator)
+                generated = micro.rows(c.consistency_rows(len(micro.x0)), len(micro.x0))
+                part = self._fake_loss(generated, self._generator(index, "fake", update))
                 self.fake.backward(part / len(micros))
                 loss += part.detach() / len(micros)
             well &= self._update_fake()
@@ -165,7 +161,7 @@ class OneStep(Distiller):
         index = (
             goes_on.nonzero().flatten() if bool(goes_on.any()) else torch.zeros(1, dtype=torch.long, device=t.device)
         )
-        x = to_clean(self.roles, STUDENT, x_t[index], t[index], batch.cond._map(lambda part: part[index]))
+        x = to_clean(self.roles, STUDENT, x_t[index], t[index], batch.cond.rows(index))
         return x_t.index_copy(0, index, x.to(x_t))
 
     def _fake_loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
@@ -215,7 +211,7 @@ class OneStep(Distiller):
         c = self.config
         told = c.dmd.weight > 0 and not self.warming_up
         judged = self.rewarded is not None and not self.warming_up  # the fake score learns what stands still till then
-        if not told and not judged and self.heads is None:
+        if not told and not judged and self.adversary is None:
             return
         x_t, t = self._set_out(batch, generator)
         x = to_clean(self.roles, STUDENT, x_t, t, batch.cond)
@@ -227,17 +223,13 @@ class OneStep(Distiller):
             aes, found = self.rewarded(x, batch.captions)
             losses.append(c.feedback.weight * aes)
             metrics |= found
-        if self.discriminator is not None and self.heads is not None:
+        if self.adversary is not None:
             # Judged at all noise levels, whichever step an end is of.
             first, zero = torch.full_like(t, c.t_input), torch.zeros_like(t)
             pair = Pair(x, batch.x0, Times(first, zero, zero, zero), x_t)  # against the data: Eq. 8, 9
-            student, heads = adversarial_losses(
-                self.roles, self.discriminator, pair, batch.cond, c.adversarial.kind, generator
-            )
-            if self.progress.step >= c.adversarial.warmup_share * self.steps:
-                losses.append(self.weights.adversarial * student)
-            self.heads.backward(heads / parts)
-            metrics |= {"adversarial": student, "discriminator": heads}
+            adversarial, found = self._judge(self.adversary, pair, batch.cond, generator, parts)
+            losses += [] if adversarial is None else [adversarial]
+            metrics |= found
         if losses:
             self._learn(torch.stack(losses).sum(), metrics, parts)
 

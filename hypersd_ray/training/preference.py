@@ -17,6 +17,7 @@ from hypersd_ray.losses.feedback import loss_rm
 from hypersd_ray.models.rewards.image_reward import ImageReward
 from hypersd_ray.models.rewards.protocol import RewardModel
 from hypersd_ray.training.learner import adamw
+from hypersd_ray.training.metrics import averaged
 from hypersd_ray.training.progress import Progress, learning_rate
 from hypersd_ray.training.protocol import Saved
 from hypersd_ray.training.randomness import seed_of
@@ -103,22 +104,20 @@ class PreferenceTraining:
         A step whose gradient has a NaN or inf on any worker changes nothing but the counts in `progress`.
         """
         parts, progress = self.config.optim.accumulation, self.progress
-        totals: dict[str, Tensor] = {}
         device = self.model.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed_of(self.config.run.seed, "dropout", self.rank, progress.step))
-            for micro in batch.chunks(parts):
-                r_w, r_l = scores_of_pairs(self.model, micro)
-                loss = loss_rm(r_w, r_l).mean()
-                (loss / parts).backward()
-                found = {
-                    "loss": loss.detach(), "accuracy": (r_w > r_l).float().mean(), "margin": (r_w - r_l).detach().mean()
-                }  # fmt: skip
-                for name, value in found.items():
-                    totals[name] = totals.get(name, 0) + value / parts
+            totals = averaged((self._backward(micro, parts) for micro in batch.chunks(parts)), parts)
         totals["grad_norm"] = self._update()
         progress.step += 1
         return totals
+
+    def _backward(self, micro: PreferencePairs, parts: int) -> dict[str, Tensor]:
+        """Accumulate the gradients of one micro-batch."""
+        r_w, r_l = scores_of_pairs(self.model, micro)
+        loss = loss_rm(r_w, r_l).mean()
+        (loss / parts).backward()
+        return {"loss": loss.detach(), "accuracy": (r_w > r_l).float().mean(), "margin": (r_w - r_l).detach().mean()}
 
     def _update(self) -> Tensor:
         progress = self.progress

@@ -22,8 +22,8 @@ from hypersd_ray.config.measure import MeasureConfig
 from hypersd_ray.config.rewards import RewardConfig
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import Encoders
+from hypersd_ray.models.hashing import sha256_of
 from hypersd_ray.models.rewards.registry import load_reward
-from hypersd_ray.models.rewards.weights import sha256_of
 from hypersd_ray.models.roles import STUDENT, Roles
 from hypersd_ray.training import samples
 from hypersd_ray.training.samples import Sampling

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,11 +27,24 @@ from hypersd_ray.models.roles import EMA, PREVIOUS, STUDENT, TEACHER, Roles
 
 @dataclass(frozen=True)
 class Batch:
-    """x0 (B, C, h, w): scaled latents of the images; cond: their captions, encoded; captions: as text, for who asks."""
+    """x0 (B, C, h, w): scaled latents of the images; cond: their captions, encoded; for who asks captions: as text, and
+    keys: the images' names in the shards."""
 
     x0: Tensor
     cond: Conditioning
     captions: Sequence[str] = ()
+    keys: Sequence[str] = ()
+
+    @classmethod
+    def from_rows(cls, rows: dict[str, Any], device: torch.device | str) -> Batch:
+        """From a `LatentStream` batch."""
+
+        def part(name: str) -> Tensor:
+            return rows[name].to(device, torch.float32)
+
+        pooled, time_ids = (part(name) if name in rows else None for name in ("pooled", "time_ids"))
+        cond = Conditioning(part("prompt_embeds"), pooled, time_ids)
+        return cls(part("latents"), cond, tuple(rows["caption"]), tuple(rows["key"]))
 
     def chunks(self, parts: int) -> list[Batch]:
         """`parts` equal micro-batches."""
@@ -39,8 +53,8 @@ class Batch:
 
     def rows(self, start: int, stop: int) -> Batch:
         """Rows start..stop-1."""
-        cond = self.cond._map(lambda part: part[start:stop])
-        return Batch(self.x0[start:stop], cond, self.captions[start:stop])
+        which = slice(start, stop)
+        return Batch(self.x0[which], self.cond.rows(which), self.captions[which], self.keys[which])
 
 
 @dataclass(frozen=True)

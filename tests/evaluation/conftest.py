@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from hypersd_ray.models.checkpoint import read_base
-from hypersd_ray.models.export import LoRAMetadata, save_diffusers_lora
+from hypersd_ray.models.export import save_diffusers_lora
 from hypersd_ray.models.lora import Adapters
+from hypersd_ray.models.lora_file import LoRAMetadata
 from hypersd_ray.models.roles import STUDENT
 from tests.helpers.pipelines import CAPTIONS, build_pipeline, randomize, tiny_unet
 

@@ -14,7 +14,8 @@ from PIL import Image
 from evaluation import onestep
 from evaluation.quality import QualityConfig, Subject
 from hypersd_ray.config.base import ConfigError
-from hypersd_ray.models.export import read_lora, save_diffusers_lora
+from hypersd_ray.models.export import save_diffusers_lora
+from hypersd_ray.models.lora_file import read_lora
 from tests.actors.conftest import clip_folder, models, pictures
 from tests.helpers.pipelines import CAPTIONS
 

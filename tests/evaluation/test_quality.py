@@ -11,7 +11,7 @@ import torch
 from evaluation import quality
 from evaluation.quality import QualityConfig, Subject, evaluate, reference_latents, reference_path, teacher_sha256
 from hypersd_ray.config.cli import run_job
-from hypersd_ray.models.rewards.weights import sha256_of
+from hypersd_ray.models.hashing import sha256_of
 from tests.helpers.pipelines import CAPTIONS
 
 PROMPTS = CAPTIONS[:3]

@@ -8,8 +8,9 @@ from diffusers import LCMScheduler, UNet2DConditionModel
 
 from hypersd_ray.models.cards import UNetCard, UNetSampling, read_sampling, save_unet_with_card, unet_usage
 from hypersd_ray.models.checkpoint import read_base
-from hypersd_ray.models.export import TIMESTEP, LoRAMetadata, merge_lora, save_diffusers_lora, usage
+from hypersd_ray.models.export import merge_lora, save_diffusers_lora, usage
 from hypersd_ray.models.lora import Adapters
+from hypersd_ray.models.lora_file import TIMESTEP, LoRAMetadata
 from hypersd_ray.recipes.tscd import tiny
 from hypersd_ray.trainer.kinds.tscd import unet_card
 from tests.helpers.pipelines import call, random_inputs, randomize, tiny_unet

@@ -19,18 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from hypersd_ray.diffusion.segments import edges
 from hypersd_ray.models.checkpoint import load_unet, read_base
-from hypersd_ray.models.export import (
-    TCD_GRID,
-    LoRAMetadata,
-    _module_of,
-    merge_lora,
-    read_lora,
-    save_diffusers_lora,
-    save_kohya_lora,
-    save_unet,
-    usage,
-)
+from hypersd_ray.models.export import merge_lora, save_diffusers_lora, save_kohya_lora, save_unet, usage
 from hypersd_ray.models.lora import LCM_TARGETS, Adapters
+from hypersd_ray.models.lora_file import LoRAMetadata, module_of, read_lora
+from hypersd_ray.models.samplers import TCD_GRID
 from tests.helpers.pipelines import call, random_inputs, randomize, tiny_unet
 
 RANK, ALPHA = 4, 6.5  # unequal: a lost alpha is a LoRA of 1 / 1.625 of its strength
@@ -240,11 +232,11 @@ def test_metadata_strings_round_trip():
 
 
 def test_kohya_names_lead_back_or_are_refused(trained, tmp_path):
-    assert _module_of("down_blocks_0_downsamplers_0_conv") == "down_blocks.0.downsamplers.0.conv"
-    assert _module_of("mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj") == (
+    assert module_of("down_blocks_0_downsamplers_0_conv") == "down_blocks.0.downsamplers.0.conv"
+    assert module_of("mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj") == (
         "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj"
     )
-    assert _module_of("input_blocks_1_0_in_layers_2") is None
+    assert module_of("input_blocks_1_0_in_layers_2") is None
     odd = {"odd_block.to_q.lora_A.weight": torch.zeros(4, 8), "odd_block.to_q.lora_B.weight": torch.zeros(8, 4)}
     with pytest.raises(ValueError, match="odd_block"):
         save_kohya_lora(odd, tmp_path / "odd.safetensors", metadata_of("sd"))

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from hypersd_ray.models.checkpoint import load_unet, read_base
-from hypersd_ray.models.export import LoRAMetadata, save_diffusers_lora, save_kohya_lora
+from hypersd_ray.models.export import save_diffusers_lora, save_kohya_lora
 from hypersd_ray.models.initial import fitting_lora
 from hypersd_ray.models.lora import Adapters
+from hypersd_ray.models.lora_file import LoRAMetadata
 from tests.helpers.pipelines import randomize, tiny_unet
 
 METADATA = LoRAMetadata(

@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from hypersd_ray.models.export import _module_of
 from hypersd_ray.models.lora import Adapters
+from hypersd_ray.models.lora_file import module_of
 from hypersd_ray.models.shapes import SD15_UNET, SDXL_UNET
 
 
@@ -29,4 +29,4 @@ def test_rank_64_on_lcm_targets_has_the_released_size(config, modules, megabytes
     # 67,252,224 and 196,751,360 numbers of 4 bytes
     assert parameters * 4 / 1e6 == pytest.approx(megabytes, abs=0.05)
     # Kohya's names of all of them lead back to the module
-    assert all(_module_of(name.replace(".", "_")) == name for name in adapters.layers)
+    assert all(module_of(name.replace(".", "_")) == name for name in adapters.layers)

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
-from hypersd_ray.models.export import LoRAMetadata, save_diffusers_lora
+from hypersd_ray.models.export import save_diffusers_lora
 from hypersd_ray.models.lora import Adapters
+from hypersd_ray.models.lora_file import LoRAMetadata
 
 RANK = 4
 

@@ -18,7 +18,7 @@ from diffusers import (
 from PIL import Image
 
 from hypersd_ray.embedded import paths
-from hypersd_ray.models.export import TCD_GRID
+from hypersd_ray.models.samplers import TCD_GRID
 from serve.discovery import read_catalog
 from serve.engine import Abandoned, Engine
 from serve.settings import ModelSettings
@@ -166,7 +166,7 @@ def test_a_lora_of_another_base_changes_nothing(engine, tmp_path):
 
 
 def _tensors(path):
-    from hypersd_ray.models.export import read_lora
+    from hypersd_ray.models.lora_file import read_lora
 
     return read_lora(path)[0]
 

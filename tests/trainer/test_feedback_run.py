@@ -20,8 +20,9 @@ from hypersd_ray.config.data import DataConfig
 from hypersd_ray.config.feedback import FeedbackConfig
 from hypersd_ray.config.rewards import PerceptionConfig
 from hypersd_ray.models.checkpoint import load_unet, read_base
-from hypersd_ray.models.export import GUIDANCE, KEPT, TIMESTEP, LoRAMetadata, merge_lora, read_lora, save_diffusers_lora
+from hypersd_ray.models.export import merge_lora, save_diffusers_lora
 from hypersd_ray.models.lora import Adapters
+from hypersd_ray.models.lora_file import GUIDANCE, KEPT, TIMESTEP, LoRAMetadata, read_lora
 from hypersd_ray.trainer import run
 from tests.actors.conftest import clip_folder, models, pictures
 from tests.chaos.clusters import alive_actors

@@ -23,7 +23,8 @@ from hypersd_ray.config.measure import MeasureConfig
 from hypersd_ray.embedded import paths
 from hypersd_ray.models.checkpoint import read_base
 from hypersd_ray.models.encoders import load_encoders
-from hypersd_ray.models.export import LoRAMetadata, save_diffusers_lora
+from hypersd_ray.models.export import save_diffusers_lora
+from hypersd_ray.models.lora_file import LoRAMetadata
 from hypersd_ray.models.roles import EMA, STUDENT, TEACHER
 from hypersd_ray.recipes.tscd import tiny
 from hypersd_ray.trainer import keeping, storage

@@ -11,7 +11,8 @@ from diffusers import DDIMScheduler, LCMScheduler
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.diffusion.schedule import Schedule
 from hypersd_ray.diffusion.segments import edges
-from hypersd_ray.models.export import TCD_GRID, usage
+from hypersd_ray.models.export import usage
+from hypersd_ray.models.samplers import TCD_GRID
 from hypersd_ray.recipes import METHODS
 from hypersd_ray.recipes.compare import TRAININGS
 from hypersd_ray.trainer.kinds import KINDS, kind_of, tscd

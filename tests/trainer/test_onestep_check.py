@@ -13,8 +13,9 @@ from hypersd_ray.config.base import CombinationError
 from hypersd_ray.config.data import DataConfig
 from hypersd_ray.config.onestep import OneStepConfig
 from hypersd_ray.config.tscd import TSCDConfig
-from hypersd_ray.models.export import LoRAMetadata, save_diffusers_lora
+from hypersd_ray.models.export import save_diffusers_lora
 from hypersd_ray.models.lora import Adapters
+from hypersd_ray.models.lora_file import LoRAMetadata
 from hypersd_ray.trainer import checks, room, run
 from tests.helpers.pipelines import build_pipeline, randomize, tiny_unet
 
@@ -113,6 +114,13 @@ def test_a_resume_with_another_fake_score_or_mode(config, tmp_path, field):
 
 def test_pairs_that_are_none(config, tmp_path):
     refused(changed(config, regression={"pairs": str(tmp_path), "batch": 32}), r"regression\.pairs=.* holds no pairs")
+
+
+def test_a_clip_that_is_not_there(config):
+    refused(
+        changed(config, measure={"prompts": ("a cat", "a dog"), "clip": "/nowhere"}),
+        r"measure\.clip=/nowhere does not exist",
+    )
 
 
 def test_bf16_without_a_gpu(config):

@@ -18,8 +18,9 @@ from hypersd_ray.models.cards import UNetSampling, read_sampling
 from hypersd_ray.models.checkpoint import load_unet, read_base
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import load_encoders
-from hypersd_ray.models.export import LoRAMetadata, merge_lora, read_lora, save_diffusers_lora
+from hypersd_ray.models.export import merge_lora, save_diffusers_lora
 from hypersd_ray.models.lora import Adapters
+from hypersd_ray.models.lora_file import LoRAMetadata, read_lora
 from hypersd_ray.models.roles import Plain
 from hypersd_ray.recipes.feedback import embedded_rewards
 from hypersd_ray.trainer import run

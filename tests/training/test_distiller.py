@@ -10,7 +10,7 @@ from hypersd_ray.models.roles import EMA, PREVIOUS, STUDENT, TEACHER
 from hypersd_ray.training.adversarial import adversarial_losses, draw_t_star
 from hypersd_ray.training.progress import learning_rate
 from hypersd_ray.training.randomness import generator_of
-from hypersd_ray.training.tscd import Batch, consistency_loss, empty_some, make_pair, solver
+from hypersd_ray.training.tscd import consistency_loss, empty_some, make_pair, solver
 from tests.helpers.distil import (
     ADVERSARIAL,
     SETTINGS,
@@ -71,7 +71,7 @@ def test_a_step_is_adamw_on_the_mean_gradient_and_an_ema(tmp_path):
     by_hand = make_distiller(config)
     losses = []
     for index in range(2):
-        half = Batch(batch.x0[2 * index : 2 * index + 2], batch.cond._map(lambda p, i=index: p[2 * i : 2 * i + 2]))
+        half = batch.rows(2 * index, 2 * index + 2)
         generator = generator_of(config.run.seed, 0, 0, 0, index)
         pair = make_pair(by_hand.roles, half, by_hand.null, config.distill, 0, generator)
         losses.append((pair.student - pair.target).square().mean())
@@ -135,7 +135,7 @@ def test_a_bad_step_changes_nothing_and_the_next_goes_on(bad, adversarial, tmp_p
 def test_a_bad_discriminator_gradient_skips_the_step_too(tmp_path):
     """The student's own loss is fine there; its adversary's must not get away with a NaN."""
     d = make_distiller(make_config(tmp_path, adversarial=ADVERSARIAL | {"warmup_share": 0.9}))
-    next(d.discriminator.parameters()).register_hook(lambda g: g * float("nan"))
+    next(d.adversary.network.parameters()).register_hook(lambda g: g * float("nan"))
     before = snapshot(d)
     d.step(make_batch())
     assert same(snapshot(d), before)
@@ -168,8 +168,8 @@ def test_the_adversarial_losses_reach_only_whom_they_should(tmp_path):
     d, batch = make_distiller(config), make_batch()
     disturb(d.roles, STUDENT, 0)
     pair = make_pair(d.roles, batch, d.null, config.distill, 0, generator_of(1))
-    student, heads = adversarial_losses(d.roles, d.discriminator, pair, batch.cond, "hinge", generator_of(2))
-    head_parameters = list(d.discriminator.parameters())
+    student, heads = adversarial_losses(d.roles, d.adversary.network, pair, batch.cond, "hinge", generator_of(2))
+    head_parameters = list(d.adversary.network.parameters())
     heads.backward(retain_graph=True)
     assert all(p.grad is not None for p in head_parameters)
     assert all(p.grad is None for p in student_parameters(d.roles))
@@ -196,12 +196,12 @@ def test_the_student_hears_of_the_discriminator_after_the_warmup_only(tmp_path):
     schedule = {"adv_start": 0.5, "adv_end": 0.5, "mse_start": 0.7, "mse_end": 0.7, "warmup_share": 0.5, "lr": 1e-2}
     plain = make_distiller(make_config(tmp_path, adversarial=schedule | {"adv_start": 0.0, "adv_end": 0.0}))
     hybrid = make_distiller(make_config(tmp_path, adversarial=schedule))
-    heads = {n: t.clone() for n, t in hybrid.discriminator.state_dict().items()}
+    heads = {n: t.clone() for n, t in hybrid.adversary.network.state_dict().items()}
     for step in range(2):
         plain.step(make_batch(step))
         hybrid.step(make_batch(step))
     assert same(role_tensors(plain, STUDENT), role_tensors(hybrid, STUDENT))
-    assert not same(heads, hybrid.discriminator.state_dict())
+    assert not same(heads, hybrid.adversary.network.state_dict())
     plain.step(make_batch(2))
     hybrid.step(make_batch(2))
     assert not same(role_tensors(plain, STUDENT), role_tensors(hybrid, STUDENT))
@@ -212,9 +212,9 @@ def test_the_stages_weights_rise_and_fall_and_the_discriminator_comes_with_its_w
     d = make_distiller(make_config(tmp_path, distill=stages, adversarial={"adv_end": 0.2, "mse_end": 0.5}))
     seen = []
     while not d.finished:
-        seen.append((d.weights.mse, d.weights.adversarial, d.discriminator is not None))
+        seen.append((d.weights.mse, d.weights.adversarial, d.adversary is not None))
         metrics = d.step(make_batch())
-        assert ("adversarial" in metrics) == (d.discriminator is not None)
+        assert ("adversarial" in metrics) == (d.adversary is not None)
         d.next_stage()
     assert seen == [(1.0, 0.0, False), (0.75, pytest.approx(0.1), True), (0.5, 0.2, True)]
 
@@ -223,7 +223,7 @@ def test_a_new_stage_starts_from_the_student_with_new_moments(tmp_path):
     d = make_distiller(make_config(tmp_path, distill={"teacher": "previous"}, adversarial=ADVERSARIAL))
     run_stages(d, until=3)
     d.step(make_batch(3))
-    student, heads = role_tensors(d, STUDENT), {n: t.clone() for n, t in d.discriminator.state_dict().items()}
+    student, heads = role_tensors(d, STUDENT), {n: t.clone() for n, t in d.adversary.network.state_dict().items()}
     assert not same(student, role_tensors(d, EMA))
     assert not same(student, role_tensors(d, PREVIOUS))
     d.next_stage()
@@ -232,7 +232,7 @@ def test_a_new_stage_starts_from_the_student_with_new_moments(tmp_path):
     assert same(student, role_tensors(d, EMA))
     assert same(student, role_tensors(d, PREVIOUS))
     assert not d.student.moments()
-    assert not same(heads, d.discriminator.state_dict())
+    assert not same(heads, d.adversary.network.state_dict())
     d.step(make_batch(4))
     assert same(student, role_tensors(d, PREVIOUS))  # the teacher of this stage stands still
     assert not same(student, role_tensors(d, STUDENT))

@@ -13,16 +13,18 @@ from hypersd_ray.embedded import paths
 from hypersd_ray.models.checkpoint import load_unet, read_base
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import load_encoders
-from hypersd_ray.models.export import LoRAMetadata, save_diffusers_lora
+from hypersd_ray.models.export import save_diffusers_lora
 from hypersd_ray.models.lora import Adapters
+from hypersd_ray.models.lora_file import LoRAMetadata
 from hypersd_ray.models.perception.coco import CocoAnnotations
 from hypersd_ray.models.perception.protocol import Instances
 from hypersd_ray.models.roles import STUDENT, TEACHER
 from hypersd_ray.models.scoring import LocalBackend, RewardClient
 from hypersd_ray.recipes.feedback import feedback_tiny
 from hypersd_ray.trainer.kinds.feedback import read_annotations
-from hypersd_ray.training.feedback import Feedback, FeedbackBatch, build_roles
+from hypersd_ray.training.feedback import Feedback, build_roles
 from hypersd_ray.training.pictures import decode
+from hypersd_ray.training.tscd import Batch
 from hypersd_ray.training.watch import HackingWatch
 from tests.helpers.distil import InMemory, same, snapshot, student_parameters
 from tests.helpers.pipelines import build_pipeline, randomize, tiny_unet
@@ -94,9 +96,7 @@ def make(config, encoders, annotations=None, **models):
 def batch(encoders):
     g = torch.Generator().manual_seed(0)
     embeds = encoders.encode_prompts(list(PROMPTS)).prompt_embeds
-    return FeedbackBatch(
-        torch.randn(4, 4, 16, 16, generator=g), Conditioning(embeds), PROMPTS, ("k0", "k1", "k2", "k3")
-    )
+    return Batch(torch.randn(4, 4, 16, 16, generator=g), Conditioning(embeds), PROMPTS, ("k0", "k1", "k2", "k3"))
 
 
 def test_the_base_is_the_tscd_model(folder, tscd, batch):

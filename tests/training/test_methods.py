@@ -121,7 +121,7 @@ def walk(state: Distiller, denoiser, pair: Pair, N: int, steps: int) -> torch.Te
 
 
 def of_row(batch, row):
-    return batch.cond._map(lambda part: part[row : row + 1])
+    return batch.cond.rows(slice(row, row + 1))
 
 
 def test_progressive_distillations_target_is_two_teacher_steps(tmp_path):
@@ -242,7 +242,9 @@ def test_rectified_flows_target_is_the_teachers_way_through_the_window(tmp_path)
         own = Window(torch.full_like(rows, t_top), torch.full_like(rows, t_b))
         x_t = on_line(wide(pair.x_tn), wide(x_b), rows, own)
         with torch.no_grad():
-            seen = state.roles.predict(STUDENT, x_t, rows, batch.cond._map(wide)).eps
+            seen = state.roles.predict(
+                STUDENT, x_t, rows, batch.cond.rows(slice(index, index + 1)).expand(len(rows))
+            ).eps
         found.append(float((seen - pair.student[index]).abs().flatten(1).amax(1).min()))
     assert max(found) < 1e-4
 
@@ -277,7 +279,7 @@ def test_a_few_step_student_sets_out_from_each_of_its_steps(inputs, tmp_path):
     config = micro("turbo" if inputs == "data" else "dmd", tmp_path)
     assert config.inputs == inputs and config.starts == (1000, 750, 500, 250)
     state, clean = training(config), torch.full((256, 4, 8, 8), 2.0)
-    batch = type(batch_of())(clean, batch_of().cond._map(lambda part: part[:1].expand(256, -1, -1)))
+    batch = type(batch_of())(clean, batch_of().cond.rows(slice(1)).expand(256))
     state.roles.predict = lambda role, x_t, t, cond: _Constant(x_t, t)
     x_t, t = state._set_out(batch, generator_of(0))
     counts = {start: int((t == start).sum()) for start in config.starts}

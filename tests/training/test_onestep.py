@@ -181,13 +181,32 @@ def test_a_nan_in_the_fake_score_counts_where_nothing_else_learns(tmp_path):
     assert counts == [(1, 1), (2, 2), (3, 3), (3, 0), (4, 1)]
 
 
-def test_a_full_unet_runs_through_the_same_step(tmp_path):
-    settings = config(tmp_path, full_unet=True, optim={"lr": 1e-5})
-    training = OneStep(settings, FullRoles(micro_unet(), scaled_linear(), "epsilon"), null_of())
-    before = {role: copies(training, role) for role in (STUDENT, FAKE)}
-    training.step(batch_of())
-    training.step(batch_of(seed=1))
-    assert all(differ(before[role], copies(training, role)) for role in before)
+def test_a_full_unets_step_is_adamws_first(tmp_path):
+    """m = (1 - b1) g and v = (1 - b2) g^2, each divided by its (1 - b): theta' = (1 - lr wd) theta - lr g / (|g| + 1e-8)."""
+    settings = config(tmp_path, full_unet=True, optim={"lr": 1e-3, "clip": 0.05, "weight_decay": 0.1})
+
+    def fresh() -> OneStep:
+        return OneStep(settings, FullRoles(micro_unet(), scaled_linear(), "epsilon"), null_of())
+
+    training, by_hand = fresh(), fresh()
+    fake, student, ema = (
+        [p.clone() for p in by_hand.roles.named_tensors(role).values()] for role in (FAKE, STUDENT, EMA)
+    )
+    metrics = training.step(batch_of())
+    by_hand._learn_fake(batch_of().chunks(1))
+    by_hand._learn_student(batch_of(), None, by_hand._generator(0), 1)
+    gradients = [p.grad for p in by_hand.roles.named_tensors(STUDENT).values()]
+    norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+    torch.testing.assert_close(metrics["grad_norm"], norm)
+    assert norm > settings.optim.clip
+    decay = settings.distill.ema_decay
+    ended = zip(training.roles.named_tensors(STUDENT).values(), training.roles.named_tensors(EMA).values(), strict=True)
+    for theta, average, g, (theirs, averaged) in zip(student, ema, gradients, ended, strict=True):
+        g = g * 0.05 / (norm + 1e-6)
+        expected = theta * (1 - 1e-3 * 0.1) - 1e-3 * g / (g.abs() + 1e-8)
+        torch.testing.assert_close(theirs, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(averaged, decay * average + (1 - decay) * expected, rtol=1e-5, atol=1e-6)
+    assert differ(fake, copies(training, FAKE))
 
 
 @pytest.mark.parametrize("full", [False, True])

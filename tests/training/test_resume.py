@@ -6,9 +6,15 @@ import json
 import shutil
 
 import pytest
-import torch
 
-from hypersd_ray.training.checkpoint import MANIFEST, load_checkpoint, load_positions, save_checkpoint, save_position
+from hypersd_ray.training.checkpoint import (
+    MANIFEST,
+    Stored,
+    load_checkpoint,
+    load_positions,
+    save_checkpoint,
+    save_position,
+)
 from tests.helpers.distil import ADVERSARIAL, make_batch, make_config, make_distiller, run_stages, same, snapshot
 
 KINDS = {
@@ -59,15 +65,28 @@ def test_a_resume_goes_on_counting_bad_steps(tmp_path):
     assert (resumed.progress.skipped, resumed.progress.bad_in_a_row) == (1, 1)
 
 
-def test_every_loaded_tensor_is_a_copy(tmp_path):
+@pytest.mark.parametrize("kind", ["adversarial", "previous", "full"])
+def test_every_loaded_tensor_is_a_copy(kind, tmp_path, monkeypatch):
     """Training on must not write through to what was saved, and the file must not be held open."""
-    config = make_config(tmp_path)
-    d = make_distiller(config)
+    d, folder, read = make_distiller(config_of(kind, tmp_path)), tmp_path / "c", []
     d.step(make_batch(0))
-    save_checkpoint(tmp_path / "c", d)
-    load_checkpoint(tmp_path / "c", d)
-    shutil.rmtree(tmp_path / "c")
-    assert torch.isfinite(d.step(make_batch(1))["loss"])
+    save_checkpoint(folder, d)
+    written = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def get(stored, name):
+        read.append(stored.file.get_tensor(name))
+        return read[-1]
+
+    monkeypatch.setattr(Stored, "__getitem__", get)
+    load_checkpoint(folder, d)
+    own = [tensor for _, tensors in d.parts() for tensor in tensors.values()]
+    assert len(read) >= len(own) > 0
+    files = {tensor.untyped_storage().data_ptr() for tensor in read}
+    assert not files & {tensor.untyped_storage().data_ptr() for tensor in own}
+    before = snapshot(d)
+    d.step(make_batch(1))
+    assert not same(snapshot(d), before)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == written
 
 
 @pytest.fixture(scope="module")

@@ -41,8 +41,8 @@ def _learn(rank: int, world: int, folder: Path, kind: str) -> list[Any]:
     for zero in [{}, *WAYS[kind]]:
         training, metrics = training_of(kind, folder, rank, world, **zero), []
         for index in range(STEPS):
-            if index == 2 and training.discriminator is not None:
-                next(training.discriminator.parameters()).register_hook(lambda g: g * torch.nan)
+            if index == 2 and training.adversary is not None:
+                next(training.adversary.network.parameters()).register_hook(lambda g: g * torch.nan)
             metrics.append(step(training, index, bad=index == rank == 1))
         found.append((metrics, state(training)))
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -61,16 +60,6 @@ def load_weights(
             f"({wrong[0]} is {found}, must be {wanted})"
         )
     module.load_state_dict({name: tensors[name] for name in own})
-
-
-def sha256_of(*paths: str | Path) -> str:
-    """Of the files' bytes, one after the other."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with Path(path).open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _first(names: list[str], count: int = 3) -> str:

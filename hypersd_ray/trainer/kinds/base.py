@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +13,22 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from hypersd_ray.actors.client import RemoteBackend
+from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.feedback import FeedbackConfig
-from hypersd_ray.config.rewards import PerceptionConfig, RewardConfig
+from hypersd_ray.config.rewards import PerceptionConfig, PlacementConfig, RewardConfig
 from hypersd_ray.config.tscd import TSCDConfig
+from hypersd_ray.models.checkpoint import load_unet, read_base
 from hypersd_ray.models.conditioning import Conditioning
-from hypersd_ray.models.export import LoRAMetadata, save_diffusers_lora, save_kohya_lora
-from hypersd_ray.models.roles import STUDENT, Roles
+from hypersd_ray.models.encoders import load_encoders
+from hypersd_ray.models.export import save_diffusers_lora, save_kohya_lora
+from hypersd_ray.models.lora_file import LoRAMetadata
+from hypersd_ray.models.roles import EMA, STUDENT, FullRoles, LoRARoles, Roles
+from hypersd_ray.models.scoring import RewardClient, local_backend
+from hypersd_ray.models.zero import ZeroRoles
+from hypersd_ray.trainer import storage
 from hypersd_ray.training import samples
 from hypersd_ray.training.distiller import Distiller
-from hypersd_ray.training.feedback import FeedbackBatch
 from hypersd_ray.training.protocol import Training
 from hypersd_ray.training.samples import Sampling
 from hypersd_ray.training.tscd import Batch
@@ -77,10 +86,87 @@ class Kind:
     models: Callable[[Any], Sequence[RewardConfig | PerceptionConfig]] = lambda config: ()
 
 
+def check_measure(config: TSCDConfig) -> None:
+    """What quality is measured by is there. Raises ConfigError: one line."""
+    clip = config.measure.clip if config.measure.prompts else None
+    if clip is not None and not storage.exists(clip):
+        raise ConfigError(f"measure.clip={clip} does not exist: name CLIP's folder or file, or leave it out")
+
+
+def check_there(owner: object, prefix: str, *fields: str) -> None:
+    """The files that fields of a section name are there. Raises ConfigError: one line."""
+    for field in fields:
+        if (path := getattr(owner, field)) and not storage.exists(path):
+            raise ConfigError(f"{prefix}.{field}={path} does not exist")
+
+
+def check_rewards(rewards: Sequence[RewardConfig], placement: PlacementConfig, section: str = "") -> None:
+    """Every file of the rewards is there, and the interpreters; `section` is where the run has them, "feedback.".
+
+    Raises:
+        ConfigError: one line.
+    """
+    for reward in rewards:
+        check_there(reward, f"{section}rewards.{reward.name}", "checkpoint", "tower", "tokenizer")
+        apart = placement.where == "actors" and reward.python
+        if apart and shutil.which(reward.python) is None:
+            raise ConfigError(
+                f"{section}rewards.{reward.name}.python={reward.python} is no interpreter: `python jobs/image_reward_env.py --out DIR` "
+                "makes one, DIR/bin/python, at the same path on every node"
+            )
+        if reward.name == "image_reward_package" and not apart and importlib.util.find_spec("ImageReward") is None:
+            raise ConfigError(
+                f"{section}rewards.image_reward_package with placement.where={placement.where} and python={reward.python!r}: "
+                "image-reward is not installed beside this project; `python jobs/image_reward_env.py --out DIR`, then "
+                "--image-reward-python DIR/bin/python with placement.where=actors"
+            )
+
+
+def client_of(
+    models: Sequence[RewardConfig | PerceptionConfig], placement: PlacementConfig, place: Place
+) -> RewardClient:
+    """A way to the shared actors where the run has them, else to models of this worker's own."""
+    if place.evaluators is None:
+        return RewardClient(local_backend(models, place.device, placement.precision))
+    return RewardClient(RemoteBackend(place.evaluators, place.rank))
+
+
+def build_roles(
+    config: TSCDConfig, device: torch.device, begin: Callable[[UNet2DConditionModel], None] = lambda student: None
+) -> tuple[Roles, Conditioning]:
+    """The base with its roles, and the unconditional input of guidance.
+
+    `begin` changes the student's UNet before it is trained in full, in float32.
+    """
+    info = read_base(config.teacher)
+    null = load_encoders(config.teacher, device="cpu", vae=False).null_conditioning().to(device)
+    dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
+
+    def whole() -> UNet2DConditionModel:
+        return load_unet(info, torch.float32, "cpu")
+
+    roles: Roles
+    if config.zero.stage:
+        student = whole()
+        begin(student)
+        how = (info.schedule, info.parameterization, dtype, device, config.optim, config.zero)
+        roles = ZeroRoles(whole, student, *how)
+    elif config.full_unet:
+        roles = FullRoles(load_unet(info, dtype, device), info.schedule, info.parameterization)
+        with roles.playing(STUDENT) as network:
+            begin(network)
+        roles.copy(STUDENT, EMA)
+    else:
+        parts = (load_unet(info, dtype, device), info.schedule, info.parameterization)
+        roles = LoRARoles(*parts, config.lora.rank, config.lora.effective_alpha, seed=config.run.seed)
+    if config.optim.checkpointing:
+        roles.checkpoint_activations()
+    return roles, null
+
+
 def distillation_batch(rows: dict[str, Any], device: torch.device) -> Batch:
-    """Latents, their conditioning and their captions."""
-    made = FeedbackBatch.from_rows(rows, device)
-    return Batch(made.x0, made.cond, made.captions)
+    """Latents, their conditioning, captions and keys."""
+    return Batch.from_rows(rows, device)
 
 
 def distillation_grid(samplings: Callable[[Any], Sequence[Sampling]]) -> Callable:

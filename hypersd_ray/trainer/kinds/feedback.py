@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
-from hypersd_ray.actors.client import RemoteBackend
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.feedback import FeedbackConfig
-from hypersd_ray.config.rewards import PerceptionConfig, PlacementConfig, RewardConfig
 from hypersd_ray.diffusion.segments import edges
 from hypersd_ray.models.checkpoint import read_base
 from hypersd_ray.models.conditioning import Conditioning
 from hypersd_ray.models.encoders import load_vae
-from hypersd_ray.models.export import LoRAMetadata, rank_of, read_lora
 from hypersd_ray.models.initial import fitting_lora
+from hypersd_ray.models.lora_file import LoRAMetadata, rank_of, read_lora
 from hypersd_ray.models.merge import Part, concatenate_loras
 from hypersd_ray.models.perception.coco import CocoAnnotations, crop_square
 from hypersd_ray.models.perception.protocol import Instances
 from hypersd_ray.models.roles import STUDENT, TEACHER
-from hypersd_ray.models.scoring import RewardClient, local_backend
 from hypersd_ray.trainer import storage
-from hypersd_ray.trainer.kinds.base import COMMON_SAME_RUN, Kind, Place, lora_file, save_loras, student_tensors
+from hypersd_ray.trainer.kinds.base import (
+    COMMON_SAME_RUN,
+    Kind,
+    Place,
+    check_rewards,
+    check_there,
+    client_of,
+    lora_file,
+    save_loras,
+    student_tensors,
+)
 from hypersd_ray.training import samples
-from hypersd_ray.training.feedback import Annotations, Feedback, FeedbackBatch, build_roles
+from hypersd_ray.training.feedback import Annotations, Feedback, build_roles
 from hypersd_ray.training.samples import Sampling
+from hypersd_ray.training.tscd import Batch
 
 FEEDBACK, MERGED = "feedback", "feedback-merged"
 """The products' names: the feedback LoRA alone, and the exact merge of the TSCD LoRA with it."""
@@ -50,35 +55,6 @@ def check(config: FeedbackConfig) -> None:
         check_there(config.structure, "structure", "annotations")
         if config.structure.annotations:
             CocoAnnotations(config.structure.annotations)
-
-
-def check_there(owner: object, prefix: str, *fields: str) -> None:
-    """The files that fields of a section name are there. Raises ConfigError: one line."""
-    for field in fields:
-        if (path := getattr(owner, field)) and not storage.exists(path):
-            raise ConfigError(f"{prefix}.{field}={path} does not exist")
-
-
-def check_rewards(rewards: Sequence[RewardConfig], placement: PlacementConfig, section: str = "") -> None:
-    """Every file of the rewards is there, and the interpreters; `section` is where the run has them, "feedback.".
-
-    Raises:
-        ConfigError: one line.
-    """
-    for reward in rewards:
-        check_there(reward, f"{section}rewards.{reward.name}", "checkpoint", "tower", "tokenizer")
-        apart = placement.where == "actors" and reward.python
-        if apart and shutil.which(reward.python) is None:
-            raise ConfigError(
-                f"{section}rewards.{reward.name}.python={reward.python} is no interpreter: `python jobs/image_reward_env.py --out DIR` "
-                "makes one, DIR/bin/python, at the same path on every node"
-            )
-        if reward.name == "image_reward_package" and not apart and importlib.util.find_spec("ImageReward") is None:
-            raise ConfigError(
-                f"{section}rewards.image_reward_package with placement.where={placement.where} and python={reward.python!r}: "
-                "image-reward is not installed beside this project; `python jobs/image_reward_env.py --out DIR`, then "
-                "--image-reward-python DIR/bin/python with placement.where=actors"
-            )
 
 
 def check_times(config: FeedbackConfig, tscd: LoRAMetadata | None) -> None:
@@ -107,15 +83,6 @@ def build(config: FeedbackConfig, place: Place) -> Feedback:
     client = client_of(config.models, config.placement, place)
     tell = place.tell if place.rank == 0 else lambda line: None  # once
     return Feedback(config, roles, vae, client, read_annotations(config), place.rank, tell)
-
-
-def client_of(
-    models: Sequence[RewardConfig | PerceptionConfig], placement: PlacementConfig, place: Place
-) -> RewardClient:
-    """A way to the shared actors where the run has them, else to models of this worker's own."""
-    if place.evaluators is None:
-        return RewardClient(local_backend(models, place.device, placement.precision))
-    return RewardClient(RemoteBackend(place.evaluators, place.rank))
 
 
 def read_annotations(config: FeedbackConfig) -> Annotations | None:
@@ -166,14 +133,14 @@ def grid(config: FeedbackConfig, state: Feedback, x_T: Tensor, cond: Conditionin
 
 
 KIND = Kind(
-    FeedbackConfig,
-    (*COMMON_SAME_RUN, "tscd", "steps", "rewards", "refl", "structure", "drift"),
-    check,
-    build,
-    FeedbackBatch.from_rows,
-    export,
-    grid,
-    lambda config, steps: lora_file(MERGED),
-    lambda config: [Sampling(n) for n in sorted(config.refl.steps, reverse=True)],
-    lambda config: config.models if config.placement.where == "actors" else (),
+    config=FeedbackConfig,
+    same_run=(*COMMON_SAME_RUN, "tscd", "steps", "rewards", "refl", "structure", "drift"),
+    check=check,
+    build=build,
+    batch=Batch.from_rows,
+    export=export,
+    grid=grid,
+    product=lambda config, steps: lora_file(MERGED),
+    samplings=lambda config: [Sampling(n) for n in sorted(config.refl.steps, reverse=True)],
+    models=lambda config: config.models if config.placement.where == "actors" else (),
 )

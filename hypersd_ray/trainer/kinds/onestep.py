@@ -12,14 +12,19 @@ from hypersd_ray.config.onestep import OneStepConfig
 from hypersd_ray.models.cards import UNetCard, save_unet_with_card
 from hypersd_ray.models.checkpoint import load_unet, read_base
 from hypersd_ray.models.encoders import load_vae
-from hypersd_ray.models.export import TIMESTEP, LoRAMetadata, merge_lora, rank_of
+from hypersd_ray.models.export import merge_lora
 from hypersd_ray.models.initial import fitting_lora
+from hypersd_ray.models.lora_file import TIMESTEP, LoRAMetadata, rank_of
 from hypersd_ray.models.roles import EMA, STUDENT
 from hypersd_ray.trainer import storage
 from hypersd_ray.trainer.kinds.base import (
     DISTILL_SAME_RUN,
     Kind,
     Place,
+    build_roles,
+    check_measure,
+    check_rewards,
+    client_of,
     distillation_batch,
     distillation_grid,
     lora_file,
@@ -27,8 +32,6 @@ from hypersd_ray.trainer.kinds.base import (
     student_tensors,
     student_unet,
 )
-from hypersd_ray.trainer.kinds.feedback import check_rewards, client_of
-from hypersd_ray.trainer.kinds.tscd import build_roles
 from hypersd_ray.training.onestep import OneStep
 from hypersd_ray.training.rewarded import Rewarded
 from hypersd_ray.training.samples import Sampling
@@ -75,12 +78,13 @@ def rewarded(config: OneStepConfig, place: Place) -> Rewarded | None:
 
 
 def check(config: OneStepConfig) -> None:
-    """The LoRA fits, and what the rewards are read from is there.
+    """The LoRA fits, and what rewards and quality are read from is there.
 
     Raises:
         ValueError, ConfigError: one line.
     """
     initial_lora(config)
+    check_measure(config)
     check_rewards(config.feedback.rewards, config.feedback.placement, "feedback.")
 
 
@@ -148,14 +152,14 @@ SAME_RUN = (
 )  # fmt: skip
 
 KIND = Kind(
-    OneStepConfig,
-    SAME_RUN,
-    check,
-    build,
-    distillation_batch,
-    export,
-    distillation_grid(samplings),
-    product,
-    samplings,
-    lambda config: config.models if config.placement.where == "actors" else (),
+    config=OneStepConfig,
+    same_run=SAME_RUN,
+    check=check,
+    build=build,
+    batch=distillation_batch,
+    export=export,
+    grid=distillation_grid(samplings),
+    product=product,
+    samplings=samplings,
+    models=lambda config: config.models if config.placement.where == "actors" else (),
 )

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
 
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.tscd import TSCDConfig
 from hypersd_ray.models.cards import UNetCard, save_unet_with_card
-from hypersd_ray.models.checkpoint import load_unet, read_base
-from hypersd_ray.models.conditioning import Conditioning
-from hypersd_ray.models.encoders import load_encoders
-from hypersd_ray.models.export import GUIDANCE, KEPT, LoRAMetadata
+from hypersd_ray.models.checkpoint import read_base
 from hypersd_ray.models.initial import fitting_lora
-from hypersd_ray.models.roles import EMA, STUDENT, FullRoles, LoRARoles, Roles
-from hypersd_ray.models.zero import ZeroRoles
+from hypersd_ray.models.lora_file import GUIDANCE, KEPT, LoRAMetadata
+from hypersd_ray.models.roles import STUDENT
 from hypersd_ray.trainer import storage
 from hypersd_ray.trainer.kinds.base import (
     DISTILL_SAME_RUN,
     Kind,
     Place,
+    build_roles,
+    check_measure,
     distillation_batch,
     distillation_grid,
     lora_file,
@@ -32,39 +29,6 @@ from hypersd_ray.trainer.kinds.base import (
 )
 from hypersd_ray.training.distiller import Distiller
 from hypersd_ray.training.samples import Sampling
-
-
-def build_roles(
-    config: TSCDConfig, device: torch.device, begin: Callable[[UNet2DConditionModel], None] = lambda student: None
-) -> tuple[Roles, Conditioning]:
-    """The base with its roles, and the unconditional input of guidance.
-
-    `begin` changes the student's UNet before it is trained in full, in float32.
-    """
-    info = read_base(config.teacher)
-    null = load_encoders(config.teacher, device="cpu", vae=False).null_conditioning().to(device)
-    dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
-
-    def whole() -> UNet2DConditionModel:
-        return load_unet(info, torch.float32, "cpu")
-
-    roles: Roles
-    if config.zero.stage:
-        student = whole()
-        begin(student)
-        how = (info.schedule, info.parameterization, dtype, device, config.optim, config.zero)
-        roles = ZeroRoles(whole, student, *how)
-    elif config.full_unet:
-        roles = FullRoles(load_unet(info, dtype, device), info.schedule, info.parameterization)
-        with roles.playing(STUDENT) as network:
-            begin(network)
-        roles.copy(STUDENT, EMA)
-    else:
-        parts = (load_unet(info, dtype, device), info.schedule, info.parameterization)
-        roles = LoRARoles(*parts, config.lora.rank, config.lora.effective_alpha, seed=config.run.seed)
-    if config.optim.checkpointing:
-        roles.checkpoint_activations()
-    return roles, null
 
 
 def build(config: TSCDConfig, place: Place) -> Distiller:
@@ -102,9 +66,7 @@ def check(config: TSCDConfig) -> None:
             f"distill.path='straight' with teacher={config.teacher}: its schedule ends at alpha = 0, where no noise names "
             "a straight line; use distill.path='ode'"
         )
-    clip = config.measure.clip if config.measure.prompts else None
-    if clip is not None and not storage.exists(clip):
-        raise ConfigError(f"measure.clip={clip} does not exist: name CLIP's folder or file, or leave it out")
+    check_measure(config)
     first_stage_lora(config)
 
 
@@ -185,13 +147,13 @@ def samplings(config: TSCDConfig) -> list[Sampling]:
 
 
 KIND = Kind(
-    TSCDConfig,
-    (*DISTILL_SAME_RUN, "first_stage"),
-    check,
-    build,
-    distillation_batch,
-    export,
-    distillation_grid(samplings),
-    product,
-    samplings,
+    config=TSCDConfig,
+    same_run=(*DISTILL_SAME_RUN, "first_stage"),
+    check=check,
+    build=build,
+    batch=distillation_batch,
+    export=export,
+    grid=distillation_grid(samplings),
+    product=product,
+    samplings=samplings,
 )
