@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from diffusers import UNet2DConditionModel
 from ray.data.extensions import ArrowTensorArray
@@ -17,6 +18,7 @@ from ray.data.extensions import ArrowTensorArray
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.data.plan import shard_order
 from hypersd_ray.data.sources import find_shards
+from hypersd_ray.trainer import progress
 from hypersd_ray.trainer.checks import check
 from hypersd_ray.trainer.run import train
 from tests.trainer.helpers import folder_of, job, metrics, write_config
@@ -92,6 +94,20 @@ def test_another_configuration_under_the_same_name_is_refused(make_config, clust
         with pytest.raises(ConfigError, match=said) as caught:
             check(config)
         assert "\n" not in str(caught.value)
+
+
+def test_a_second_job_of_the_same_run_waits_for_the_first_and_is_refused(cluster, make_config, monkeypatch, capsys):
+    config = make_config("twice", distill=ONE_STAGE)
+    monkeypatch.setattr(progress, "LEAVING_S", 1.5)
+    first = progress.new_board(config.run, str(folder_of(config)))
+    with pytest.raises(
+        ConfigError, match=r"run\.name=twice: another job trains the run in .*twice: stop it, or set run"
+    ) as e:
+        train(config)
+    assert "\n" not in str(e.value) and not list(folder_of(config).glob("checkpoint_*"))
+    assert capsys.readouterr().out.count("another job trains the run in") == 1, "said once"
+    ray.kill(first)
+    assert train(config).metrics["stage"] == 1, "over"
 
 
 def test_a_damaged_checkpoint_ends_in_one_line_and_is_not_retried(cluster, make_config, tmp_path):
