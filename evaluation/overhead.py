@@ -55,6 +55,7 @@ from hypersd_ray.trainer.kinds.base import Place
 from hypersd_ray.trainer.local import free_port
 from hypersd_ray.trainer.logs import Loggers
 from hypersd_ray.training.checkpoint import save_checkpoint
+from hypersd_ray.training.tscd import Batch
 
 LOG_EVERY = 5
 """Steps between logs: a turn holds several."""
@@ -193,7 +194,7 @@ def _plain_worker(rank: int, config: TSCDConfig, port: int) -> None:
     state, batches = kind.build(config, Place(device, rank)), read_rows(config, rank)
     loggers = Loggers(config) if rank == 0 else None
     for step in range(1, config.stage_steps[0] + 1):
-        metrics = state.step(kind.batch(batches[step % len(batches)], device))
+        metrics = state.step(Batch.from_rows(batches[step % len(batches)], device))
         if loggers is not None and step % run.log_every == 0:
             loggers.scalars(step, {name: float(value) for name, value in metrics.items()})
         if step % run.checkpoint_every == 0:

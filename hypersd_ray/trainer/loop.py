@@ -24,9 +24,9 @@ from hypersd_ray.models.conditioning import Conditioning, square_time_ids
 from hypersd_ray.models.encoders import load_encoders
 from hypersd_ray.trainer import keeping, storage
 from hypersd_ray.trainer.kinds import KINDS, AnyConfig
-from hypersd_ray.trainer.kinds.base import Place, distillation_batch
+from hypersd_ray.trainer.kinds.base import Place
 from hypersd_ray.trainer.logs import Loggers
-from hypersd_ray.trainer.notices import MOVE, SAVE, STOP, Notices
+from hypersd_ray.trainer.notices import Notice, Notices
 from hypersd_ray.trainer.progress import Snapshot
 from hypersd_ray.trainer.stopwatch import Stopwatch
 from hypersd_ray.trainer.worker import device_of_worker, failures_told
@@ -35,6 +35,7 @@ from hypersd_ray.training.checkpoint import save_checkpoint, save_position
 from hypersd_ray.training.onestep import OdePairs
 from hypersd_ray.training.protocol import Training
 from hypersd_ray.training.quality import Yardstick, objective
+from hypersd_ray.training.tscd import Batch
 
 QUIET = {"grad_norm", "dropped", "watch", "hacking", "saturation", "diversity", "reward_seconds", "annotated"}
 """What is logged and is not in the progress line."""
@@ -159,10 +160,10 @@ class Worker:
         while True:
             self.clock.wait_begins()
             rows, self.position = next(self.stream)
-            batches: tuple = (self.kind.batch(rows, self.device),)
+            batches: tuple = (Batch.from_rows(rows, self.device),)
             if self.pairs is not None:
                 rows, self.pairs_position = next(self.pairs)
-                ends = distillation_batch(rows, self.device)
+                ends = Batch.from_rows(rows, self.device)
                 noise = samples.start_noise(self.pair_seed, rows["key"], tuple(ends.x0.shape[1:]))
                 batches += (OdePairs(noise.to(self.device), ends.x0, ends.cond),)
             self.clock.wait_ends()
@@ -191,11 +192,11 @@ class Worker:
             self._export()
             measured = self._measure()
             self.distiller.next_stage()
-        if ends or notice >= SAVE or progress.step % run.checkpoint_every == 0:
+        if ends or notice >= Notice.SAVE or progress.step % run.checkpoint_every == 0:
             self._report(metrics, measured)
-        if notice == MOVE:
+        if notice == Notice.MOVE:
             time.sleep(MOVE_S)
-        if notice != STOP or self.distiller.finished:
+        if notice != Notice.STOP or self.distiller.finished:
             return False
         ray.get(self.board.leave.remote(self.last_checkpoint))
         return True

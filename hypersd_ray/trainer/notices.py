@@ -32,9 +32,6 @@ class Notice(IntEnum):
     """A checkpoint now, and return."""
 
 
-NOTHING, LOOK, SAVE, MOVE, STOP = Notice
-
-
 class Notices:
     """Asked once a step by every worker; nobody waits for an answer over the network but every `PREEMPTION_S` seconds."""
 
@@ -55,35 +52,35 @@ class Notices:
     def __call__(self) -> Notice:
         """The most urgent that any worker has heard, the same on all."""
         heard = Notice(max_over_workers(self._heard(), self.device))
-        return self._look() if heard == LOOK else heard
+        return self._look() if heard == Notice.LOOK else heard
 
     def _heard(self) -> Notice:
         if self.rank != 0:
-            return NOTHING
+            return Notice.NOTHING
         now = time.monotonic()
         if self.asked is None and now >= self.next_ask:
             self.asked = self.board.asked_for.remote()
         if self.asked is not None and ray.wait([self.asked], timeout=0)[0]:
             (stop, move), self.asked, self.next_ask = ray.get(self.asked), None, now + self.STOP_S
             if stop:
-                return STOP
+                return Notice.STOP
             if move and not self.moves:
                 self.moves = True
-                return MOVE
+                return Notice.MOVE
         if now >= self.last_call:
             self.last_call = math.inf
-            return SAVE
+            return Notice.SAVE
         if now >= self.next_look:
             self.next_look = now + self.PREEMPTION_S
-            return LOOK
-        return NOTHING
+            return Notice.LOOK
+        return Notice.NOTHING
 
     def _look(self) -> Notice:
         info = ray.train.get_preemption_info()  # on all workers at once
         if info is None or self.saved_for == info.preempted_node_ids:
-            return NOTHING
+            return Notice.NOTHING
         self.saved_for = info.preempted_node_ids
         if info.deadline_ms is not None:
             left = info.deadline_ms / 1000 - time.time() - self.LAST_CALL_S
             self.last_call = time.monotonic() + left if left > self.LAST_CALL_S else math.inf
-        return SAVE
+        return Notice.SAVE

@@ -21,7 +21,7 @@ from hypersd_ray.data.preferences import PairStream, Position, held_out_pairs, o
 from hypersd_ray.models.rewards.image_reward import load_image_reward, save_image_reward
 from hypersd_ray.trainer import keeping, storage
 from hypersd_ray.trainer.logs import Loggers
-from hypersd_ray.trainer.notices import SAVE, STOP, Notices
+from hypersd_ray.trainer.notices import Notice, Notices
 from hypersd_ray.trainer.progress import Snapshot, watching
 from hypersd_ray.trainer.room import check_workers
 from hypersd_ray.trainer.run import connect, run_trainer
@@ -176,9 +176,9 @@ class Fitting:
         if ends:
             self._save_model()
             self.training.next_stage()
-        if ends or notice >= SAVE or step % run.checkpoint_every == 0:
+        if ends or notice >= Notice.SAVE or step % run.checkpoint_every == 0:
             self._report(step, metrics, position)
-        if notice != STOP or self.training.finished:
+        if notice != Notice.STOP or self.training.finished:
             return False
         ray.get(self.board.leave.remote(self.last_checkpoint))
         return True

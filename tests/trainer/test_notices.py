@@ -11,7 +11,7 @@ import ray.train
 import torch
 
 from hypersd_ray.trainer import notices
-from hypersd_ray.trainer.notices import NOTHING, SAVE, Notices
+from hypersd_ray.trainer.notices import Notice, Notices
 
 
 @pytest.mark.parametrize("deadline", [True, False])
@@ -28,8 +28,8 @@ def test_a_node_that_will_go_is_saved_for_at_its_notice_and_before_its_end(monke
         heard.append((hear(), time.monotonic()))
         hear.next_look = min(hear.next_look, 0.0)  # it looks at every step here
         time.sleep(0.01)
-    saves = [when for notice, when in heard if notice == SAVE]
-    assert {notice for notice, _ in heard} == {NOTHING, SAVE}
-    assert heard[0][0] == SAVE and len(saves) == (2 if deadline else 1)
+    saves = [when for notice, when in heard if notice == Notice.SAVE]
+    assert {notice for notice, _ in heard} == {Notice.NOTHING, Notice.SAVE}
+    assert heard[0][0] == Notice.SAVE and len(saves) == (2 if deadline else 1)
     if deadline:
         assert 0.9 <= saves[1] - saves[0] < 1.4

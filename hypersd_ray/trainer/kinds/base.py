@@ -31,7 +31,6 @@ from hypersd_ray.training import samples
 from hypersd_ray.training.distiller import Distiller
 from hypersd_ray.training.protocol import Training
 from hypersd_ray.training.samples import Sampling
-from hypersd_ray.training.tscd import Batch
 
 AnyConfig = TSCDConfig | FeedbackConfig
 """A run's configuration."""
@@ -65,7 +64,6 @@ class Kind:
         same_run: fields that a resumed run must share with the run it resumes.
         check: finds out before anything starts what cannot work; raises ValueError or ConfigError.
         build: (config, Place) -> the training state of one worker.
-        batch: (rows of a stream, device) -> what `step` takes first.
         export: (config, state, stage, folder) writes the products of a stage into an empty folder; all ranks call it,
             for weights may be gathered, and but for rank 0 with None for a folder.
         grid: (config, state, x_T, cond) -> name and rows of latents of a sample grid.
@@ -78,7 +76,6 @@ class Kind:
     same_run: tuple[str, ...]
     check: Callable[[Any], Any]
     build: Callable[[Any, Place], Training]
-    batch: Callable[[dict[str, Any], torch.device], Any]
     export: Callable[[Any, Any, int, Path | None], None]
     grid: Callable[[Any, Any, Tensor, Conditioning], tuple[str, list[Tensor]]]
     product: Callable[[Any, int], str]
@@ -162,11 +159,6 @@ def build_roles(
     if config.optim.checkpointing:
         roles.checkpoint_activations()
     return roles, null
-
-
-def distillation_batch(rows: dict[str, Any], device: torch.device) -> Batch:
-    """Latents, their conditioning, captions and keys."""
-    return Batch.from_rows(rows, device)
 
 
 def distillation_grid(samplings: Callable[[Any], Sequence[Sampling]]) -> Callable:

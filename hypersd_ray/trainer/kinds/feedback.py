@@ -34,7 +34,6 @@ from hypersd_ray.trainer.kinds.base import (
 from hypersd_ray.training import samples
 from hypersd_ray.training.feedback import Annotations, Feedback, build_roles
 from hypersd_ray.training.samples import Sampling
-from hypersd_ray.training.tscd import Batch
 
 FEEDBACK, MERGED = "feedback", "feedback-merged"
 """The products' names: the feedback LoRA alone, and the exact merge of the TSCD LoRA with it."""
@@ -137,7 +136,6 @@ KIND = Kind(
     same_run=(*COMMON_SAME_RUN, "tscd", "steps", "rewards", "refl", "structure", "drift"),
     check=check,
     build=build,
-    batch=Batch.from_rows,
     export=export,
     grid=grid,
     product=lambda config, steps: lora_file(MERGED),
