@@ -86,9 +86,9 @@ def _train(given: LoopArguments) -> None:
 class Worker:
     """One worker's share of a run."""
 
-    def __init__(self, config: AnyConfig, given: LoopArguments, distiller: Training, device: torch.device):
+    def __init__(self, config: AnyConfig, given: LoopArguments, training: Training, device: torch.device):
         context = ray.train.get_context()
-        self.config, self.board, self.distiller, self.device = config, given.board, distiller, device
+        self.config, self.board, self.training, self.device = config, given.board, training, device
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.folder = storage.run_folder(config.run)
         self.yardstick: Yardstick | None = None
@@ -102,7 +102,7 @@ class Worker:
         )  # fmt: skip
         self.pairs = None if given.pairs is None else self._pair_stream(given.pairs)
         self.clock = Stopwatch(config, self.world)
-        progress = distiller.progress
+        progress = training.progress
         self.loggers = (
             Loggers(config, self.clock.global_step(progress.stage, progress.step)) if self.rank == 0 else None
         )
@@ -111,7 +111,7 @@ class Worker:
         """Of the images and of the pairs."""
         tell = lambda line: self.board.tell.remote(line)
         patience_s = self.config.run.storage_patience_s
-        found = keeping.resume(self.folder, self.distiller, self.rank, self.world, self.device, tell, patience_s)
+        found = keeping.resume(self.folder, self.training, self.rank, self.world, self.device, tell, patience_s)
         self.last_checkpoint, self.damaged = found.path or "none yet", found.damaged
         pairs = () if given.pairs is None else given.pairs.urls
         return self._position(found, "images", given.urls), self._position(found, "pairs", pairs)
@@ -138,13 +138,13 @@ class Worker:
 
     def run(self) -> None:
         """Step until no stage is left."""
-        if self.distiller.finished:
+        if self.training.finished:
             ray.get(self.board.find_finished.remote())
         try:
             for batches in self._batches():
-                metrics = self.distiller.step(*batches)
+                metrics = self.training.step(*batches)
                 self._check(metrics)
-                if self._after_step(metrics) or self.distiller.finished:
+                if self._after_step(metrics) or self.training.finished:
                     break
         finally:
             self.stream.close()
@@ -155,7 +155,7 @@ class Worker:
 
     def _batches(self) -> Iterator[tuple]:
         """What a step takes: a batch of images, and where the run has pairs a batch of them."""
-        if self.distiller.finished:
+        if self.training.finished:
             return
         while True:
             self.clock.wait_begins()
@@ -170,7 +170,7 @@ class Worker:
             yield batches
 
     def _check(self, metrics: dict[str, torch.Tensor]) -> None:
-        limit, progress = self.config.run.max_bad_steps, self.distiller.progress
+        limit, progress = self.config.run.max_bad_steps, self.training.progress
         if progress.bad_in_a_row >= limit:
             raise RunError(
                 f"{limit} steps in a row had NaN or inf (run.max_bad_steps={limit}), the last at stage {progress.stage + 1} "
@@ -179,10 +179,10 @@ class Worker:
 
     def _after_step(self, metrics: dict[str, torch.Tensor]) -> bool:
         """Log, draw, export, measure and save as is due; -> whether the job is to stop here."""
-        progress, run = self.distiller.progress, self.config.run
+        progress, run = self.training.progress, self.config.run
         self.clock.step()
         notice = self.notices()
-        ends = progress.step == self.distiller.steps
+        ends = progress.step == self.training.steps
         if ends or progress.step % run.log_every == 0:
             self._log(metrics)
         if ends or (run.grids_every and progress.step % run.grids_every == 0):
@@ -191,12 +191,12 @@ class Worker:
         if ends:
             self._export()
             measured = self._measure()
-            self.distiller.next_stage()
+            self.training.next_stage()
         if ends or notice >= Notice.SAVE or progress.step % run.checkpoint_every == 0:
             self._report(metrics, measured)
         if notice == Notice.MOVE:
             time.sleep(MOVE_S)
-        if notice != Notice.STOP or self.distiller.finished:
+        if notice != Notice.STOP or self.training.finished:
             return False
         ray.get(self.board.leave.remote(self.last_checkpoint))
         return True
@@ -204,7 +204,7 @@ class Worker:
     def _log(self, metrics: dict[str, torch.Tensor]) -> None:
         if self.loggers is None:  # not rank 0
             return
-        progress, c = self.distiller.progress, self.config
+        progress, c = self.training.progress, self.config
         values = {name: float(value) for name, value in metrics.items()}
         rates = self.clock.rates(progress.stage, progress.step)
         k = c.stage_k[progress.stage]
@@ -214,14 +214,14 @@ class Worker:
         )
         losses = {name: value for name, value in values.items() if name.split("/")[0] not in QUIET}
         snapshot = Snapshot(
-            progress.stage, c.stages, k, progress.step, self.distiller.steps, losses,
+            progress.stage, c.stages, k, progress.step, self.training.steps, losses,
             rates["images_per_s"], rates["data_wait"], rates["seconds_left"],
         )  # fmt: skip
         self.board.post.remote(snapshot)
 
     def _grid(self) -> None:
         """Samples of the run's prompts, in the logs; rank 0's alone, but where the network needs all ranks."""
-        if self.loggers is None and not self.distiller.roles.together:
+        if self.loggers is None and not self.training.roles.together:
             return
         self.clock.pause()
         prompts = self.config.run.prompts
@@ -234,10 +234,10 @@ class Worker:
             embeds.pooled,
             square_time_ids(self.config.data.resolution, len(prompts), self.device) if encoders.is_sdxl else None,
         )
-        name, rows = self.kind.grid(self.config, self.distiller, x_T, cond)
+        name, rows = self.kind.grid(self.config, self.training, x_T, cond)
         if self.loggers is not None:
             picture = samples.tile([encoders.decode(row).cpu() for row in rows])
-            progress = self.distiller.progress
+            progress = self.training.progress
             self.loggers.picture(self.clock.global_step(progress.stage, progress.step), f"samples/{name}", picture)
         self.clock.go_on()
 
@@ -246,9 +246,7 @@ class Worker:
         self.clock.pause()
         with tempfile.TemporaryDirectory() as temporary:
             made = Path(temporary)
-            self.kind.export(
-                self.config, self.distiller, self.distiller.progress.stage, made if self.rank == 0 else None
-            )
+            self.kind.export(self.config, self.training, self.training.progress.stage, made if self.rank == 0 else None)
             for path in sorted(p for p in made.rglob("*") if p.is_file()):
                 target = f"{self.folder}/{path.relative_to(made).as_posix()}"
                 put = functools.partial(storage.put, path, target)
@@ -258,14 +256,14 @@ class Worker:
     def _measure(self) -> dict[str, float]:
         """The stage's quality, where the run measures it: into the logs and the report of its end."""
         measure = self.config.measure
-        if measure is None or not measure.prompts or (self.loggers is None and not self.distiller.roles.together):
+        if measure is None or not measure.prompts or (self.loggers is None and not self.training.roles.together):
             return {}
         self.clock.pause()
         if self.yardstick is None:
             encoders = load_encoders(self.config.teacher, device=str(self.device))
             time_ids = square_time_ids(self.config.data.resolution, 1, self.device) if encoders.is_sdxl else None
             teacher, shape = Path(self.config.teacher), latent_shape(self.config)
-            self.yardstick = Yardstick(measure, self.distiller.roles, encoders, teacher, shape, time_ids)
+            self.yardstick = Yardstick(measure, self.training.roles, encoders, teacher, shape, time_ids)
         known = {how.steps: how for how in self.kind.samplings(self.config)}
         eta = next(iter(known.values())).eta
         quality = self.yardstick({n: known.get(n, samples.Sampling(n, eta=eta)) for n in measure.steps})
@@ -273,7 +271,7 @@ class Worker:
             self.clock.go_on()
             return {}
         values = quality.means() | {"objective": objective(quality, measure.clip_weight)}
-        progress = self.distiller.progress
+        progress = self.training.progress
         step = self.clock.global_step(progress.stage, progress.step)
         self.loggers.scalars(step, values)
         record = {"stage": progress.stage + 1, "step": step, "objective": values["objective"]} | asdict(quality)
@@ -288,11 +286,11 @@ class Worker:
             folder = Path(temporary)
             positions = {"images": self.position.to_dict(), "pairs": self.pairs_position.to_dict()}
             with keeping.local_room():
-                save_checkpoint(folder, self.distiller, self.rank, self.world)
-                self.distiller.roles.save_own(folder)
+                save_checkpoint(folder, self.training, self.rank, self.world)
+                self.training.roles.save_own(folder)
                 save_position(folder, self.rank, self.world, positions)
             values = {name: float(value) for name, value in metrics.items()}
-            progress = asdict(self.distiller.progress)
+            progress = asdict(self.training.progress)
             # A name of ours, so that it can be told; one left over from a killed run is written anew.
             name = keeping.name_of(self.clock.global_step(progress["stage"], progress["step"]), self.damaged)
             ray.train.report(
