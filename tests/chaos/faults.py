@@ -49,7 +49,7 @@ def broken(trace: Path, faults: Mapping[int, Fault], rank: int = 0) -> Callable[
             return item
 
         def watched(worker: Any, metrics: Any) -> bool:
-            progress = worker.distiller.progress
+            progress = worker.training.progress
             step = worker.clock.global_step(progress.stage, progress.step)
             line = {"step": step, "rank": worker.rank, "world": worker.world, "keys": worker.stream.latest_keys,
                     "pid": os.getpid(), "node": ray.get_runtime_context().get_node_id(), "time": time.time()}  # fmt: skip

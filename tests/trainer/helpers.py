@@ -66,7 +66,7 @@ def paused(marker: Path) -> Callable[[dict[str, Any]], None]:
 
         def after_step(worker: Any, metrics: Any) -> None:
             inner(worker, metrics)
-            progress = worker.distiller.progress
+            progress = worker.training.progress
             here = worker.clock.global_step(progress.stage, progress.step) == at
             if here and worker.rank == 0 and not Path(path).exists():
                 Path(path).touch()

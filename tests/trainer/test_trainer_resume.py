@@ -172,7 +172,7 @@ def test_two_workers_stay_equal_and_resume(cluster, make_config, unbroken, monke
 
         def outer(worker):
             inner(worker)
-            torch.save(snapshot(worker.distiller), f"{folder}/rank-{worker.rank}.pt")
+            torch.save(snapshot(worker.training), f"{folder}/rank-{worker.rank}.pt")
 
         loop.Worker.run = outer
         loop.train_loop(arguments)

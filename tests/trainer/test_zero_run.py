@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from hypersd_ray.config.base import RunError
 from hypersd_ray.models.checkpoint import load_unet, read_base
-from hypersd_ray.trainer import run
+from hypersd_ray.trainer import keeping, run
 from hypersd_ray.trainer.run import train
 from tests.trainer.helpers import folder_of, metrics
 
@@ -40,7 +40,7 @@ def broken(told: Path) -> Callable[[dict[str, Any]], None]:
 
         def after_step(worker: Any, metrics: Any) -> None:
             inner(worker, metrics)
-            resumed, step = told.exists(), worker.distiller.progress.step
+            resumed, step = told.exists(), worker.training.progress.step
             if step == 3 and not resumed:
                 raise RuntimeError("broken on purpose")
             if step == 5:
@@ -87,3 +87,13 @@ def test_a_full_unet_is_resumed_by_as_many_workers_and_by_one(cluster, make_conf
     assert all(torch.equal(made[name], student[name]) for name in made)
     assert all(not torch.equal(made[name], base[name]) for name in made if name.endswith("to_q.weight"))
     assert any(not torch.equal(ema[name], student[name]) for name in ema)
+
+
+def test_the_quality_of_shared_out_weights_is_measured_by_all_workers(cluster, make_config):
+    config = make_config(
+        "measured", full_unet=True, zero={"stage": 3, "bucket": 20_000}, distill=ONE_STAGE | {"steps_list": (2,)},
+        measure={"prompts": ("a cat", "a dog"), "steps": (1,), "reference_steps": 2}, run={"workers": 2},
+    )  # fmt: skip
+    result = train(config)  # a rank that left the others alone with the network would never come back
+    (record,) = keeping.read_quality(result.folder)
+    assert record["objective"] > 0 and result.metrics["stage"] == 1
