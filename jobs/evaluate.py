@@ -31,6 +31,8 @@ def main() -> None:
         raise ConfigError(
             "no MODEL given: a LoRA, a folder of a run, a UNet or a pipeline, or teacher; before the options"
         )
+    if url := next((model for model in models if "://" in model), None):
+        raise ConfigError(f"{url}: URLs are not read here: copy it to a disk first")
     from evaluation.harness.pieces import write_json
     from evaluation.harness.plan import plan
     from evaluation.harness.prompts import read_rows

@@ -216,23 +216,40 @@ def _from_recipe(
     name: str, recipe: Callable[..., Config], rest: list[str], description: str, job_options: str
 ) -> tuple[Config | Any, list[str]]:
     """The recipe's config and the arguments left. Where help is asked for, that of the recipe's options is printed, and
-    without what the recipe needs there is no config: tyro then lists the settings with their classes' defaults."""
+    what the recipe needs may be missing. If there is no config then, tyro lists the settings with their classes' defaults."""
     parser = Parser(description, job_options)
     parser.prog += f" {name}"
     _add_options(parser.add_argument_group(f"options of the recipe {name}"), recipe)
     asked = bool({"-h", "--help"} & set(rest))
+    missing = _missing(recipe, rest) if asked else {}
     try:
-        own, left = parser.parse_known_args(rest)
+        own, left = parser.parse_known_args([*rest, *(word for pair in missing.items() for word in pair)])
         config: Config | Any = recipe(**vars(own))
     except (ConfigError, CombinationError, pydantic.ValidationError) as error:
         if not asked:
             raise
         reason = one_line(error) if isinstance(error, pydantic.ValidationError) else str(error)
+        reason = f"it needs {', '.join(missing)}" if missing else reason
         print(f"{parser.format_help()}\nThe defaults below are not this recipe's, which cannot be told yet: {reason}\n")
         return tyro.MISSING_NONPROP, ["--help"]
     if asked:
         print(parser.format_help())
+    if missing:
+        print(
+            "Not given, so the defaults below say: "
+            + ", ".join(f"{o} {value!r}" for o, value in missing.items())
+            + "\n"
+        )
     return config, left
+
+
+def _missing(recipe: Callable[..., Any], given: Sequence[str]) -> dict[str, str]:
+    """What the recipe needs and `given` lacks, as option -> a word in its place: a folder that is there for the teacher, which
+    configurations look for, else a URL, which they do not."""
+    there = {word.partition("=")[0] for word in given}
+    names = [n for n, p in inspect.signature(recipe).parameters.items() if p.default is inspect.Parameter.empty]
+    options = {f"--{name.replace('_', '-')}": "." if name == "teacher" else f"your://{name}" for name in names}
+    return {option: word for option, word in options.items() if option not in there}
 
 
 def _add_options(group: argparse._ArgumentGroup, recipe: Callable[..., Any]) -> None:

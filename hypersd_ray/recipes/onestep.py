@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from hypersd_ray.config.onestep import DMDConfig, OneStepConfig, RewardsConfig
+from hypersd_ray.config.onestep import DMDConfig, OneStepConfig, RegressionConfig, RewardsConfig
 from hypersd_ray.config.rewards import PlacementConfig
 from hypersd_ray.config.run import OptimConfig, RunConfig
 from hypersd_ray.config.tscd import AdversarialConfig, DistillConfig, TSCDConfig
@@ -91,6 +91,7 @@ def onestep_sdxl(
         data=base.data,
         distill=DistillConfig(k_list=(1,), n_list=(40,), steps_list=(10_000,), omega_min=5, omega_max=8),
         dmd=DMDConfig(guidance=8.0, fake_updates=5),
+        regression=RegressionConfig(batch=128),  # a pair in each of the 32 x 4 parts
         feedback=_published(rewards, decode_batch=1),
         full_unet=full_unet,
         lora=base.lora,

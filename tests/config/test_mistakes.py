@@ -93,7 +93,7 @@ def test_a_files_mistakes_are_one_line_too(tmp_path):
 ALL_HELP = {
     "no recipe": ([], ("tiny, sd15, sdxl",)),
     "recipe": (["tiny"], ("--budget {minutes,full}", "--keep-cfg", "--distill.k-list", "--plan")),
-    "recipe without its need": (["sd15"], ("(required)", "cannot be told yet: ", "--teacher", "--distill.k-list")),
+    "recipe without its need": (["sd15"], ("(required)", "the defaults below say: --teacher '.'", "(default: 512)")),
     "wrong value": (["sd15", "--teacher", "/nowhere"], ("cannot be told yet: teacher='/nowhere'", "--distill.k-list")),
 }
 
@@ -105,6 +105,16 @@ def test_help_is_no_mistake_and_lists_every_setting(arguments, said, capsys):
     assert not stopped.value.code
     told = capsys.readouterr().out
     assert [words for words in said if words not in told] == []
+
+
+def test_help_shows_the_recipes_defaults_though_what_it_needs_is_missing(tmp_path, capsys):
+    told = []
+    for needs in ([], ["--teacher", str(tmp_path)]):
+        with pytest.raises(SystemExit):
+            parse(RECIPES, TSCDConfig, "The job.", ["sdxl", *needs, "--help"])
+        told.append(capsys.readouterr().out)
+    workers = [re.search(r"--run\.workers INT.*?default: (\d+)", text, re.DOTALL) for text in told]
+    assert [found and found[1] for found in workers] == ["32", "32"]
 
 
 def test_help_on_pools_that_make_and_judge_pictures_says_nothing_of_encoding(capsys):

@@ -100,6 +100,13 @@ def test_the_recipes_are_whole(recipe, init, tmp_path):
     assert OneStepConfig.model_validate(config.model_dump(mode="json")) == config
 
 
+@pytest.mark.parametrize("recipe", ["tiny", "sd15", "sdxl"])
+def test_the_recipes_take_pairs(recipe, init, tmp_path):
+    teacher = [] if recipe == "tiny" else ["--teacher", str(tmp_path)]
+    arguments = [recipe, "--init", init, *teacher, "--mode", "dedicated", "--regression.pairs", "pairs"]
+    assert parse(ONESTEP_RECIPES, OneStepConfig, "", arguments).regression.pairs == "pairs"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

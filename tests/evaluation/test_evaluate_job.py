@@ -82,6 +82,7 @@ def test_killed_and_started_again_it_makes_only_what_is_missing(folders, make_lo
     ("arguments", "said"),
     [
         (["--steps", "2"], "no MODEL given"),
+        (["mine=s3://b/x.safetensors"], "s3://b/x.safetensors: URLs are not read here: copy it to a disk first"),
         (["gone.safetensors"], "gone.safetensors does not exist"),
         (["teacher", "--judges.clip-score", "/gone"], "--judges.clip-score: /gone does not exist"),
         (["teacher", "--stepz", "2"], "unknown option --stepz"),
