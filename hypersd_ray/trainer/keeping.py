@@ -86,7 +86,7 @@ def resume(
     listed = (
         storage.patiently(functools.partial(names, folder), folder, patience_s, storage.READING) if rank == 0 else []
     )
-    for name in of_first(listed):
+    for name in of_first(listed, device):
         path, error = f"{folder}/{name}", ""
         positions: list[dict[str, Any]] = []
         with contextlib.ExitStack() as stack:

@@ -52,10 +52,10 @@ def max_over_workers(value: int, device: torch.device | str = "cpu") -> int:
     return int(shared.item())
 
 
-def of_first(value: list[str]) -> list[str]:
+def of_first(value: list[str], device: torch.device | str = "cpu") -> list[str]:
     """Rank 0's list, on all workers."""
     if world_size() == 1:
         return value
     shared = [value]
-    dist.broadcast_object_list(shared)
+    dist.broadcast_object_list(shared, device=torch.device(device))
     return shared[0]
