@@ -26,7 +26,7 @@ def exists(url: str) -> bool:
     """Whether a file or folder is there. Raises what storage raises when it cannot say."""
     try:
         size(url)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     return True
 

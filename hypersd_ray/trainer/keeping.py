@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def resume(
     """
     damaged: list[str] = []
     last = ""
-    _check_shared(folder, rank, device, patience_s)
+    _check_shared(folder, device, patience_s)
     listed = (
         storage.patiently(functools.partial(names, folder), folder, patience_s, storage.READING) if rank == 0 else []
     )
@@ -97,7 +98,7 @@ def resume(
                 error = str(caught)
             # before anything is loaded: a share of a ZeRO state is loaded by all workers or by none
             if not max_over_workers(int(bool(error)), device):
-                load_checkpoint(local, state)
+                load_checkpoint(local, state, manifest)
                 return Found(path, positions, manifest["world_size"] != world, tuple(damaged))
         damaged.append(name)
         last = last or error
@@ -115,32 +116,35 @@ def write_config(folder: str, config: Strict) -> None:
     """Before the workers start. Raises StorageError, soon: nothing has begun that would be lost."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     path = f"{folder}/{CONFIG}"
-    storage.patiently(functools.partial(storage.write_text, path, text), path, START_S)
+    storage.patiently(functools.partial(storage.write_text, path, text), path, START_S, knob=None)
 
 
 SEEN_S = 60.0
 """How long a network file system may go on saying that a new file is not there."""
 
 
-def _check_shared(folder: str, rank: int, device: torch.device, patience_s: float) -> None:
+def _check_shared(folder: str, device: torch.device, patience_s: float) -> None:
     """Every worker sees what the driver has written there.
 
     Raises:
         RunError: one does not; on all workers at once.
+        StorageError: one is refused for `patience_s`, which says nothing about what is there.
     """
-    path, missing = f"{folder}/{CONFIG}", False
-    try:
-        storage.patiently(
-            functools.partial(size, path),
-            path,
-            patience_s if rank == 0 else min(SEEN_S, patience_s),
-            storage.READING,
-        )
-    except storage.StorageError as error:
-        if not isinstance(error.__cause__, FileNotFoundError):
-            raise
-        missing = True
-    if max_over_workers(int(missing), device):
+    path, begun = f"{folder}/{CONFIG}", time.monotonic()
+
+    def seen() -> bool:
+        while True:
+            try:
+                size(path)
+            except FileNotFoundError:
+                if time.monotonic() - begun >= min(SEEN_S, patience_s):
+                    return False
+                time.sleep(1.0)
+            else:
+                return True
+
+    there = storage.patiently(seen, path, patience_s, storage.READING)
+    if max_over_workers(int(not there), device):
         raise RunError(
             f"a worker does not find {path}, which the job has written: set run.out to a folder that all nodes share, or to a "
             "URL (s3://, gs://)"
@@ -208,8 +212,8 @@ def local_room() -> Iterator[None]:
 
 def prune(folder: str, keep: int) -> None:
     """Remove what Ray Train does not know of, since it was killed before it heard: it keeps `keep`, and two on the way."""
-    for name in names(folder)[keep + 2 :]:
-        with storage.tolerant():
+    with storage.tolerant():
+        for name in names(folder)[keep + 2 :]:
             storage.remove(f"{folder}/{name}")
 
 

@@ -15,6 +15,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.config.run import RunConfig
+from hypersd_ray.trainer.elastic import nodes_now, room
 
 LINE_EVERY_S = 30.0
 """Between lines that say what is waited for."""
@@ -65,13 +66,14 @@ def await_places(run: RunConfig, bundle: dict[str, float]) -> None:
             if time.monotonic() - said >= LINE_EVERY_S:
                 said = time.monotonic()
                 print(waiting_line(run, bundle, now, said - begun), flush=True)
-            if now.coming or held(bundle):
+            waits = bool(held(bundle)) and room(nodes_now(), bundle) > 0
+            if now.coming or waits:
                 quiet_since = time.monotonic()
             quiet = time.monotonic() - quiet_since > run.place_timeout_s
             if quiet and not now.speaks:
                 return  # nobody knows whether nodes come: Ray Train waits for them
-            # Ray plans with what is free now: where others hold something it also calls infeasible what has to wait for them.
-            if quiet or (now.infeasible and not held(bundle)):
+            # Ray plans with what is free now, so it also calls infeasible what only has to wait for others' work to end.
+            if quiet or (now.infeasible and not waits):
                 raise ConfigError(_why(run, bundle, now, time.monotonic() - begun))
     finally:
         remove_placement_group(group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,22 +23,25 @@ from hypersd_ray.models.rewards.image_reward import load_image_reward, save_imag
 from hypersd_ray.trainer import keeping, storage
 from hypersd_ray.trainer.logs import Loggers
 from hypersd_ray.trainer.notices import Notice, Notices
-from hypersd_ray.trainer.progress import Snapshot, watching
+from hypersd_ray.trainer.progress import Snapshot, shown
 from hypersd_ray.trainer.room import check_workers
 from hypersd_ray.trainer.run import connect, run_trainer
+from hypersd_ray.trainer.sole import sole
 from hypersd_ray.trainer.stopping import Trainer
 from hypersd_ray.trainer.stopwatch import Stopwatch
 from hypersd_ray.trainer.worker import device_of_worker, failures_told
 from hypersd_ray.training.checkpoint import save_checkpoint, save_position
 from hypersd_ray.training.preference import PreferenceTraining, pairwise_accuracy
 
+HELD_OUT = "held_out.json"
+"""What a finished run measured on the held-out pairs."""
 SAME_RUN = ("init", "freeze", "pairs", "steps")
 """Fields that a resumed run must share with the run it resumes."""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A finished run: its folder, the model in it, and the last report of rank 0 (accuracy, pairs, ...)."""
+    """A finished run: its folder, the model in it, and its accuracy on the held-out pairs."""
 
     folder: str
     model: str
@@ -61,10 +65,10 @@ def fit(config: PreferenceConfig) -> Fitted:
     load_image_reward(config.init, config.tokenizer or None)  # once here, where what is wrong with it is one line
     connect()
     check_workers(run)
-    keeping.write_config(folder, config)
-    with watching(run, folder) as board:
-        metrics = run_trainer(_trainer(config, board), run, folder, board)
-    return Fitted(folder, f"{folder}/model", metrics)
+    with sole(run, folder) as board, shown(board):
+        keeping.write_config(folder, config)
+        run_trainer(_trainer(config, board), run, folder, board)
+    return Fitted(folder, f"{folder}/model", json.loads(storage.read_text(f"{folder}/{HELD_OUT}")))
 
 
 def _trainer(config: PreferenceConfig, board: ray.actor.ActorHandle) -> Trainer:
@@ -223,6 +227,9 @@ class Fitting:
             save_image_reward(self.training.model, made)
             put = functools.partial(storage.put, made, target)
             storage.patiently(put, target, self.config.run.storage_patience_s)
+        path, text = f"{self.folder}/{HELD_OUT}", json.dumps(self.measured)
+        write = functools.partial(storage.write_text, path, text)
+        storage.patiently(write, path, self.config.run.storage_patience_s)
 
     def _report(self, step: int, metrics: dict[str, float], position: Position) -> None:
         self.clock.pause()

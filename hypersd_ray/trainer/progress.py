@@ -17,9 +17,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
-from hypersd_ray.config.base import ConfigError
-from hypersd_ray.config.run import RunConfig
-
 
 @contextmanager
 def stderr_held() -> Iterator[None]:
@@ -192,50 +189,19 @@ def _watch(board: ray.actor.ActorHandle, stop: threading.Event, line_every_s: fl
                 return
 
 
-NAMESPACE = "hypersd_ray"
-"""Of Ray's names: each driver has one of its own else."""
-LEAVING_S = 90.0
-"""How long another job of the same run may take to end: as long as Ray lets a stopped one write its checkpoint."""
-
-
-def new_board(run: RunConfig, folder: str) -> ray.actor.ActorHandle:
-    """The only one of the run in `folder` on this cluster. On the driver's node: it goes when the driver goes, and not with a
-    worker's node.
-
-    Raises:
-        ConfigError: another job trains that run, and does not end.
-    """
-    begun, said = time.monotonic(), False
-    while True:
-        try:
-            return ProgressBoard.options(  # type: ignore[attr-defined]
-                name=f"run {folder}", namespace=NAMESPACE, scheduling_strategy=here()
-            ).remote()
-        except ValueError as error:  # the name is taken
-            if time.monotonic() - begun > LEAVING_S:
-                raise ConfigError(
-                    f"run.name={run.name}: another job trains the run in {folder}: stop it, or set run.name or run.out"
-                ) from error
-        if not said:
-            print(f"another job trains the run in {folder}: waiting for its end", flush=True)
-            said = True
-        time.sleep(1.0)
-
-
 def here() -> NodeAffinitySchedulingStrategy:
-    """On this process's node and no other."""
+    """On this process's node and no other: what is there goes when the driver goes, and not with a worker's node."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 @contextmanager
-def watching(run: RunConfig, folder: str, line_every_s: float = 10.0) -> Iterator[ray.actor.ActorHandle]:
-    """The board of the run in `folder`, shown to the user for as long as the block lasts. Raises as `new_board`."""
-    board, stop = new_board(run, folder), threading.Event()
+def shown(board: ray.actor.ActorHandle, line_every_s: float = 10.0) -> Iterator[None]:
+    """The user sees what is on `board` for as long as the block lasts."""
+    stop = threading.Event()
     thread = threading.Thread(target=_watch, args=(board, stop, line_every_s), daemon=True)
     thread.start()
     try:
-        yield board
+        yield
     finally:
         stop.set()
         thread.join(timeout=10)
-        ray.kill(board)

@@ -26,8 +26,9 @@ from hypersd_ray.trainer.checks import ROOT, beside_workers, check, check_resour
 from hypersd_ray.trainer.kinds import KINDS, AnyConfig, kind_of
 from hypersd_ray.trainer.local import start_local, unwatched
 from hypersd_ray.trainer.loop import LoopArguments, train_loop
-from hypersd_ray.trainer.progress import encoding_lines, watching
+from hypersd_ray.trainer.progress import encoding_lines, shown
 from hypersd_ray.trainer.room import check_actors, placement_section
+from hypersd_ray.trainer.sole import sole
 from hypersd_ray.trainer.stopping import Trainer, stopping
 
 
@@ -108,23 +109,20 @@ def train(
     check_resources(config)
     check_actors(config, beside_workers(config))
     folder = storage.run_folder(config.run)
-    keeping.write_config(folder, config)
-    sources = resolve(config.data, config.teacher, folder, encoding_lines())
-    data = config.data.model_copy(update={"format": sources.format})
-    if config.run.min_workers is not None:
-        data = data.model_copy(
-            update={"reader_cpus": 0.0}
-        )  # a worker's own place has room for them: see elastic.place_of
-    pairs = find_pairs(config)
-    reject_log = (
-        None if sources.format == "latents" else start_reject_log(data, f"{folder}/rejects.jsonl", config.run.name)
-    )
-    with watching(config.run, folder) as board, shared_models(config) as evaluators:
-        arguments = LoopArguments(
-            kind_of(config), config.model_copy(update={"data": data}).model_dump(), tuple(sources.urls), board,
-            reject_log, pairs, evaluators, runs_per_node,
-        )  # fmt: skip
-        with elastic.room_told(config, board):
+    with sole(config.run, folder) as board:
+        keeping.write_config(folder, config)
+        sources = resolve(config.data, config.teacher, folder, encoding_lines())
+        update: dict[str, Any] = {"format": sources.format}
+        if config.run.min_workers is not None:
+            update["reader_cpus"] = 0.0  # a worker's own place has room for them: see elastic.place_of
+        streamed = config.model_copy(update={"data": config.data.model_copy(update=update)})
+        pairs, reject_log = find_pairs(config), None
+        if sources.format != "latents":
+            reject_log = start_reject_log(streamed.data, f"{folder}/rejects.jsonl", config.run.name)
+        with shown(board), shared_models(config) as evaluators, elastic.room_told(config, board):
+            arguments = LoopArguments(
+                kind_of(config), streamed.model_dump(), tuple(sources.urls), board, reject_log, pairs, evaluators, runs_per_node
+            )  # fmt: skip
             metrics = run_trainer(_trainer(config, arguments, callbacks), config.run, folder, board, sign)
         was_finished = ray.get(board.was_finished.remote())
     if reject_log is None:

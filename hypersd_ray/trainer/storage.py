@@ -86,11 +86,20 @@ WRITING = "written", "make room or mend the storage, set run.out to another"
 READING = "read", "mend the storage, delete what cannot be read"
 
 
-def patiently(action: Callable[[], T], what: str, patience_s: float, doing: tuple[str, str] = WRITING) -> T:
+PATIENCE = "run.storage_patience_s"
+
+
+def patiently(
+    action: Callable[[], T],
+    what: str,
+    patience_s: float,
+    doing: tuple[str, str] = WRITING,
+    knob: str | None = PATIENCE,
+) -> T:
     """What `action` gives, tried again and again while storage refuses it; says so at the first refusal and when it is over.
 
     Raises:
-        StorageError: refused for `patience_s` seconds; one line with what, why and the settings.
+        StorageError: refused for `patience_s` seconds, the setting `knob`; one line with what, why and the settings.
     """
     done, mend = doing
     begun, pause, refused = time.monotonic(), 0.5, False
@@ -103,8 +112,8 @@ def patiently(action: Callable[[], T], what: str, patience_s: float, doing: tupl
             waited, reason = time.monotonic() - begun, " ".join(str(error).split())[:200]
             if waited >= patience_s:
                 raise StorageError(
-                    f"{what} could not be {done} for {waited:.0f} s ({reason}): {mend}, or raise "
-                    f"run.storage_patience_s={patience_s:g}"
+                    f"{what} could not be {done} for {waited:.0f} s ({reason}): {mend}"
+                    + (f", or raise {knob}={patience_s:g}" if knob else "")
                 ) from error
             if not refused:
                 print(f"{what} cannot be {done} ({reason}), trying again for {patience_s:g} s", file=sys.stderr)

@@ -95,15 +95,15 @@ def check_whole(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def load_checkpoint(folder: Path, training: Checkpointed) -> None:
-    """Bring a run's state back; all ranks call it.
+def load_checkpoint(folder: Path, training: Checkpointed, manifest: dict[str, Any] | None = None) -> None:
+    """Bring a run's state back; all ranks call it. `manifest`: what `check_whole` has returned of it, if it was asked already.
 
     Raises:
         DamagedCheckpoint: the folder is incomplete or damaged.
         ValueError: it is of another configuration; one line says which.
         OSError: storage refuses to read it.
     """
-    manifest = check_whole(folder)
+    manifest = check_whole(folder) if manifest is None else manifest
     try:
         training.load(Parts(folder, manifest["files"]), manifest["notes"])
     except Exception as error:  # what the readers raise at a damaged file is of every kind

@@ -117,7 +117,7 @@ class Yardstick:
                 )
             )
 
-        if c.cache is None:
+        if c.cache is None or self.roles.together:  # all workers make it or none: one may not see what another has kept
             return make()
         key = json.dumps([teacher_sha256(teacher), c.prompts, c.seed, c.guidance, c.reference_steps, self.shape])
         return kept(Path(c.cache) / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors", make)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import time
 import urllib.request
@@ -10,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import ray
 import torch
 from diffusers import UNet2DConditionModel
 from ray.data.extensions import ArrowTensorArray
@@ -18,7 +18,7 @@ from ray.data.extensions import ArrowTensorArray
 from hypersd_ray.config.base import ConfigError
 from hypersd_ray.data.plan import shard_order
 from hypersd_ray.data.sources import find_shards
-from hypersd_ray.trainer import progress
+from hypersd_ray.trainer import sole
 from hypersd_ray.trainer.checks import check
 from hypersd_ray.trainer.run import train
 from tests.trainer.helpers import folder_of, job, metrics, write_config
@@ -98,15 +98,19 @@ def test_another_configuration_under_the_same_name_is_refused(make_config, clust
 
 def test_a_second_job_of_the_same_run_waits_for_the_first_and_is_refused(cluster, make_config, monkeypatch, capsys):
     config = make_config("twice", distill=ONE_STAGE)
-    monkeypatch.setattr(progress, "LEAVING_S", 1.5)
-    first = progress.new_board(config.run, str(folder_of(config)))
-    with pytest.raises(
-        ConfigError, match=r"run\.name=twice: another job trains the run in .*twice: stop it, or set run"
-    ) as e:
+    monkeypatch.setattr(sole, "LEAVING_S", 1.5)
+    folder = folder_of(config)
+    folder.mkdir(parents=True)
+    said = r"run\.name=twice: another job trains the run in .*twice: stop it, or set run"
+    with sole.sole(config.run, str(folder)), pytest.raises(ConfigError, match=said) as e:  # of this cluster
         train(config)
-    assert "\n" not in str(e.value) and not list(folder_of(config).glob("checkpoint_*"))
-    assert capsys.readouterr().out.count("another job trains the run in") == 1, "said once"
-    ray.kill(first)
+    assert "\n" not in str(e.value)
+    with (folder / ".lock").open("ab") as file:  # of another, which has the folder alone in common
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match=said):
+            train(config)
+    assert not (folder / "config.yaml").exists()
+    assert capsys.readouterr().out.count("another job trains the run in") == 2, "once each"
     assert train(config).metrics["stage"] == 1, "over"
 
 
