@@ -135,9 +135,9 @@ def draw_grid(rows: dict[str, torch.Tensor], prompts: Sequence[str], path: Path,
         axis_row[0].set_ylabel(_row_label(name), rotation=0, ha="right", va="center", fontsize=9)
     for axis, prompt in zip(axes[0], prompts, strict=True):
         axis.set_title("\n".join(_wrap(prompt, 18)), fontsize=6)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle("\n".join(_wrap(title, int(13 * figure.get_figwidth()))), fontsize=10)
     figure.tight_layout(pad=0.4, rect=(0, 0, 1, 0.985))
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")  # a narrow grid's names stand out of it
     plt.close(figure)
 
 
