@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,4 +97,4 @@ def test_the_quality_of_shared_out_weights_is_measured_by_all_workers(cluster, m
     )  # fmt: skip
     result = train(config)  # a rank that left the others alone with the network would never come back
     (record,) = keeping.read_quality(result.folder)
-    assert record["objective"] > 0 and result.metrics["stage"] == 1
+    assert math.isfinite(record["objective"]) and result.metrics["stage"] == 1
