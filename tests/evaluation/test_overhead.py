@@ -72,7 +72,7 @@ def _give_up(config: Any) -> None:
     del config
 
 
-def _until(condition, seconds: float = 60.0) -> None:
+def _until(condition, seconds: float = 240.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
