@@ -210,6 +210,32 @@ def local_room() -> Iterator[None]:
         ) from error
 
 
+def report(
+    folder: str,
+    name: str,
+    values: dict[str, Any],
+    save: Callable[[Path], None],
+    patience_s: float,
+    done: Callable[[], object] = lambda: None,
+) -> str:
+    """Hand Ray Train `values` and the checkpoint that `save` writes, as `name` in the run's folder; returns its path. All
+    workers call it. `done` as in `uploader`.
+
+    Raises:
+        StorageError: there is no room for it on this node.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        with local_room():
+            save(Path(temporary))
+        ray.train.report(
+            values,
+            checkpoint=ray.train.Checkpoint.from_directory(temporary),
+            checkpoint_dir_name=name,
+            checkpoint_upload_fn=uploader(folder, patience_s, done),
+        )
+    return f"{folder}/{name}"
+
+
 def prune(folder: str, keep: int) -> None:
     """Remove what Ray Train does not know of, since it was killed before it heard: it keeps `keep`, and two on the way."""
     with storage.tolerant():

@@ -281,33 +281,22 @@ class Worker:
 
     def _report(self, metrics: dict[str, torch.Tensor], measured: dict[str, float]) -> None:
         self.clock.pause()
-        run = self.config.run
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            positions = {"images": self.position.to_dict(), "pairs": self.pairs_position.to_dict()}
-            with keeping.local_room():
-                save_checkpoint(folder, self.training, self.rank, self.world)
-                self.training.roles.save_own(folder)
-                save_position(folder, self.rank, self.world, positions)
-            values = {name: float(value) for name, value in metrics.items()}
-            progress = asdict(self.training.progress)
-            # A name of ours, so that it can be told; one left over from a killed run is written anew.
-            name = keeping.name_of(self.clock.global_step(progress["stage"], progress["step"]), self.damaged)
-            ray.train.report(
-                values | measured | progress | self.clock.totals(),
-                checkpoint=ray.train.Checkpoint.from_directory(temporary),
-                checkpoint_dir_name=name,
-                checkpoint_upload_fn=keeping.uploader(
-                    self.folder,
-                    run.storage_patience_s,
-                    functools.partial(self.board.saved.remote, self.rank, self.world),
-                ),
-            )
-        self.last_checkpoint = f"{self.folder}/{name}"
+        run, progress = self.config.run, asdict(self.training.progress)
+        # A name of ours, so that it can be told; one left over from a killed run is written anew.
+        name = keeping.name_of(self.clock.global_step(progress["stage"], progress["step"]), self.damaged)
+        values = {key: float(value) for key, value in metrics.items()} | measured | progress | self.clock.totals()
+        done = functools.partial(self.board.saved.remote, self.rank, self.world)
+        self.last_checkpoint = keeping.report(self.folder, name, values, self._save, run.storage_patience_s, done)
         if self.loggers is not None:
             self.loggers.flush()
             keeping.prune(self.folder, run.keep_checkpoints)
         self.clock.go_on()
+
+    def _save(self, folder: Path) -> None:
+        save_checkpoint(folder, self.training, self.rank, self.world)
+        self.training.roles.save_own(folder)
+        positions = {"images": self.position.to_dict(), "pairs": self.pairs_position.to_dict()}
+        save_position(folder, self.rank, self.world, positions)
 
 
 def latent_shape(config: AnyConfig) -> tuple[int, int, int]:

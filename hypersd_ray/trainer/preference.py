@@ -234,18 +234,13 @@ class Fitting:
     def _report(self, step: int, metrics: dict[str, float], position: Position) -> None:
         self.clock.pause()
         run, name = self.config.run, keeping.name_of(step, self.damaged)
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            with keeping.local_room():
-                save_checkpoint(folder, self.training, self.rank, self.world)
-                save_position(folder, self.rank, self.world, asdict(position) | {"before": self.before})
-            ray.train.report(
-                metrics | self.measured,
-                checkpoint=ray.train.Checkpoint.from_directory(temporary),
-                checkpoint_dir_name=name,
-                checkpoint_upload_fn=keeping.uploader(self.folder, run.storage_patience_s),
-            )
-        self.last_checkpoint = f"{self.folder}/{name}"
+
+        def save(folder: Path) -> None:
+            save_checkpoint(folder, self.training, self.rank, self.world)
+            save_position(folder, self.rank, self.world, asdict(position) | {"before": self.before})
+
+        values = metrics | self.measured
+        self.last_checkpoint = keeping.report(self.folder, name, values, save, run.storage_patience_s)
         if self.loggers is not None:
             self.loggers.flush()
             keeping.prune(self.folder, run.keep_checkpoints)
